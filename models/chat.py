@@ -1,0 +1,213 @@
+"""Messages in, a stream of text pieces out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence as Messages
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from models.admission import Admission
+from models.conversations import Message
+from models.detokenizer import UNDECODABLE, Detokenizer, StopStrings
+from models.engine import Engine, Finish, Sequence
+from models.engine_thread import EngineThread
+from models.options import Options
+from models.sampling import Sampling
+from models.settings import Settings, SettingsError
+
+
+class MessagesRefused(Exception):
+    """The model's chat template refuses the messages; the message says why."""
+
+
+class ContextLengthExceeded(Exception):
+    """The messages leave no room for a reply in the context."""
+
+
+@dataclass
+class Usage:
+    """Tokens read and written for a reply; `output_tokens` grows while it streams."""
+
+    input_tokens: int
+    cached_tokens: int = 0
+    output_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Started:
+    """The reply is on its way: what follows is all that can go wrong with it."""
+
+    usage: Usage
+
+
+@dataclass(frozen=True)
+class Queued:
+    """The reply waits for a slot; `position` 1 is next."""
+
+    position: int
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A piece of the reply's text, never empty."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Done:
+    """The reply ended by itself."""
+
+    reason: Finish
+
+
+Event = Started | Queued | Delta | Done
+
+
+class Chat:
+    """A model that answers: templates and tokenizes messages, shares the engine, turns tokens into text."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, settings: Settings) -> None:
+        self.model_name = settings.model_name
+        self.context = _context(model, settings)
+        self.defaults = _defaults(model, settings)
+        self.admission = Admission(settings.slots, settings.queue, settings.responses_per_user)
+        self._tokenizer = tokenizer
+        self._stop_ids = _stop_ids(tokenizer, model)
+        self._engine = EngineThread(Engine(model, settings.slots, self.context))
+        # One thread, since a tokenizer may not be changed by two at once; the event loop stays free meanwhile.
+        self._encoder = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+
+    @classmethod
+    @asynccontextmanager
+    async def running(
+        cls, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, settings: Settings
+    ) -> AsyncIterator[Chat]:
+        """A chat whose threads end with the context."""
+        chat = cls(tokenizer, model, settings)
+        try:
+            yield chat
+        finally:
+            await chat._engine.stop()
+            chat._encoder.shutdown(wait=False)
+
+    @property
+    def trouble(self) -> str | None:
+        """Why no reply can be had at present, if so."""
+        return None if self._engine.alive else "the engine stopped; the log says why"
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the settings came to, ready for JSON."""
+        model = self._engine.engine.model
+        return {
+            "model": self.model_name,
+            "context": self.context,
+            "device": str(model.device),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "options": self.defaults.public(),
+        }
+
+    @property
+    def free_slots(self) -> int:
+        """How many more sequences the engine could decode at once."""
+        return self._engine.engine.free_slots
+
+    async def reply(self, user: str, messages: Messages[Message], options: Options) -> AsyncGenerator[Event, None]:
+        """Answer the last of the messages: Started, Queued while it waits, Deltas, Done.
+
+        Close the generator to cancel: the slot is free within a step. Raises Refused, MessagesRefused or
+        ContextLengthExceeded before Started, EngineFailed after.
+        """
+        ticket = self.admission.enter(user)
+        try:
+            prompt = await self._encode(messages, options.instructions)
+            usage = Usage(input_tokens=len(prompt))
+            yield Started(usage)
+            async for position in ticket.turn():
+                yield Queued(position)
+            sequence = self._sequence(prompt, options)
+            async with aclosing(self._text(sequence, options.stop, usage)) as events:
+                async for event in events:
+                    yield event
+        finally:
+            self.admission.leave(ticket)
+
+    async def _text(self, sequence: Sequence, stop: tuple[str, ...], usage: Usage) -> AsyncGenerator[Event, None]:
+        detokenizer, stops = Detokenizer(self._tokenizer), StopStrings(stop)
+        async with aclosing(self._engine.tokens(sequence)) as tokens:
+            async for token in tokens:
+                usage.output_tokens += 1
+                piece = stops.push("" if token.finish == "stop" else detokenizer.push(token.id))
+                if token.finish:
+                    rest = stops.push(detokenizer.flush()) + stops.flush()
+                    piece += rest if token.finish == "stop" else rest.rstrip(UNDECODABLE)
+                if piece:
+                    yield Delta(piece)
+                if token.finish or stops.found:
+                    yield Done("stop" if stops.found else token.finish or "stop")
+                    return
+
+    async def _encode(self, messages: Messages[Message], instructions: str | None) -> list[int]:
+        """The prompt's token ids, fewer than the context holds."""
+        turns = list(messages)
+        if instructions and turns[0]["role"] != "system":
+            turns.insert(0, {"role": "system", "content": instructions})
+        loop = asyncio.get_running_loop()
+        try:
+            prompt = await loop.run_in_executor(self._encoder, self._template, turns)
+        except TemplateError as error:
+            raise MessagesRefused(f"the model's chat template refuses these messages: {error}") from error
+        if len(prompt) >= self.context:
+            raise ContextLengthExceeded(
+                f"the messages are {len(prompt)} tokens long and the context holds {self.context}, the reply "
+                "included: shorten them or start a new conversation"
+            )
+        return prompt
+
+    def _template(self, turns: list[Message]) -> list[int]:
+        ids = self._tokenizer.apply_chat_template(
+            turns,  # type: ignore[arg-type]  # a TypedDict is not a dict to mypy
+            add_generation_prompt=True,
+            return_dict=False,
+        )
+        return list(ids)
+
+    def _sequence(self, prompt: list[int], options: Options) -> Sequence:
+        return Sequence(
+            prompt,
+            Sampling(options.temperature, options.top_p, options.top_k, options.repetition_penalty),
+            options.max_output_tokens or self.context,
+            self._stop_ids,
+            options.seed,
+        )
+
+
+def _context(model: PreTrainedModel, settings: Settings) -> int:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 4096
+    if settings.context and settings.context > limit:
+        raise SettingsError(f"PARLEY_CONTEXT={settings.context} is not allowed: the model's own context is {limit}")
+    return settings.context or min(limit, 4096)
+
+
+def _defaults(model: PreTrainedModel, settings: Settings) -> Options:
+    """The operator's options, else the model's, else ours."""
+    wishes = {
+        name: getattr(model.generation_config, name, None)
+        for name in ("temperature", "top_p", "top_k", "repetition_penalty")
+    }
+    options = Options().updated({name: value for name, value in wishes.items() if value is not None})
+    return options.updated(settings.options)
+
+
+def _stop_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> frozenset[int]:
+    """Tokens that end a turn: the model may name one or several, and the tokenizer another."""
+    named = getattr(model.generation_config, "eos_token_id", None)
+    ids = named if isinstance(named, list) else [named]
+    return frozenset(token_id for token_id in [*ids, tokenizer.eos_token_id] if token_id is not None)

@@ -1,0 +1,99 @@
+"""The one thread that runs the engine, and the bridge from it to the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import AsyncGenerator, Callable
+
+from models.engine import Engine, Sequence, Token
+
+logger = logging.getLogger("parley")
+
+
+class EngineFailed(Exception):
+    """The engine could not go on with a sequence; the log has the reason."""
+
+
+class EngineThread:
+    """Steps an engine while it has sequences, sleeps while it has none.
+
+    Commands go to the thread through a queue and are obeyed between two steps; tokens come back through the
+    event loop, a call a step. Its methods belong to the event loop.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._commands: queue.SimpleQueue[tuple[Callable[[Sequence], None], Sequence] | None] = queue.SimpleQueue()
+        self._streams: dict[Sequence, asyncio.Queue[Token | None]] = {}
+        self._stopped = False
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        return not self._stopped
+
+    async def tokens(self, sequence: Sequence) -> AsyncGenerator[Token, None]:
+        """The tokens of a sequence as they come; leaving early frees its slot. Raises EngineFailed."""
+        stream = self._streams[sequence] = asyncio.Queue()
+        self._commands.put((self.engine.add, sequence))
+        try:
+            while token := (None if self._stopped else await stream.get()):
+                yield token
+                if token.finish:
+                    return
+            raise EngineFailed("the engine stopped in the middle of a reply")
+        finally:
+            del self._streams[sequence]
+            self._commands.put((self.engine.cancel, sequence))
+
+    async def stop(self) -> None:
+        """End the thread after the step it is in; what still runs fails."""
+        self._commands.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    def _run(self) -> None:
+        try:
+            while self._obey():
+                self._tell(self._step())
+        finally:
+            self._tell(None)
+
+    def _obey(self) -> bool:
+        """Take the commands that are there, wait for one while there is nothing to step. False: stop."""
+        while True:
+            try:
+                command = self._commands.get(block=self.engine.idle)
+            except queue.Empty:
+                return True
+            if command is None:
+                return False
+            method, sequence = command
+            method(sequence)
+
+    def _step(self) -> list[tuple[Sequence, Token | None]]:
+        try:
+            return [(token.sequence, token) for token in self.engine.step()]
+        except Exception:
+            logger.exception("an engine step failed; the replies that were running end here")
+            failed = [sequence for sequence in self.engine.slots if sequence]
+            for sequence in failed:
+                self.engine.cancel(sequence)
+            return [(sequence, None) for sequence in failed]
+
+    def _tell(self, tokens: list[tuple[Sequence, Token | None]] | None) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._deliver, tokens)
+
+    def _deliver(self, tokens: list[tuple[Sequence, Token | None]] | None) -> None:
+        """Hand tokens to those who wait for them; None, for the thread or for one sequence: no more will come."""
+        if tokens is None:
+            self._stopped = True
+            tokens = [(sequence, None) for sequence in self._streams]
+        for sequence, token in tokens:
+            if stream := self._streams.get(sequence):  # else it was cancelled meanwhile
+                stream.put_nowait(token)

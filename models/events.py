@@ -1,0 +1,221 @@
+"""The wire of chat.v1: client events checked, server events built."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from models.conversations import Message
+from models.options import InvalidOption, check, text
+
+Json = dict[str, Any]
+ErrorType = Literal["invalid_request_error", "rate_limit_error", "authentication_error", "server_error"]
+Status = Literal["completed", "incomplete", "cancelled", "failed"]
+
+
+class InvalidEvent(Exception):
+    """A frame that is no client event of chat.v1; carries what the `error` event says."""
+
+    def __init__(self, code: str, message: str, param: str | None = None, event_id: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.param = param
+        self.event_id = event_id
+
+
+@dataclass(frozen=True)
+class SessionUpdate:
+    """New default options of this connection."""
+
+    event_id: str | None
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ResponseCreate:
+    """A request for a reply. `conversation` None is the connection's own, "none" is no conversation at all."""
+
+    event_id: str | None
+    input: list[Message]
+    conversation: str | None
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ResponseCancel:
+    """The wish to end one reply, or (`response_id` None) all of this connection's."""
+
+    event_id: str | None
+    response_id: str | None
+
+
+ClientEvent = SessionUpdate | ResponseCreate | ResponseCancel
+
+
+def parse(frame: str | bytes) -> ClientEvent:
+    """The client event in a frame. Raises InvalidEvent, whatever the frame holds."""
+    event = _json(frame)
+    event_id = _field(event, "event_id", "event_id", None)
+    try:
+        match _field(event, "type", "type"):
+            case "session.update":
+                return SessionUpdate(event_id, _options(_object(event, "session"), "session"))
+            case "response.create":
+                return _response_create(event_id, _object(event, "response"))
+            case "response.cancel":
+                return ResponseCancel(event_id, _field(event, "response_id", "response_id", None))
+            case unknown:
+                raise InvalidEvent("unknown_type", f"no client event is called {unknown[:64]!r}", "type")
+    except InvalidEvent as invalid:
+        invalid.event_id = event_id
+        raise
+
+
+def _json(frame: str | bytes) -> Json:
+    try:
+        event = json.loads(frame if isinstance(frame, str) else frame.decode(), parse_constant=_no_constant)
+    except RecursionError:
+        raise InvalidEvent("invalid_json", "the frame is nested too deep") from None
+    except ValueError as error:  # bad JSON, bad UTF-8, a number of thousands of digits
+        raise InvalidEvent("invalid_json", f"the frame is not JSON: {_short(error)}") from None
+    if not isinstance(event, dict):
+        raise InvalidEvent("invalid_json", "the frame is not a JSON object")
+    return event
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _short(error: Exception) -> str:
+    return str(error).encode(errors="replace").decode()[:200]
+
+
+def _object(event: Json, name: str) -> Json:
+    if name not in event:
+        raise InvalidEvent("missing_field", f"{name} is missing", name)
+    if not isinstance(event[name], dict):
+        raise InvalidEvent("invalid_value", f"{name} must be an object", name)
+    return dict(event[name])
+
+
+def _field(values: Json, name: str, param: str, *default: None) -> Any:
+    """A short string out of an event; without a default it has to be there."""
+    value = values.get(name)
+    if value is None and default:
+        return None
+    if name not in values:
+        raise InvalidEvent("missing_field", f"{param} is missing", param)
+    try:
+        if len(text(value)) <= 256:
+            return value
+    except ValueError:
+        pass
+    raise InvalidEvent("invalid_value", f"{param} must be a string of at most 256 characters", param)
+
+
+def _options(values: Json, param: str) -> Mapping[str, Any]:
+    for name, value in values.items():
+        try:
+            check(name, value)
+        except InvalidOption as invalid:
+            raise InvalidEvent("invalid_value", _short(invalid), f"{param}.{name}"[:256]) from None
+    return values
+
+
+def _response_create(event_id: str | None, response: Json) -> ResponseCreate:
+    if "input" not in response:
+        raise InvalidEvent("missing_field", "response.input is missing", "response.input")
+    messages = _messages(response.pop("input"))
+    conversation = _field(response, "conversation", "response.conversation", None)
+    response.pop("conversation", None)
+    return ResponseCreate(event_id, messages, conversation, _options(response, "response"))
+
+
+def _messages(value: Any) -> list[Message]:
+    turns = [{"role": "user", "content": value}] if isinstance(value, str) else value
+    if not isinstance(turns, list) or not turns:
+        raise InvalidEvent(
+            "invalid_value", "response.input must be a string or a list of {role, content}, not empty", "response.input"
+        )
+    return [_message(turn, f"response.input[{index}]") for index, turn in enumerate(turns)]
+
+
+def _message(turn: Any, param: str) -> Message:
+    if not isinstance(turn, dict) or turn.keys() != {"role", "content"}:
+        raise InvalidEvent("invalid_value", f"{param} must be an object of role and content", param)
+    if turn["role"] not in ("system", "user", "assistant"):
+        raise InvalidEvent("invalid_value", f"{param}.role must be system, user or assistant", f"{param}.role")
+    try:
+        if not text(turn["content"]).strip():
+            raise ValueError("nothing said")
+    except ValueError:
+        raise InvalidEvent("invalid_value", f"{param}.content must be text, not empty", f"{param}.content") from None
+    return {"role": turn["role"], "content": turn["content"]}
+
+
+# Server events
+
+
+def session(kind: Literal["created", "updated"], session: Json) -> Json:
+    """`session.created` and `session.updated`."""
+    return {"type": f"session.{kind}", "session": session}
+
+
+def response_created(response_id: str, conversation: str | None, event_id: str | None) -> Json:
+    """`response.created`: the request is taken, and a `response.done` will follow."""
+    response = {"id": response_id, "conversation": conversation, "status": "in_progress"}
+    return {"type": "response.created", "response": response, "event_id": event_id}
+
+
+def response_queued(response_id: str, position: int) -> Json:
+    """`response.queued`: no slot is free; position 1 is next."""
+    return {"type": "response.queued", "response_id": response_id, "position": position}
+
+
+def output_text_delta(response_id: str, sequence_number: int, delta: str) -> Json:
+    """`response.output_text.delta`: a piece of the reply; pieces are numbered from 1."""
+    return {
+        "type": "response.output_text.delta",
+        "response_id": response_id,
+        "sequence_number": sequence_number,
+        "delta": delta,
+    }
+
+
+def response_done(
+    response_id: str,
+    conversation: str | None,
+    status: Status,
+    reason: str,
+    output_text: str,
+    usage: Json,
+    sequence_number: int,
+) -> Json:
+    """`response.done`: the last event of a reply, whatever became of it."""
+    return {
+        "type": "response.done",
+        "response": {
+            "id": response_id,
+            "conversation": conversation,
+            "status": status,
+            "status_details": {"reason": reason},
+            "output_text": output_text,
+            "usage": usage,
+        },
+        "sequence_number": sequence_number,
+    }
+
+
+def presence(change: Literal["joined", "left"], user: str) -> Json:
+    """`presence.joined` and `presence.left`."""
+    return {"type": f"presence.{change}", "user": user}
+
+
+def error(type: ErrorType, code: str, message: str, *, param: str | None = None, event_id: str | None = None) -> Json:
+    """`error`: what went wrong with the client's event `event_id`; the socket stays open."""
+    details = {"type": type, "code": code, "message": message, "param": param, "event_id": event_id}
+    return {"type": "error", "error": {name: value for name, value in details.items() if value is not None}}

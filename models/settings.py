@@ -1,0 +1,142 @@
+"""The environment, read once into one frozen object."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from models.options import CHECKS, check
+
+Lookup = Callable[[str], str | None]  # a setting's name, without the prefix, to what the environment says
+
+PREFIX = "PARLEY_"
+EMBEDDED = "SmolLM2-135M-Instruct"
+
+
+class SettingsError(Exception):
+    """A setting with a value that is not allowed; the message names both and says what is."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the server runs with; the table in README.md says what each one means."""
+
+    model: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    device: str = "auto"
+    dtype: str = "auto"
+    quantize: str = "auto"
+    chat_template: Path | None = None
+    context: int | None = None
+    slots: int = 32
+    queue: int = 256
+    responses_per_user: int = 4
+    sockets_per_user: int = 256
+    users: Mapping[str, str] = field(default_factory=dict, repr=False)
+    data: Path = Path("data")
+    origins: tuple[str, ...] = ()
+    presence: bool = True
+    options: Mapping[str, Any] = field(default_factory=dict)  # the operator's default options
+
+    @property
+    def model_name(self) -> str:
+        """What the page and `session.created` call the model."""
+        return EMBEDDED if self.model is None else Path(self.model).name.removesuffix(".gguf")
+
+    def public(self) -> dict[str, Any]:
+        """Every setting but the secrets, ready for JSON."""
+        values = asdict(self)
+        del values["users"]
+        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+    @classmethod
+    def read(cls, lookup: Lookup) -> Settings:
+        """The settings of an environment; an empty value is as good as none. Raises SettingsError."""
+        values = {name: _read(lookup, name, *rule) for name, rule in RULES.items()}
+        options = {name: _read(lookup, name, CHECKS[name][0], convert) for name, convert in OPTIONS.items()}
+        return cls(
+            options={name: value for name, value in options.items() if value is not None},
+            **{name: value for name, value in values.items() if value is not None},
+        )
+
+
+def _read(lookup: Lookup, name: str, allowed: str, convert: Callable[[str], Any]) -> Any:
+    value = lookup(name.upper())
+    if not value:
+        return None
+    try:
+        return convert(value)
+    except ValueError:
+        shown = "" if name == "users" else f"={value!r}"  # the users' secrets stand in it
+        raise SettingsError(f"{PREFIX}{name.upper()}{shown} is not allowed: it must be {allowed}") from None
+
+
+def _choice(pattern: str) -> Callable[[str], str]:
+    def convert(value: str) -> str:
+        if not re.fullmatch(pattern, value):
+            raise ValueError(value)
+        return value
+
+    return convert
+
+
+def _switch(value: str) -> bool:
+    return _choice("true|1|false|0")(value.lower()) in ("true", "1")
+
+
+def _whole(low: int, high: int) -> tuple[str, Callable[[str], int]]:
+    def convert(value: str) -> int:
+        if not low <= int(value) <= high:
+            raise ValueError(value)
+        return int(value)
+
+    return f"a whole number from {low} to {high}", convert
+
+
+def _users(value: str) -> dict[str, str]:
+    pairs = [pair.strip().partition(":") for pair in value.split(",")]
+    users = {user: secret for user, _, secret in pairs}
+    if not all(re.fullmatch(USER_ID, user) and secret for user, secret in users.items()) or len(users) < len(pairs):
+        raise ValueError("a user without an id or a secret, or twice")
+    if len(set(users.values())) < len(users):
+        raise ValueError("two users with one secret")
+    return users
+
+
+def _option(name: str, parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    return lambda value: check(name, parse(value))
+
+
+USER_ID = r"[\w.@-]{1,64}"
+
+RULES: Mapping[str, tuple[str, Callable[[str], Any]]] = {
+    "model": ("a Hub id, a folder or a .gguf file", str),
+    "revision": ("a branch, tag or commit", str),
+    "trust_remote_code": ("true or false", _switch),
+    "device": ("auto, cpu, cuda, cuda:N, mps or xpu", _choice(r"auto|cpu|(cuda|xpu)(:\d+)?|mps")),
+    "dtype": ("auto, float32, bfloat16 or float16", _choice("auto|float32|bfloat16|float16")),
+    "quantize": ("auto or none; int8 is not there yet", _choice("auto|none")),
+    "chat_template": ("the path of a Jinja file", Path),
+    "context": _whole(16, 2**24),
+    "slots": _whole(1, 1024),
+    "queue": _whole(0, 1_000_000),
+    "responses_per_user": _whole(1, 1_000_000),
+    "sockets_per_user": _whole(1, 1_000_000),
+    "users": ("id:secret,id:secret, each id and each secret once, ids of letters, digits and . _ @ -", _users),
+    "data": ("a folder", Path),
+    "origins": ("a list with commas", lambda value: tuple(origin.strip().rstrip("/") for origin in value.split(","))),
+    "presence": ("true or false", _switch),
+}
+
+OPTIONS: Mapping[str, Callable[[str], Any]] = {
+    "instructions": _option("instructions", str),
+    "temperature": _option("temperature", float),
+    "top_p": _option("top_p", float),
+    "top_k": _option("top_k", int),
+    "repetition_penalty": _option("repetition_penalty", float),
+    "max_output_tokens": _option("max_output_tokens", int),
+}

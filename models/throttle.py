@@ -1,0 +1,35 @@
+"""Failed logins, counted per address."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+
+
+class Throttle:
+    """Says when an address has failed too often: `limit` times within `seconds`."""
+
+    def __init__(self, limit: int = 10, seconds: float = 60, clock: Callable[[], float] = time.monotonic) -> None:
+        self.limit = limit
+        self.seconds = seconds
+        self._clock = clock
+        self._failures: dict[str, deque[float]] = {}
+
+    def blocked(self, address: str) -> bool:
+        """Whether the address has to wait."""
+        self._forget()
+        horizon = self._clock() - self.seconds
+        return sum(time > horizon for time in self._failures.get(address, ())) >= self.limit
+
+    def failed(self, address: str) -> None:
+        """Count one failure."""
+        times = self._failures.pop(address, deque(maxlen=self.limit))
+        times.append(self._clock())
+        self._failures[address] = times  # at the end: the dict stays ordered by the latest failure
+
+    def _forget(self) -> None:
+        """Drop what is too old to count, so that memory is bounded by a minute's failures."""
+        horizon = self._clock() - self.seconds
+        while self._failures and next(iter(self._failures.values()))[-1] <= horizon:
+            del self._failures[next(iter(self._failures))]

@@ -1,0 +1,429 @@
+"""The ASGI app: lifespan, endpoints, routes, the command line."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import logging
+import os
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import click
+import uvicorn
+from itsdangerous import BadSignature, URLSafeTimedSerializer
+from starlette.applications import Starlette
+from starlette.config import Config
+from starlette.endpoints import WebSocketEndpoint
+from starlette.middleware import Middleware
+from starlette.requests import HTTPConnection, Request
+from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.routing import Mount, Route, WebSocketRoute
+from starlette.staticfiles import StaticFiles
+from starlette.templating import Jinja2Templates
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocket
+
+from models import events, weights
+from models.chat import Chat
+from models.kv_cache import CacheTooLarge, UnsupportedModel
+from models.outbox import Outbox
+from models.plain import WAITING, PlainSession
+from models.presence import Presence
+from models.redaction import redacted
+from models.session import Session
+from models.settings import Settings, SettingsError
+from models.throttle import Throttle
+from models.users import User, Users, UsersError
+
+logger = logging.getLogger("parley")
+
+HERE = Path(__file__).parent
+COOKIE = "parley_session"
+COOKIE_SECONDS = 14 * 24 * 3600
+FRAME_BYTES = 2**20
+BAD_FRAMES = 20  # in a row
+START_ERRORS = (SettingsError, UsersError, weights.ModelError, UnsupportedModel, CacheTooLarge)
+
+OpenChat = Callable[[Starlette], AbstractAsyncContextManager[Chat]]
+
+templates = Jinja2Templates(HERE / "templates")
+
+
+# Start and stop
+
+
+@asynccontextmanager
+async def lifespan(app: Starlette) -> AsyncIterator[None]:
+    """Open what the app stands on and put it on `app.state`; close it in reverse."""
+    state = app.state
+    try:
+        async with AsyncExitStack() as stack:
+            stack.enter_context(redacted())
+            state.settings = settings = state.settings or read_settings()
+            state.users = await stack.enter_async_context(Users.opened(settings))
+            state.cookies = URLSafeTimedSerializer(state.users.derive("cookies"))
+            state.presence = Presence(settings.presence)
+            state.throttle = Throttle()
+            state.chat = await stack.enter_async_context(state.open_chat(app))
+            greet(state.url, await state.users.add_first())
+            yield
+    except START_ERRORS as error:
+        state.start_error = str(error)
+        raise
+
+
+@asynccontextmanager
+async def open_chat(app: Starlette) -> AsyncIterator[Chat]:
+    """Load the model that the settings name and chat with it."""
+    state = app.state
+    state.tokenizer, state.model = weights.load(state.settings)
+    async with Chat.running(state.tokenizer, state.model, state.settings) as chat:
+        yield chat
+
+
+def read_settings() -> Settings:
+    """The settings of this process: its environment, then `.env`. Raises SettingsError."""
+    config = Config(".env" if Path(".env").is_file() else None, os.environ, "PARLEY_")
+    return Settings.read(lambda name: config(name, default=None))
+
+
+def greet(url: str | None, secret: str | None) -> None:
+    """Tell whoever started the server how to get in; the one place where a secret shows."""
+    if secret:
+        print(f"\nThe first user is admin. The secret, shown this once: {secret}", file=sys.stderr)
+    if url:
+        print(f"Parley is ready. Open {url} and log in with your secret.\n", file=sys.stderr)
+
+
+class ShortStartErrors:
+    """ASGI middleware that makes one line of a failed start that the operator can mend; uvicorn logs it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_short(message: Message) -> None:
+            if message["type"] == "lifespan.startup.failed" and scope["app"].state.start_error:
+                message["message"] = scope["app"].state.start_error
+            await send(message)
+
+        await self.app(scope, receive, send_short if scope["type"] == "lifespan" else send)
+
+
+# Who is it
+
+
+class Refusal(Exception):
+    """A connection that may not be used; `code` closes a WebSocket, `status` answers HTTP."""
+
+    def __init__(self, code: int, status: int, name: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.status = status
+        self.name = name
+
+
+def too_many_failures() -> Refusal:
+    return Refusal(4429, 429, "too_many_failures", "too many failed logins from your address: wait a minute")
+
+
+async def user_with_secret(connection: HTTPConnection, secret: str) -> User:
+    """The user a secret belongs to; a wrong one counts against the address. Raises Refusal."""
+    state = connection.app.state
+    address = connection.client.host if connection.client else "local"
+    if state.throttle.blocked(address):
+        raise too_many_failures()
+    user: User | None = await state.users.find(secret, connection.query_params.get("userid"))
+    if user is None:
+        state.throttle.failed(address)
+        raise Refusal(4401, 401, "invalid_credentials", "authentication failed")
+    return user
+
+
+async def user_of(websocket: WebSocket) -> User:
+    """Whose WebSocket it is: by header, subprotocol, cookie or query, the first that is there. Raises Refusal."""
+    scheme, _, secret = websocket.headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        return await user_with_secret(websocket, secret.strip().encode("latin-1").decode(errors="replace"))
+    for protocol in websocket.scope["subprotocols"]:
+        if protocol.startswith("bearer."):
+            return await user_with_secret(websocket, unpadded_base64(protocol.removeprefix("bearer.")))
+    if user := await user_of_cookie(websocket):
+        if not same_origin(websocket):
+            raise Refusal(4403, 403, "origin_not_allowed", "this page's origin is not in PARLEY_ORIGINS")
+        if websocket.query_params.get("userid", user.id) == user.id:
+            return user
+    return await user_with_secret(websocket, websocket.query_params.get("secret", ""))
+
+
+def unpadded_base64(value: str) -> str:
+    """The text in base64url without padding; for anything else, text that is no secret."""
+    with suppress(ValueError):
+        return base64.urlsafe_b64decode(value + "=" * (-len(value) % 4)).decode()
+    return ""
+
+
+async def user_of_cookie(connection: HTTPConnection) -> User | None:
+    """The user of the session cookie, if it is ours, not too old, and its secret still good."""
+    state = connection.app.state
+    try:
+        user_id, stamp = state.cookies.loads(connection.cookies.get(COOKIE, ""), max_age=COOKIE_SECONDS)
+    except BadSignature:
+        return None
+    user: User | None = await state.users.signed_in(user_id, stamp)
+    return user
+
+
+def same_origin(connection: HTTPConnection) -> bool:
+    """Whether a browser's request comes from our own page, or one that the settings allow."""
+    origin = connection.headers.get("origin", "")
+    allowed: tuple[str, ...] = connection.app.state.settings.origins
+    return bool(origin) and (urlsplit(origin).netloc == connection.headers.get("host") or origin in allowed)
+
+
+# HTTP
+
+
+def page(request: Request, user: User | None, error: str | None = None, status: int = 200) -> Response:
+    """The chat for a user, the login form for anybody else."""
+    headers = {"Content-Security-Policy": "default-src 'self'", "Cache-Control": "no-store"}
+    context = {"user": user and user.id, "error": error, "model": request.app.state.chat.model_name}
+    return templates.TemplateResponse(request, "chat.html", context, status, headers)
+
+
+async def home(request: Request) -> Response:
+    return page(request, await user_of_cookie(request))
+
+
+async def login(request: Request) -> Response:
+    async with request.form() as form:
+        secret = str(form.get("secret", ""))
+    try:
+        if "origin" in request.headers and not same_origin(request):
+            raise Refusal(4403, 403, "origin_not_allowed", "this form came from another site")
+        user = await user_with_secret(request, secret.strip())
+    except Refusal as refusal:
+        return page(request, None, str(refusal), refusal.status)
+    state = request.app.state
+    response = RedirectResponse("/", 303)
+    response.set_cookie(
+        COOKIE,
+        state.cookies.dumps([user.id, state.users.stamp(user)]),
+        max_age=COOKIE_SECONDS,
+        httponly=True,
+        samesite="strict",
+        secure=request.url.scheme == "https",
+    )
+    return response
+
+
+async def logout(request: Request) -> Response:
+    response = RedirectResponse("/", 303)
+    response.delete_cookie(COOKIE, httponly=True, samesite="strict")
+    return response
+
+
+async def health(request: Request) -> Response:
+    return PlainTextResponse("ok")
+
+
+async def ready(request: Request) -> Response:
+    trouble: str | None = request.app.state.chat.trouble
+    return PlainTextResponse(trouble or "ready", 503 if trouble else 200)
+
+
+async def args(request: Request) -> Response:
+    state = request.app.state
+    return JSONResponse({"args": state.settings.public() | state.chat.arguments})
+
+
+# WebSocket
+
+
+class ChatSocket(WebSocketEndpoint):
+    """`/ws`: `chat.v1` where the client offers it, else plain text.
+
+    Starlette awaits `on_receive` inside its receive loop, so nothing here waits for a reply: sessions make
+    replies in tasks of their own, and one more task sends.
+    """
+
+    session: Session | PlainSession | None = None
+
+    async def dispatch(self) -> None:
+        self.reading = asyncio.current_task()
+        try:
+            await super().dispatch()
+        except asyncio.CancelledError:
+            if not self.writing.done():  # else it was `written`, and the client is just gone
+                raise
+
+    async def on_connect(self, websocket: WebSocket) -> None:
+        self.plain = "chat.v1" not in websocket.scope["subprotocols"]
+        await websocket.accept(None if self.plain else "chat.v1")
+        self.outbox = Outbox(websocket)
+        self.writing = asyncio.create_task(self.outbox.deliver())
+        self.writing.add_done_callback(self.written)
+        try:
+            await self.open_session(websocket)
+        except Refusal as refusal:
+            self.refuse(refusal)
+        except Exception:
+            self.give_up()
+
+    async def open_session(self, websocket: WebSocket) -> None:
+        state = websocket.app.state
+        self.user = (await user_of(websocket)).id
+        if state.presence.count(self.user) >= state.settings.sockets_per_user:
+            raise Refusal(4429, 429, "too_many_sockets", "you have too many connections open")
+        if self.plain:
+            self.session = PlainSession(state.chat, self.user, self.outbox.put)
+        else:
+            limits = {"frame_bytes": FRAME_BYTES, "responses": state.settings.responses_per_user}
+            self.session = Session(state.chat, self.user, limits, self.send_event)
+        state.presence.join(self.user, self.session.presence)
+
+    async def on_receive(self, websocket: WebSocket, data: str | bytes) -> None:
+        if self.session is None or self.outbox.closing:
+            return
+        try:
+            self.take(data)
+        except Exception:
+            self.give_up()
+        await asyncio.sleep(0)  # frames that came together are handed over without a pause: let others run
+
+    def take(self, data: str | bytes) -> None:
+        if len(data if isinstance(data, bytes) else data.encode()) > FRAME_BYTES:
+            self.outbox.close(1009, f"a frame may have {FRAME_BYTES} bytes")
+        elif isinstance(self.session, PlainSession):
+            if not self.session.receive(data if isinstance(data, str) else data.decode(errors="replace")):
+                self.outbox.close(1013, f"{WAITING} messages wait already")
+        elif self.session:
+            self.session.receive(data)
+            if self.session.bad_frames >= BAD_FRAMES:
+                self.outbox.close(4400, f"{BAD_FRAMES} bad frames in a row")
+
+    async def on_disconnect(self, websocket: WebSocket, close_code: int) -> None:
+        if self.session:
+            websocket.app.state.presence.leave(self.user, self.session.presence)
+            await self.session.close()
+        self.writing.cancel()
+
+    def refuse(self, refusal: Refusal) -> None:
+        if self.plain:
+            self.outbox.put(str(refusal))
+            self.outbox.close(1008 if refusal.code in (4401, 4403) else refusal.code, refusal.name)
+        else:
+            kind: events.ErrorType = "rate_limit_error" if refusal.code == 4429 else "authentication_error"
+            self.send_event(events.error(kind, refusal.name, str(refusal)))
+            self.outbox.close(refusal.code, refusal.name)
+
+    def give_up(self) -> None:
+        logger.exception("a bug in the handling of a WebSocket")
+        self.outbox.close(1011, "the server failed")
+
+    def send_event(self, event: events.Json) -> None:
+        self.outbox.put(json.dumps(event, ensure_ascii=False, separators=(",", ":")))
+
+    def written(self, writing: asyncio.Task[bool]) -> None:
+        """Nothing more can be sent: unless the client is about to answer our close, stop reading too."""
+        if not writing.cancelled() and (writing.exception() or not writing.result()) and self.reading:
+            self.reading.cancel()
+
+
+routes = [
+    Route("/", home),
+    Route("/login", login, methods=["POST"]),
+    Route("/logout", logout, methods=["POST"]),
+    Route("/health", health),
+    Route("/ready", ready),
+    Route("/args", args),
+    WebSocketRoute("/ws", ChatSocket),
+    Mount("/static", StaticFiles(directory=HERE / "templates" / "static"), name="static"),
+]
+
+
+def create_app(settings: Settings | None = None, open_chat: OpenChat = open_chat) -> Starlette:
+    """The app. Settings that are not given are read from the environment when it starts."""
+    app = Starlette(routes=routes, lifespan=lifespan, middleware=[Middleware(ShortStartErrors)])
+    app.state.settings = settings
+    app.state.open_chat = open_chat
+    app.state.url = None
+    app.state.start_error = None
+    return app
+
+
+app = create_app()
+
+
+# Command line
+
+
+@click.group(invoke_without_command=True)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", default=7777, show_default=True, help="Port to listen on.")
+@click.pass_context
+def main(context: click.Context, host: str, port: int) -> None:
+    """Serve a streaming chat with a language model."""
+    if context.invoked_subcommand is None:
+        app.state.url = f"http://{host}:{port}/"
+        config = uvicorn.Config(
+            app, host, port, ws_max_size=FRAME_BYTES, ws_per_message_deflate=False, access_log=False
+        )
+        try:
+            uvicorn.Server(config).run()
+        except KeyboardInterrupt:
+            pass
+        except SystemExit:
+            sys.exit(1)
+
+
+@main.group()
+def users() -> None:
+    """Who may chat."""
+
+
+@users.command()
+@click.argument("id")
+@click.option("--secret", help="The secret; one is made up and printed where it is left out.")
+def add(id: str, secret: str | None) -> None:
+    """Add a user."""
+    made = with_users(lambda users: users.add(id, secret))
+    click.echo(f"added {id}" if secret else f"added {id}; the secret, shown this once: {made}")
+
+
+@users.command("list")
+def list_users() -> None:
+    """List the users."""
+    for user in with_users(lambda users: users.all()):
+        click.echo(user.id)
+
+
+@users.command()
+@click.argument("id")
+def remove(id: str) -> None:
+    """Remove a user."""
+    with_users(lambda users: users.remove(id))
+    click.echo(f"removed {id}")
+
+
+def with_users(act: Callable[[Users], Awaitable[Any]]) -> Any:
+    """What `act` makes of the users of the settings."""
+
+    async def run() -> Any:
+        async with Users.opened(read_settings()) as users:
+            return await act(users)
+
+    try:
+        return asyncio.run(run())
+    except (SettingsError, UsersError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+if __name__ == "__main__":
+    main()

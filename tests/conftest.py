@@ -1,0 +1,78 @@
+"""What most tests stand on: a tiny tokenizer, tiny models, an app over them and a real server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from models.settings import Settings
+from server import create_app
+from tests.scripted import ScriptedChat
+from tests.serving import Served, serve
+from tests.tiny import opens_tiny, tiny_llama, tiny_tokenizer
+
+ANN, BOB = "ann's secret", "bob's secret"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_compute_thread() -> None:
+    """Tiny models gain nothing from more threads, and the machine has few."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def llama() -> PreTrainedModel:
+    return tiny_llama()
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    """Two users, ann and bob, and little of everything."""
+    return Settings(context=256, slots=4, data=tmp_path / "data", users={"ann": ANN, "bob": BOB})
+
+
+@pytest.fixture
+def app(settings: Settings) -> Starlette:
+    """The app over a tiny model with random weights."""
+    return create_app(settings, opens_tiny)
+
+
+@pytest.fixture
+def client(app: Starlette) -> Iterator[TestClient]:
+    with TestClient(app) as client:
+        yield client
+
+
+@pytest.fixture
+def served(app: Starlette) -> Iterator[Served]:
+    """The app behind a real uvicorn."""
+    with serve(app) as served:
+        yield served
+
+
+@pytest.fixture
+def scripted() -> ScriptedChat:
+    return ScriptedChat()
+
+
+@pytest.fixture
+def scripted_server(settings: Settings, scripted: ScriptedChat) -> Iterator[Served]:
+    """A real uvicorn whose model says what the test wants."""
+    with serve(create_app(settings, scripted.opened)) as served:
+        yield served

@@ -1,0 +1,68 @@
+"""A chat that says what a test wants, when the test wants it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import anyio
+from starlette.applications import Starlette
+
+from models.admission import Admission
+from models.chat import Delta, Done, Event, Queued, Started, Usage
+from models.conversations import Message
+from models.options import Options
+
+
+class ScriptedChat:
+    """Stands in for `Chat`: the reply to "say X" is X, and to "wait X" is X and then nothing until `release`.
+
+    "queue" waits in second and first place before it answers, "break" fails in the middle. `heard` has every
+    call, `running` counts replies that are being made.
+    """
+
+    model_name = "scripted"
+    context = 4096
+    trouble: str | None = None
+
+    def __init__(self) -> None:
+        self.defaults = Options()
+        self.arguments: dict[str, Any] = {"model": self.model_name}
+        self.admission = Admission(slots=100, queue=0, per_user=100)
+        self.heard: list[tuple[list[Message], Options]] = []
+        self.running = 0
+        self._released = anyio.Event()
+
+    @asynccontextmanager
+    async def opened(self, app: Starlette) -> AsyncIterator[Any]:
+        """What `create_app` takes as `open_chat`."""
+        yield self
+
+    def release(self) -> None:
+        """Let the replies to "wait ..." go on. Call it in the event loop."""
+        self._released.set()
+        self._released = anyio.Event()
+
+    async def reply(self, user: str, messages: Sequence[Message], options: Options) -> AsyncGenerator[Event, None]:
+        ticket = self.admission.enter(user)
+        self.running += 1
+        self.heard.append((list(messages), options))
+        order, _, text = messages[-1]["content"].partition(" ")
+        usage = Usage(input_tokens=len(messages))
+        try:
+            yield Started(usage)
+            if order == "queue":
+                yield Queued(2)
+                yield Queued(1)
+            for start in range(0, len(text), 4):
+                usage.output_tokens += 1
+                yield Delta(text[start : start + 4])
+            if order == "wait":
+                await self._released.wait()
+            if order == "break":
+                raise RuntimeError("the script says so")
+            yield Done("stop")
+        finally:
+            self.running -= 1
+            self.admission.leave(ticket)
