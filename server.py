@@ -16,7 +16,6 @@ from urllib.parse import urlsplit
 
 import click
 import uvicorn
-from itsdangerous import BadSignature, URLSafeTimedSerializer
 from starlette.applications import Starlette
 from starlette.config import Config
 from starlette.endpoints import WebSocketEndpoint
@@ -31,24 +30,21 @@ from starlette.websockets import WebSocket
 
 from models import events, weights
 from models.chat import Chat
-from models.kv_cache import CacheTooLarge, UnsupportedModel
 from models.outbox import Outbox
-from models.plain import WAITING, PlainSession
+from models.plain import PlainSession
 from models.presence import Presence
 from models.redaction import redacted
 from models.session import Session
-from models.settings import Settings, SettingsError
+from models.settings import Settings, StartError
 from models.throttle import Throttle
-from models.users import User, Users, UsersError
+from models.users import TICKET_SECONDS, User, Users
 
 logger = logging.getLogger("parley")
 
 HERE = Path(__file__).parent
 COOKIE = "parley_session"
-COOKIE_SECONDS = 14 * 24 * 3600
 FRAME_BYTES = 2**20
-BAD_FRAMES = 20  # in a row
-START_ERRORS = (SettingsError, UsersError, weights.ModelError, UnsupportedModel, CacheTooLarge)
+UVICORN_FRAME_BYTES = 4 * FRAME_BYTES  # it drops the connection in mid frame, and 1009 is often lost with it
 
 OpenChat = Callable[[Starlette], AbstractAsyncContextManager[Chat]]
 
@@ -67,13 +63,12 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
             stack.enter_context(redacted())
             state.settings = settings = state.settings or read_settings()
             state.users = await stack.enter_async_context(Users.opened(settings))
-            state.cookies = URLSafeTimedSerializer(state.users.derive("cookies"))
             state.presence = Presence(settings.presence)
             state.throttle = Throttle()
             state.chat = await stack.enter_async_context(state.open_chat(app))
             greet(state.url, await state.users.add_first())
             yield
-    except START_ERRORS as error:
+    except StartError as error:
         state.start_error = str(error)
         raise
 
@@ -129,16 +124,12 @@ class Refusal(Exception):
         self.name = name
 
 
-def too_many_failures() -> Refusal:
-    return Refusal(4429, 429, "too_many_failures", "too many failed logins from your address: wait a minute")
-
-
 async def user_with_secret(connection: HTTPConnection, secret: str) -> User:
     """The user a secret belongs to; a wrong one counts against the address. Raises Refusal."""
     state = connection.app.state
     address = connection.client.host if connection.client else "local"
     if state.throttle.blocked(address):
-        raise too_many_failures()
+        raise Refusal(4429, 429, "too_many_failures", "too many failed logins from your address: wait a minute")
     user: User | None = await state.users.find(secret, connection.query_params.get("userid"))
     if user is None:
         state.throttle.failed(address)
@@ -159,7 +150,9 @@ async def user_of(websocket: WebSocket) -> User:
             raise Refusal(4403, 403, "origin_not_allowed", "this page's origin is not in PARLEY_ORIGINS")
         if websocket.query_params.get("userid", user.id) == user.id:
             return user
-    return await user_with_secret(websocket, websocket.query_params.get("secret", ""))
+    if secret := websocket.query_params.get("secret", ""):
+        return await user_with_secret(websocket, secret)
+    raise Refusal(4401, 401, "invalid_credentials", "authentication failed")
 
 
 def unpadded_base64(value: str) -> str:
@@ -170,13 +163,8 @@ def unpadded_base64(value: str) -> str:
 
 
 async def user_of_cookie(connection: HTTPConnection) -> User | None:
-    """The user of the session cookie, if it is ours, not too old, and its secret still good."""
-    state = connection.app.state
-    try:
-        user_id, stamp = state.cookies.loads(connection.cookies.get(COOKIE, ""), max_age=COOKIE_SECONDS)
-    except BadSignature:
-        return None
-    user: User | None = await state.users.signed_in(user_id, stamp)
+    """The user of the session cookie, while it is good."""
+    user: User | None = await connection.app.state.users.of_ticket(connection.cookies.get(COOKIE, ""))
     return user
 
 
@@ -210,21 +198,14 @@ async def login(request: Request) -> Response:
         user = await user_with_secret(request, secret.strip())
     except Refusal as refusal:
         return page(request, None, str(refusal), refusal.status)
-    state = request.app.state
-    response = RedirectResponse("/", 303)
-    response.set_cookie(
-        COOKIE,
-        state.cookies.dumps([user.id, state.users.stamp(user)]),
-        max_age=COOKIE_SECONDS,
-        httponly=True,
-        samesite="strict",
-        secure=request.url.scheme == "https",
-    )
+    response = RedirectResponse("./", 303)
+    ticket, secure = request.app.state.users.ticket(user), request.url.scheme == "https"
+    response.set_cookie(COOKIE, ticket, TICKET_SECONDS, httponly=True, samesite="strict", secure=secure)
     return response
 
 
 async def logout(request: Request) -> Response:
-    response = RedirectResponse("/", 303)
+    response = RedirectResponse("./", 303)
     response.delete_cookie(COOKIE, httponly=True, samesite="strict")
     return response
 
@@ -243,6 +224,15 @@ async def args(request: Request) -> Response:
     return JSONResponse({"args": state.settings.public() | state.chat.arguments})
 
 
+class FreshStaticFiles(StaticFiles):
+    """Static files that browsers ask after each time, so that no old script runs beside a new one."""
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        response = await super().get_response(path, scope)
+        response.headers["Cache-Control"] = "no-cache"
+        return response
+
+
 # WebSocket
 
 
@@ -254,13 +244,14 @@ class ChatSocket(WebSocketEndpoint):
     """
 
     session: Session | PlainSession | None = None
+    gone = False
 
     async def dispatch(self) -> None:
         self.reading = asyncio.current_task()
         try:
             await super().dispatch()
         except asyncio.CancelledError:
-            if not self.writing.done():  # else it was `written`, and the client is just gone
+            if not self.gone:
                 raise
 
     async def on_connect(self, websocket: WebSocket) -> None:
@@ -292,21 +283,13 @@ class ChatSocket(WebSocketEndpoint):
         if self.session is None or self.outbox.closing:
             return
         try:
-            self.take(data)
+            if len(data if isinstance(data, bytes) else data.encode()) > FRAME_BYTES:
+                self.outbox.close(1009, f"a frame may have {FRAME_BYTES} bytes")
+            elif close := self.session.receive(data):
+                self.outbox.close(*close)
         except Exception:
             self.give_up()
         await asyncio.sleep(0)  # frames that came together are handed over without a pause: let others run
-
-    def take(self, data: str | bytes) -> None:
-        if len(data if isinstance(data, bytes) else data.encode()) > FRAME_BYTES:
-            self.outbox.close(1009, f"a frame may have {FRAME_BYTES} bytes")
-        elif isinstance(self.session, PlainSession):
-            if not self.session.receive(data if isinstance(data, str) else data.decode(errors="replace")):
-                self.outbox.close(1013, f"{WAITING} messages wait already")
-        elif self.session:
-            self.session.receive(data)
-            if self.session.bad_frames >= BAD_FRAMES:
-                self.outbox.close(4400, f"{BAD_FRAMES} bad frames in a row")
 
     async def on_disconnect(self, websocket: WebSocket, close_code: int) -> None:
         if self.session:
@@ -333,6 +316,7 @@ class ChatSocket(WebSocketEndpoint):
     def written(self, writing: asyncio.Task[bool]) -> None:
         """Nothing more can be sent: unless the client is about to answer our close, stop reading too."""
         if not writing.cancelled() and (writing.exception() or not writing.result()) and self.reading:
+            self.gone = True
             self.reading.cancel()
 
 
@@ -344,7 +328,7 @@ routes = [
     Route("/ready", ready),
     Route("/args", args),
     WebSocketRoute("/ws", ChatSocket),
-    Mount("/static", StaticFiles(directory=HERE / "templates" / "static"), name="static"),
+    Mount("/static", FreshStaticFiles(directory=HERE / "templates" / "static"), name="static"),
 ]
 
 
@@ -371,9 +355,10 @@ app = create_app()
 def main(context: click.Context, host: str, port: int) -> None:
     """Serve a streaming chat with a language model."""
     if context.invoked_subcommand is None:
+        app = create_app()
         app.state.url = f"http://{host}:{port}/"
         config = uvicorn.Config(
-            app, host, port, ws_max_size=FRAME_BYTES, ws_per_message_deflate=False, access_log=False
+            app, host, port, ws_max_size=UVICORN_FRAME_BYTES, ws_per_message_deflate=False, access_log=False
         )
         try:
             uvicorn.Server(config).run()
@@ -421,7 +406,7 @@ def with_users(act: Callable[[Users], Awaitable[Any]]) -> Any:
 
     try:
         return asyncio.run(run())
-    except (SettingsError, UsersError) as error:
+    except StartError as error:
         raise click.ClickException(str(error)) from error
 
 

@@ -27,10 +27,11 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """The text that this token makes certain, often none."""
-        if token_id in self._special:
+        token = self._tokenizer.convert_ids_to_tokens(token_id)
+        if token_id in self._special or not isinstance(token, str):  # None: beyond the vocabulary, as padding is
             return ""
         self._window.append(token_id)
-        if self._is_byte(token_id):
+        if re.fullmatch("<0x[0-9A-F]{2}>", token):
             return ""
         text = self._decode()
         certain = text.removesuffix(UNDECODABLE)
@@ -49,10 +50,6 @@ class Detokenizer:
 
     def _decode(self) -> str:
         return str(self._tokenizer.decode(self._window, clean_up_tokenization_spaces=False))
-
-    def _is_byte(self, token_id: int) -> bool:
-        token = self._tokenizer.convert_ids_to_tokens(token_id)
-        return isinstance(token, str) and re.fullmatch("<0x[0-9A-F]{2}>", token) is not None
 
 
 class StopStrings:

@@ -90,8 +90,9 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _short(error: Exception) -> str:
-    return str(error).encode(errors="replace").decode()[:200]
+def _short(words: object) -> str:
+    """Words about what a client sent, fit to be sent back."""
+    return str(words).encode(errors="replace").decode()[:200]
 
 
 def _object(event: Json, name: str) -> Json:
@@ -122,7 +123,7 @@ def _options(values: Json, param: str) -> Mapping[str, Any]:
         try:
             check(name, value)
         except InvalidOption as invalid:
-            raise InvalidEvent("invalid_value", _short(invalid), f"{param}.{name}"[:256]) from None
+            raise InvalidEvent("invalid_value", _short(invalid), _short(f"{param}.{name}")) from None
     return values
 
 
@@ -136,12 +137,13 @@ def _response_create(event_id: str | None, response: Json) -> ResponseCreate:
 
 
 def _messages(value: Any) -> list[Message]:
-    turns = [{"role": "user", "content": value}] if isinstance(value, str) else value
-    if not isinstance(turns, list) or not turns:
+    if isinstance(value, str):
+        return [{"role": "user", "content": _said(value, "response.input")}]
+    if not isinstance(value, list) or not value:
         raise InvalidEvent(
             "invalid_value", "response.input must be a string or a list of {role, content}, not empty", "response.input"
         )
-    return [_message(turn, f"response.input[{index}]") for index, turn in enumerate(turns)]
+    return [_message(turn, f"response.input[{index}]") for index, turn in enumerate(value)]
 
 
 def _message(turn: Any, param: str) -> Message:
@@ -149,12 +151,16 @@ def _message(turn: Any, param: str) -> Message:
         raise InvalidEvent("invalid_value", f"{param} must be an object of role and content", param)
     if turn["role"] not in ("system", "user", "assistant"):
         raise InvalidEvent("invalid_value", f"{param}.role must be system, user or assistant", f"{param}.role")
+    return {"role": turn["role"], "content": _said(turn["content"], f"{param}.content")}
+
+
+def _said(value: Any, param: str) -> str:
     try:
-        if not text(turn["content"]).strip():
-            raise ValueError("nothing said")
+        if text(value).strip():
+            return text(value)
     except ValueError:
-        raise InvalidEvent("invalid_value", f"{param}.content must be text, not empty", f"{param}.content") from None
-    return {"role": turn["role"], "content": turn["content"]}
+        pass
+    raise InvalidEvent("invalid_value", f"{param} must be text, not empty", param)
 
 
 # Server events

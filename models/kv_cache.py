@@ -12,15 +12,22 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from models.settings import StartError
+
 ATTENTION = "parley_slots"
 
 
-class CacheTooLarge(Exception):
+class CacheTooLarge(StartError):
     """The device has no room for the slots; the message says what to lower."""
 
 
-class UnsupportedModel(Exception):
-    """The model's attention cannot run on this cache; the message says what it does that is not known here."""
+class UnsupportedModel(StartError):
+    """The model's attention cannot run on this cache; `why` says what it does that is not known here."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(
+            f"the model cannot run on this engine: {why}; choose a decoder-only model with plain attention"
+        )
 
 
 class KVCache:

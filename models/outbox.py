@@ -36,10 +36,10 @@ class Outbox:
         """Send a text after those before it."""
         if self.closing:
             return
-        self._unsent += len(text.encode())
-        self._items.put_nowait((self._now(), text))
         if self._unsent > self._limit and self._sending and not self._sending.expired():
             self._sending.reschedule(self._now())
+        self._unsent += len(text.encode())
+        self._items.put_nowait((self._now(), text))
 
     def close(self, code: int, reason: str) -> None:
         """Close after what was put in before; nothing put in later is sent."""
@@ -53,22 +53,27 @@ class Outbox:
         Raises what the client's methods raise once it has left.
         """
         try:
-            while True:
-                put_at, item = await self._items.get()
-                async with asyncio.timeout_at(put_at + self._seconds) as self._sending:
-                    if not isinstance(item, str):
-                        await self._client.close(*item)
-                        return True
-                    await self._client.send_text(item)
-                self._sending = None
-                self._unsent -= len(item.encode())
+            await self._deliver_all()
+            return True
         except TimeoutError:
-            self.closing = True
+            pass
+        finally:
+            self.closing, self._sending = True, None
         with suppress(TimeoutError):
             async with asyncio.timeout(self._seconds / 3):  # it sees this if it begins to read after all
                 await self._client.close(1013, "what is sent to you is not read")
                 return True
         return False
+
+    async def _deliver_all(self) -> None:
+        while True:
+            put_at, item = await self._items.get()
+            async with asyncio.timeout_at(put_at + self._seconds) as self._sending:
+                if not isinstance(item, str):
+                    return await self._client.close(*item)
+                await self._client.send_text(item)
+            self._sending = None
+            self._unsent -= len(item.encode())
 
     @staticmethod
     def _now() -> float:

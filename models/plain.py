@@ -30,14 +30,15 @@ class PlainSession:
         self._notices: list[str] = []
         self._task = asyncio.create_task(self._answer_all())
 
-    def receive(self, message: str) -> bool:
-        """Answer a message in its turn. False: too many wait already."""
+    def receive(self, frame: str | bytes) -> tuple[int, str] | None:
+        """Answer a message in its turn. A code and a reason: close, too many wait already."""
+        message = frame if isinstance(frame, str) else frame.decode(errors="replace")
         if message.strip():
             try:
                 self._inbox.put_nowait(message)
             except asyncio.QueueFull:
-                return False
-        return True
+                return 1013, f"{WAITING} messages wait already"
+        return None
 
     def presence(self, change: Literal["joined", "left"], user: str) -> None:
         """Tell who left, between replies."""

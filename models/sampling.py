@@ -63,15 +63,18 @@ class Sampler:
 
     def _draw(self, logits: Tensor, slot: Tensor, uniform: Tensor) -> Tensor:
         """Temperature, then top-k, then top-p (Holtzman et al. 2019, arXiv 1904.09751), then the inverse CDF."""
-        scaled = logits / self.temperature[slot, None]
+        # Less the largest, so that a tiny temperature cannot overflow.
+        scaled = (logits - logits.amax(-1, keepdim=True)) / self.temperature[slot, None]
         scaled, order = scaled.sort(dim=-1, descending=True, stable=True)  # (rows, vocabulary)
         rank = torch.arange(scaled.shape[-1], device=self.device)
         top_k = self.top_k[slot, None]
         scaled = scaled.masked_fill((top_k > 0) & (rank >= top_k), -torch.inf)
-        probability = scaled.softmax(-1, dtype=torch.float64)
+        probability = scaled.softmax(-1)
         before = probability.cumsum(-1) - probability
         probability = probability.masked_fill((before >= self.top_p[slot, None]) & (rank > 0), 0)
         cumulative = probability.cumsum(-1)
-        target = uniform.to(cumulative)[:, None] * cumulative[:, -1:]
-        index = torch.searchsorted(cumulative, target, right=True).clamp_(max=scaled.shape[-1] - 1)
+        target = uniform[:, None] * cumulative[:, -1:]
+        # Rounding can lift the target to the sum itself, past the last token that is left.
+        last = (probability > 0).sum(-1, keepdim=True) - 1
+        index = torch.searchsorted(cumulative, target, right=True).minimum(last)
         return order.gather(-1, index).squeeze(-1)

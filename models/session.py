@@ -20,6 +20,8 @@ from models.events import ClientEvent, InvalidEvent, Json, ResponseCancel, Respo
 
 logger = logging.getLogger("parley")
 
+BAD_FRAMES = 20  # in a row
+
 
 @dataclass(eq=False)
 class Response:
@@ -46,7 +48,7 @@ class Session:
     """
 
     def __init__(self, chat: Chat, user: str, limits: Json, send: Callable[[Json], None]) -> None:
-        self.bad_frames = 0  # in a row
+        self._bad_frames = 0  # in a row
         self._chat = chat
         self._user = user
         self._limits = limits
@@ -57,16 +59,17 @@ class Session:
         self._responses: dict[str, asyncio.Task[None]] = {}
         send(events.session("created", self._description()))
 
-    def receive(self, frame: str | bytes) -> None:
-        """Act on one frame; what is wrong with it is told to the client."""
+    def receive(self, frame: str | bytes) -> tuple[int, str] | None:
+        """Act on one frame; what is wrong with it is told to the client. A code and a reason: close."""
         try:
             event = events.parse(frame)
-            self.bad_frames = 0
         except InvalidEvent as invalid:
-            self.bad_frames += 1
             self._refuse(invalid.code, invalid.message, invalid.event_id, invalid.param)
-        else:
-            self._act(event)
+            self._bad_frames += 1
+            return (4400, f"{BAD_FRAMES} bad frames in a row") if self._bad_frames == BAD_FRAMES else None
+        self._bad_frames = 0
+        self._act(event)
+        return None
 
     def presence(self, change: Literal["joined", "left"], user: str) -> None:
         """Tell the client who came or went."""

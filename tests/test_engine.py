@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BloomConfig, Gemma2Config, GptOssConfig, PreTrainedModel
+
+from models.engine import Engine, Sequence
+from models.kv_cache import UnsupportedModel
+from models.sampling import Sampling
+from tests.tiny import SHAPE, tiny_gemma3, tiny_llama, tiny_model, tiny_qwen3
+
+
+def tiny_gemma2() -> PreTrainedModel:
+    """Soft-capped scores, every other layer with a window."""
+    return tiny_model(Gemma2Config(**SHAPE, sliding_window=12, query_pre_attn_scalar=16, attn_logit_softcapping=5.0))
+
+
+def tiny_gpt_oss() -> PreTrainedModel:
+    """Attention sinks, and a mixture of experts."""
+    layers = ["sliding_attention", "full_attention", "sliding_attention"]
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1}
+    return tiny_model(GptOssConfig(**SHAPE, sliding_window=12, layer_types=layers, rope_parameters=rope, **experts))
+
+
+def prompts(*lengths: int) -> list[list[int]]:
+    source = random.Random(5)
+    return [[source.randrange(3, SHAPE["vocab_size"]) for _ in range(length)] for length in lengths]
+
+
+def generated(model: PreTrainedModel, prompt: list[int], tokens: int, **options: float) -> list[int]:
+    """What transformers itself makes of a prompt, greedily."""
+    model.set_attn_implementation("eager")
+    ids = model.generate(
+        torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0, **options
+    )
+    return [int(token) for token in ids[0, len(prompt) :]]
+
+
+def run(engine: Engine, sequences: Iterable[Sequence], every: int = 1) -> dict[Sequence, list[int]]:
+    """Step until all are done; one sequence joins every so many steps, as soon as a slot is free."""
+    waiting, replies, steps = list(sequences), {}, 0
+    while waiting or not engine.idle:
+        if waiting and engine.free_slots and steps % every == 0:
+            engine.add(waiting[0])
+            replies[waiting.pop(0)] = []
+        for token in engine.step():
+            replies[token.sequence].append(token.id)
+        steps += 1
+    return replies
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_qwen3, tiny_gemma3, tiny_gemma2, tiny_gpt_oss])
+def test_greedy_replies_of_sequences_that_join_at_different_steps_equal_generate(
+    make: Callable[[], PreTrainedModel],
+) -> None:
+    model = make()
+    asked = prompts(5, 40, 17, 33, 50, 8, 29, 21)
+    expected = [generated(model, prompt, 24) for prompt in asked]
+    sequences = [Sequence(prompt, Sampling(), 24) for prompt in asked]
+    replies = run(Engine(model, slots=6, context=96, prefill_chunk=16), sequences, every=3)
+    assert [replies[sequence] for sequence in sequences] == expected
+    assert len({token for reply in expected for token in reply}) > 10
+
+
+def test_a_repetition_penalty_counts_prompt_and_reply_as_generate_does() -> None:
+    model, (prompt,) = tiny_llama(), prompts(20)
+    expected = generated(model, prompt, 30, repetition_penalty=1.4)
+    sequence = Sequence(prompt, Sampling(repetition_penalty=1.4), 30)
+    assert run(Engine(model, 2, 96), [sequence])[sequence] == expected
+    assert expected != generated(model, prompt, 30)
+
+
+def test_a_seeded_reply_is_the_same_alone_and_among_seven_others(llama: PreTrainedModel) -> None:
+    first, *others = prompts(30, 5, 40, 17, 33, 50, 8, 29)
+    sampling = Sampling(temperature=1.0, top_p=0.95, top_k=50, repetition_penalty=1.1)
+
+    def seeded() -> Sequence:
+        return Sequence(first, sampling, 32, seed=11)
+
+    engine = Engine(llama, slots=8, context=128, prefill_chunk=16)
+    alone, among = seeded(), seeded()
+    reply = run(engine, [alone])[alone]
+    company = [Sequence(prompt, Sampling(temperature=1.5), 40, seed=index) for index, prompt in enumerate(others)]
+    assert run(engine, [*company[:4], among, *company[4:]], every=2)[among] == reply
+    other_seed = Sequence(first, sampling, 32, seed=12)
+    assert run(engine, [other_seed])[other_seed] != reply
+
+
+def test_running_sequences_get_a_token_in_every_step_while_a_long_prompt_is_read(llama: PreTrainedModel) -> None:
+    engine = Engine(llama, slots=2, context=256, prefill_chunk=16)
+    short, long = (Sequence(prompt, Sampling(), 100) for prompt in prompts(4, 160))
+    engine.add(short)
+    engine.step()
+    engine.add(long)
+    reading = [engine.step() for _ in range(9)]
+    assert all([token.sequence for token in step] == [short] for step in reading)
+    assert {token.sequence for token in engine.step()} == {short, long}
+
+
+def test_one_step_reads_several_short_prompts(llama: PreTrainedModel) -> None:
+    engine = Engine(llama, slots=4, context=64, prefill_chunk=32)
+    sequences = [Sequence(prompt, Sampling(), 5) for prompt in prompts(8, 8, 8)]
+    for sequence in sequences:
+        engine.add(sequence)
+    assert {token.sequence for token in engine.step()} == set(sequences)
+
+
+def test_cancel_frees_the_slot_at_once_while_prefilling_and_while_decoding(llama: PreTrainedModel) -> None:
+    engine = Engine(llama, slots=2, context=128, prefill_chunk=16)
+    decoding, prefilling = (Sequence(prompt, Sampling(), 50) for prompt in prompts(4, 100))
+    engine.add(decoding)
+    engine.add(prefilling)
+    engine.step()
+    engine.cancel(prefilling)
+    assert engine.free_slots == 1
+    engine.cancel(decoding)
+    assert engine.idle
+    assert engine.step() == []
+    engine.cancel(decoding)
+    assert engine.free_slots == 2
+
+
+def test_a_slot_that_was_used_before_gives_the_same_reply(llama: PreTrainedModel) -> None:
+    engine = Engine(llama, slots=1, context=128)
+    long, short, again = (Sequence(prompt, Sampling(), 20) for prompt in [*prompts(90, 6), prompts(90, 6)[1]])
+    run(engine, [long])
+    fresh = Engine(llama, slots=1, context=128)
+    assert run(engine, [short])[short] == run(fresh, [again])[again]
+
+
+def test_a_sequence_ends_at_a_stop_token_its_limit_or_the_context(llama: PreTrainedModel) -> None:
+    engine = Engine(llama, slots=3, context=64)
+    (prompt,) = prompts(40)
+    free = Sequence(prompt, Sampling(), 100)
+    reply = run(engine, [free])[free]
+    assert len(prompt) + len(reply) == 64
+    endings = {}
+    stopped = Sequence(prompt, Sampling(), 100, stop_ids=frozenset([reply[5]]))
+    limited = Sequence(prompt, Sampling(), 3)
+    full = Sequence(prompt, Sampling(), 100)
+    for sequence in (stopped, limited, full):
+        engine.add(sequence)
+    while not engine.idle:
+        endings.update({token.sequence: token.finish for token in engine.step() if token.finish})
+    assert endings == {stopped: "stop", limited: "max_output_tokens", full: "context_length"}
+    assert stopped.generated == reply.index(reply[5]) + 1
+
+
+def test_a_model_whose_attention_cannot_be_replaced_is_refused() -> None:
+    bloom = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=256, hidden_size=32, n_layer=2, n_head=2))
+    with pytest.raises(UnsupportedModel):
+        Engine(bloom.eval(), slots=2, context=64)
+
+
+def test_a_model_with_layers_of_an_unknown_kind_is_refused_by_name(llama: PreTrainedModel) -> None:
+    model = tiny_llama()
+    model.config.layer_types = ["full_attention", "chunked_attention", "full_attention"]
+    with pytest.raises(UnsupportedModel, match="chunked_attention"):
+        Engine(model, slots=2, context=64)

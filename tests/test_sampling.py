@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from models.sampling import Sampler, Sampling
+
+VOCABULARY = 60
+PROMPT = [3, 1, 4, 1, 5, 9]
+LARGEST = 1 - 2**-53  # what random.random() gives at most
+
+
+def random_logits(rows: int = 1, seed: int = 0) -> Tensor:
+    return torch.randn(rows, VOCABULARY, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def drawn(logits: Tensor, sampling: Sampling, uniforms: list[float], prompt: list[int] | None = None) -> list[int]:
+    """The next token for each of some random numbers, each after the same prompt and logits."""
+    sampler = Sampler(len(uniforms), VOCABULARY, torch.device("cpu"))
+    for slot in range(len(uniforms)):
+        sampler.place(slot, sampling, prompt or PROMPT)
+    return sampler.sample(logits.expand(len(uniforms), -1), list(range(len(uniforms))), uniforms)
+
+
+def expected_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Those that transformers draws by."""
+    processors: list[LogitsProcessor] = [
+        RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty),
+        TemperatureLogitsWarper(sampling.temperature),
+    ]
+    if sampling.top_k:
+        processors.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        processors.append(TopPLogitsWarper(sampling.top_p))
+    processed: Tensor = LogitsProcessorList(processors)(torch.tensor([PROMPT]), logits)  # type: ignore[arg-type]
+    return processed.softmax(-1)[0]
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(1.0),
+        Sampling(0.45, top_p=0.9, repetition_penalty=1.1),
+        Sampling(1.5, top_k=7),
+        Sampling(2.0, top_p=0.5),
+        Sampling(0.7, top_p=0.95, top_k=20, repetition_penalty=2.0),
+        Sampling(1.0, top_k=1000, repetition_penalty=0.5),
+        Sampling(1.0, top_p=1e-9),
+    ],
+)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_tokens_come_as_often_as_with_transformers_and_no_others(sampling: Sampling, seed: int) -> None:
+    logits, draws = random_logits(seed=seed), 4000
+    uniforms = [(index + 0.5) / draws for index in range(draws)]
+    counts = torch.bincount(torch.tensor(drawn(logits, sampling, uniforms)), minlength=VOCABULARY)
+    expected = expected_probabilities(logits, sampling)
+    assert not counts[expected == 0].any()
+    assert counts[expected > 1 / draws].all()
+    assert (counts / draws - expected).abs().max() < 1.5 / draws
+
+
+@pytest.mark.parametrize("sampling", [Sampling(1.0, top_k=3), Sampling(1.0, top_p=0.5), Sampling(2.0, top_k=50)])
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-24, 1 - 2**-30, LARGEST])
+def test_no_random_number_draws_a_token_that_was_cut_off(sampling: Sampling, uniform: float) -> None:
+    logits = random_logits()
+    kept = expected_probabilities(logits, sampling).nonzero()[:, 0].tolist()
+    assert drawn(logits, sampling, [uniform])[0] in kept
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
+    logits = torch.full((1, VOCABULARY), -torch.inf)
+    logits[0, [7, 8, 9, 10]] = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
+    grid = [index / 100 for index in range(100)]
+    for top_p, kept in ((0.3, {7}), (0.5, {7, 8}), (0.75, {7, 8, 9}), (0.95, {7, 8, 9, 10})):
+        assert set(drawn(logits, Sampling(1.0, top_p=top_p), grid, prompt=[0])) == kept
+
+
+@pytest.mark.parametrize(("top_p", "kept"), [(0.25, 1), (0.5, 2), (0.51, 3), (1.0, 4)])
+def test_top_p_keeps_no_more_where_a_set_reaches_it_exactly(top_p: float, kept: int) -> None:
+    logits = torch.full((1, VOCABULARY), -torch.inf)
+    logits[0, :4] = 1.0
+    assert len(set(drawn(logits, Sampling(1.0, top_p=top_p), [n / 50 for n in range(50)]))) == kept
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(0.0),
+        Sampling(0.0, top_p=0.5, top_k=5),
+        Sampling(1.5, top_k=1),
+        Sampling(1.5, top_p=1e-6),
+        *(Sampling(temperature, top_p=0.9) for temperature in (1e-6, 1e-30, 1e-38, 1e-45, 1e-300)),
+    ],
+)
+@pytest.mark.parametrize("uniform", [0.0, 0.5, LARGEST])
+def test_greedy_and_what_comes_down_to_it_take_the_likeliest_token(sampling: Sampling, uniform: float) -> None:
+    logits = random_logits(rows=20)
+    for row in logits:
+        assert drawn(row[None], sampling, [uniform]) == [int(row.argmax())]
+
+
+parameters = strategies.builds(
+    Sampling,
+    strategies.floats(0, 2),
+    strategies.floats(0, 1, exclude_min=True),
+    strategies.integers(0, 2**31),
+    strategies.floats(0, 2, exclude_min=True),
+)
+numbers = strategies.floats(0, 1, exclude_max=True)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    strategies.lists(strategies.tuples(parameters, numbers), min_size=8, max_size=8), strategies.permutations(range(8))
+)
+def test_a_draw_depends_on_its_own_row_only(rows: list[tuple[Sampling, float]], slots: list[int]) -> None:
+    logits = random_logits(rows=8)
+    together = Sampler(8, VOCABULARY, torch.device("cpu"))
+    for slot, (sampling, _) in zip(slots, rows, strict=True):
+        together.place(slot, sampling, PROMPT)
+    tokens = together.sample(logits, slots, [uniform for _, uniform in rows])
+    assert tokens == [drawn(logits[[row]], sampling, [uniform])[0] for row, (sampling, uniform) in enumerate(rows)]
+    assert all(0 <= token < VOCABULARY for token in tokens)
+
+
+def test_larger_random_numbers_draw_less_likely_tokens() -> None:
+    logits = random_logits()
+    probabilities = [float(logits[0, token]) for token in drawn(logits, Sampling(1.0), [n / 50 for n in range(50)])]
+    assert all(before >= after for before, after in pairwise(probabilities))
+
+
+def test_the_repetition_penalty_covers_the_prompt_and_what_was_generated() -> None:
+    logits = torch.zeros(1, VOCABULARY)
+    logits[0, [5, 6, 7, 8]] = torch.tensor([4.0, 3.9, 3.8, 3.7])
+    sampler = Sampler(1, VOCABULARY, torch.device("cpu"))
+    sampler.place(0, Sampling(repetition_penalty=2.0), [5])
+    assert [sampler.sample(logits, [0], [0.5])[0] for _ in range(4)] == [6, 7, 8, 5]
+
+
+@pytest.mark.parametrize(("penalty", "token"), [(2.0, 6), (1.0, 5), (0.5, 5)])
+def test_the_penalty_makes_a_repetition_less_likely_whatever_the_sign(penalty: float, token: int) -> None:
+    logits = torch.full((1, VOCABULARY), -9.0)
+    logits[0, 5], logits[0, 6] = -1.0, -1.5
+    assert drawn(logits, Sampling(repetition_penalty=penalty), [0.5], prompt=[5]) == [token]
+
+
+def test_place_forgets_the_sequence_that_had_the_slot() -> None:
+    logits = random_logits()
+    sampler = Sampler(2, VOCABULARY, torch.device("cpu"))
+    sampler.place(1, Sampling(2.0, 0.5, 3, 2.0), range(VOCABULARY))
+    sampler.sample(logits, [1], [0.9])
+    sampler.place(1, Sampling(1.0, repetition_penalty=1.5), PROMPT)
+    assert sampler.sample(logits, [1], [0.9]) == drawn(logits, Sampling(1.0, repetition_penalty=1.5), [0.9])
+
+
+def test_the_logits_are_left_as_they_were() -> None:
+    logits = random_logits()
+    before = logits.clone()
+    drawn(logits, Sampling(0.7, 0.9, 5, 1.5), [0.5])
+    assert logits.equal(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits_are_drawn_from_in_full_precision(dtype: torch.dtype) -> None:
+    logits = random_logits().to(dtype)
+    uniforms = [n / 50 for n in range(50)]
+    assert drawn(logits, Sampling(1.0, 0.9), uniforms) == drawn(logits.float(), Sampling(1.0, 0.9), uniforms)

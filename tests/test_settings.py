@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from models.settings import Settings, SettingsError
+
+
+def read(**environment: str) -> Settings:
+    return Settings.read(environment.get)
+
+
+def test_an_empty_environment_gives_the_defaults() -> None:
+    assert read() == Settings()
+    assert read(MODEL="", SLOTS="", USERS="", TEMPERATURE="") == Settings()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "field", "held"),
+    [
+        ("MODEL", "HuggingFaceTB/SmolLM2-360M-Instruct", "model", "HuggingFaceTB/SmolLM2-360M-Instruct"),
+        ("REVISION", "main", "revision", "main"),
+        ("TRUST_REMOTE_CODE", "True", "trust_remote_code", True),
+        ("DEVICE", "cuda:1", "device", "cuda:1"),
+        ("DTYPE", "bfloat16", "dtype", "bfloat16"),
+        ("QUANTIZE", "none", "quantize", "none"),
+        ("CHAT_TEMPLATE", "chat.jinja", "chat_template", Path("chat.jinja")),
+        ("CONTEXT", "16", "context", 16),
+        ("SLOTS", "1", "slots", 1),
+        ("QUEUE", "0", "queue", 0),
+        ("RESPONSES_PER_USER", "2", "responses_per_user", 2),
+        ("SOCKETS_PER_USER", "3", "sockets_per_user", 3),
+        ("USERS", "ann:a:b, bob:广州", "users", {"ann": "a:b", "bob": "广州"}),
+        ("DATA", "/var/lib/parley", "data", Path("/var/lib/parley")),
+        (
+            "ORIGINS",
+            "https://a.example/, http://b.example:8080",
+            "origins",
+            ("https://a.example", "http://b.example:8080"),
+        ),
+        ("PRESENCE", "0", "presence", False),
+        ("TEMPERATURE", "0", "options", {"temperature": 0.0}),
+        ("TOP_P", "0.5", "options", {"top_p": 0.5}),
+        ("TOP_K", "40", "options", {"top_k": 40}),
+        ("REPETITION_PENALTY", "1", "options", {"repetition_penalty": 1.0}),
+        ("MAX_OUTPUT_TOKENS", "100", "options", {"max_output_tokens": 100}),
+        ("INSTRUCTIONS", "Be brief.", "options", {"instructions": "Be brief."}),
+    ],
+)
+def test_a_variable_sets_its_field_and_nothing_else(name: str, value: str, field: str, held: Any) -> None:
+    assert read(**{name: value}) == Settings(**{field: held})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("TRUST_REMOTE_CODE", "yes", "true or false"),
+        ("DEVICE", "gpu", "cuda"),
+        ("DEVICE", "cuda:", "cuda:N"),
+        ("DTYPE", "float8", "float32, bfloat16 or float16"),
+        ("QUANTIZE", "int4", "none"),
+        ("CONTEXT", "15", "a whole number from 16 to"),
+        ("CONTEXT", "4k", "a whole number"),
+        ("SLOTS", "0", "a whole number from 1 to"),
+        pytest.param("SLOTS", "9" * 5000, "a whole number", id="SLOTS-long"),
+        ("QUEUE", "-1", "a whole number from 0 to"),
+        ("RESPONSES_PER_USER", "1.5", "a whole number"),
+        ("SOCKETS_PER_USER", "0", "a whole number"),
+        ("ORIGINS", "chat.example.com", "http"),
+        ("ORIGINS", "https://chat.example.com,", "http"),
+        ("PRESENCE", "2", "true or false"),
+        ("TEMPERATURE", "2.1", "from 0 to 2"),
+        ("TEMPERATURE", "nan", "from 0 to 2"),
+        ("TOP_P", "0", "above 0"),
+        ("TOP_K", "1.5", "a whole number"),
+        ("REPETITION_PENALTY", "inf", "2 at most"),
+        ("MAX_OUTPUT_TOKENS", "0", "1 or more"),
+        ("INSTRUCTIONS", "\udc80", "a string"),
+    ],
+)
+def test_a_bad_value_is_told_with_the_variable_the_value_and_what_is_allowed(
+    name: str, value: str, allowed: str
+) -> None:
+    with pytest.raises(SettingsError) as raised:
+        read(**{name: value})
+    assert str(raised.value).startswith(f"PARLEY_{name}={value!r} is not allowed: it must be ")
+    assert allowed in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "users",
+    ["ann", "ann:", ":hunter2", "a n n:hunter2", "ann:hunter2,ann:hunter3", "ann:hunter2,bob:hunter2", "ann:hunter2,"],
+)
+def test_bad_users_are_told_without_their_secrets(users: str) -> None:
+    with pytest.raises(SettingsError, match=r"^PARLEY_USERS is not allowed: it must be id:secret") as raised:
+        read(USERS=users)
+    assert "hunter" not in str(raised.value)
+
+
+@pytest.mark.parametrize("shown", [repr, str, lambda settings: json.dumps(settings.public())])
+def test_secrets_are_left_out_wherever_settings_are_shown(shown: Callable[[Settings], str]) -> None:
+    assert "hunter2" not in shown(read(USERS="ann:hunter2"))
+
+
+def test_the_public_form_is_ready_for_json_and_has_every_other_setting() -> None:
+    public = json.loads(json.dumps(read(DATA="/data", CHAT_TEMPLATE="a.jinja", ORIGINS="http://a").public()))
+    assert public.keys() == {field.name for field in dataclasses.fields(Settings)} - {"users"}
+    assert (public["data"], public["chat_template"], public["origins"]) == ("/data", "a.jinja", ["http://a"])
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("", "SmolLM2-135M-Instruct"),
+        ("Qwen/Qwen3-0.6B", "Qwen3-0.6B"),
+        ("/models/mine/", "mine"),
+        ("models/Mine.Q4_1.gguf", "Mine.Q4_1"),
+    ],
+)
+def test_the_model_is_called_by_the_last_part_of_its_name(model: str, name: str) -> None:
+    assert read(MODEL=model).model_name == name
+
+
+def test_settings_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Settings().slots = 1  # type: ignore[misc]

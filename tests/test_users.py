@@ -1,0 +1,279 @@
+from __future__ import annotations
+
+import asyncio
+import stat
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from models.settings import Settings
+from models.users import User, Users, UsersError
+
+pytestmark = pytest.mark.anyio
+
+ANN = "ann's secret"  # configured, as bob is
+SECRET = "carla's secret 广州"
+
+
+@pytest.fixture
+async def users(settings: Settings) -> AsyncIterator[Users]:
+    async with Users.opened(settings) as users:
+        yield users
+
+
+@pytest.fixture
+async def nobody(tmp_path: Path) -> AsyncIterator[Users]:
+    async with Users.opened(Settings(data=tmp_path / "data")) as users:
+        yield users
+
+
+async def ids(users: Users) -> list[str]:
+    return [user.id for user in await users.all()]
+
+
+async def found(users: Users, secret: str, user_id: str | None = None) -> str | None:
+    user = await users.find(secret, user_id)
+    return user.id if user else None
+
+
+async def test_an_added_user_is_found_by_the_secret(users: Users) -> None:
+    assert await users.add("carla", SECRET) == SECRET
+    assert await found(users, SECRET) == "carla"
+    assert await found(users, SECRET, "carla") == "carla"
+
+
+async def test_a_made_up_secret_is_long_new_and_good(users: Users) -> None:
+    first, second = await users.add("carla"), await users.add("dora")
+    assert len(first) >= 32
+    assert first != second
+    assert await found(users, first) == "carla"
+
+
+@pytest.mark.parametrize("secret", ["", "ann", "ann's secre", "ann's secret ", "ANN'S SECRET", "\ud800", "\x00"])
+async def test_any_other_secret_finds_nobody(users: Users, secret: str) -> None:
+    assert await users.find(secret) is None
+
+
+@pytest.mark.parametrize("user_id", ["bob", "", "ANN", "nobody"])
+async def test_a_secret_is_good_for_its_own_user_only(users: Users, user_id: str) -> None:
+    assert await found(users, ANN, "ann") == "ann"
+    assert await users.find(ANN, user_id) is None
+
+
+async def test_configured_users_stand_beside_stored_ones_in_order(users: Users) -> None:
+    await users.add("aaron")
+    await users.add("carla")
+    assert await ids(users) == ["aaron", "ann", "bob", "carla"]
+    assert await found(users, ANN) == "ann"
+
+
+async def test_users_are_there_when_the_database_is_opened_again(settings: Settings) -> None:
+    async with Users.opened(settings) as users:
+        await users.add("carla", SECRET)
+        ticket = users.ticket(User("carla", (await users.all())[-1].digest))
+    async with Users.opened(replace(settings, users={})) as users:
+        assert await ids(users) == ["carla"]
+        assert await found(users, SECRET) == "carla"
+        assert await users.of_ticket(ticket)
+
+
+async def test_a_removed_user_is_gone_and_can_be_added_anew(users: Users) -> None:
+    await users.add("carla", SECRET)
+    await users.remove("carla")
+    assert await users.find(SECRET) is None
+    assert "carla" not in await ids(users)
+    await users.add("carla", SECRET)
+
+
+@pytest.mark.parametrize(
+    ("user_id", "message"), [("nobody", "there is no user nobody"), ("ann", "ann comes from PARLEY_USERS")]
+)
+async def test_a_user_who_is_not_stored_cannot_be_removed(users: Users, user_id: str, message: str) -> None:
+    with pytest.raises(UsersError, match=message):
+        await users.remove(user_id)
+
+
+@pytest.mark.parametrize(
+    ("user_id", "secret", "message"),
+    [
+        ("", "new", "cannot be a user's id"),
+        ("a b", "new", "cannot be a user's id"),
+        ("a\n", "new", "cannot be a user's id"),
+        ("a" * 65, "new", "cannot be a user's id"),
+        ("ann", "new", "there is a user ann already"),
+        ("carla", "new", "there is a user carla already"),
+        ("dora", SECRET, "another user has this secret"),
+        ("dora", ANN, "another user has this secret"),
+        ("dora", "", "the secret is empty"),
+    ],
+)
+async def test_a_user_who_cannot_be_added_leaves_all_as_it_was(
+    users: Users, user_id: str, secret: str, message: str
+) -> None:
+    await users.add("carla", SECRET)
+    with pytest.raises(UsersError, match=message):
+        await users.add(user_id, secret)
+    assert await ids(users) == ["ann", "bob", "carla"]
+    assert await found(users, SECRET) == "carla"
+
+
+@pytest.mark.parametrize("other", [("carla", "another secret"), ("dora", SECRET)])
+async def test_of_two_added_at_once_that_clash_one_is_refused(users: Users, other: tuple[str, str]) -> None:
+    results = await asyncio.gather(users.add("carla", SECRET), users.add(*other), return_exceptions=True)
+    assert [type(result) for result in results if not isinstance(result, str)] == [UsersError]
+    assert len(await ids(users)) == 3
+
+
+@pytest.mark.parametrize("user_id", ["a", "a" * 64, "ann.b@example-1.org", "姓名"])
+async def test_ids_of_letters_digits_and_a_few_signs_are_good(users: Users, user_id: str) -> None:
+    assert await found(users, await users.add(user_id)) == user_id
+
+
+async def test_the_first_user_is_added_only_where_there_is_nobody(nobody: Users) -> None:
+    secret = await nobody.add_first()
+    assert secret
+    assert await found(nobody, secret) == "admin"
+    assert await nobody.add_first() is None
+    assert await ids(nobody) == ["admin"]
+
+
+async def test_no_first_user_is_added_beside_configured_ones(users: Users) -> None:
+    assert await users.add_first() is None
+    assert await ids(users) == ["ann", "bob"]
+
+
+async def test_a_ticket_is_good_for_its_user_until_the_secret_changes(users: Users) -> None:
+    await users.add("carla", SECRET)
+    carla = await users.find(SECRET)
+    assert carla
+    ticket = users.ticket(carla)
+    assert await users.of_ticket(ticket) == carla
+    assert await users.of_ticket(ticket[:-1]) is None
+    assert await users.of_ticket(ticket.replace(".", "x.", 1)) is None
+    await users.remove("carla")
+    assert await users.of_ticket(ticket) is None
+    await users.add("carla")
+    assert await users.of_ticket(ticket) is None
+
+
+async def test_a_ticket_dies_with_a_configured_secret_and_with_the_key(settings: Settings) -> None:
+    async with Users.opened(settings) as users:
+        ann = await users.find(ANN)
+        assert ann
+        ticket = users.ticket(ann)
+    async with Users.opened(replace(settings, users={"ann": "a new secret"})) as users:
+        assert await users.of_ticket(ticket) is None
+    (settings.data / "key").unlink()
+    async with Users.opened(settings) as users:
+        assert await users.of_ticket(ticket) is None
+
+
+async def test_a_key_that_was_cut_is_refused(settings: Settings) -> None:
+    settings.data.mkdir()
+    (settings.data / "key").write_bytes(b"")
+    with pytest.raises(UsersError, match="32 bytes"):
+        async with Users.opened(settings):
+            pass
+
+
+async def test_no_secret_lies_in_the_data_folder(users: Users, settings: Settings) -> None:
+    kept = [ANN, await users.add("carla", SECRET), await users.add("dora")]
+    stored = b"".join(path.read_bytes() for path in settings.data.iterdir())
+    assert b"carla" in stored
+    assert not any(secret.encode() in stored for secret in kept)
+
+
+@pytest.mark.usefixtures("users")
+async def test_only_the_owner_can_read_the_key_and_the_folder(settings: Settings) -> None:
+    assert stat.S_IMODE(settings.data.stat().st_mode) == 0o700
+    assert stat.S_IMODE((settings.data / "key").stat().st_mode) == 0o600
+    assert len((settings.data / "key").read_bytes()) == 32
+    assert {path.name for path in settings.data.iterdir()} == {"key", "parley.db"}
+
+
+def all_at_once(settings: Settings, act: Callable[[Users], Awaitable[object]], workers: int = 6) -> list[object]:
+    """What `act` returns in each of some workers that open the users at the same time."""
+    barrier, results = threading.Barrier(workers), list[object]()
+
+    async def work() -> object:
+        barrier.wait()
+        async with Users.opened(settings) as users:
+            return await act(users)
+
+    threads = [threading.Thread(target=lambda: results.append(asyncio.run(work()))) for _ in range(workers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+async def digest(users: Users) -> bytes:
+    """What the key makes of ann's secret."""
+    return (await users.all())[0].digest
+
+
+def test_workers_that_make_the_key_at_once_get_the_same_one(settings: Settings) -> None:
+    before = all_at_once(settings, digest, workers=1)
+    (settings.data / "key").unlink()
+    digests = all_at_once(settings, digest)
+    assert len(digests) == 6
+    assert len(set(digests)) == 1
+    assert digests[0] not in before
+
+
+def test_workers_that_start_at_once_on_an_empty_folder_add_one_first_user(settings: Settings) -> None:
+    results = all_at_once(replace(settings, users={}), Users.add_first)
+    assert len(results) == 6
+    assert sum(secret is not None for secret in results) == 1
+
+
+class OutrunUsers(Users):
+    """Users of a worker that another one outruns: it adds `admin` right after this one saw nobody."""
+
+    rival: Users
+
+    async def all(self) -> list[User]:
+        users = await super().all()
+        if not users:
+            await self.rival.add("admin")
+        return users
+
+
+async def test_a_worker_that_is_outrun_adds_no_first_user(nobody: Users, tmp_path: Path) -> None:
+    async with OutrunUsers.opened(Settings(data=tmp_path / "data")) as outrun:
+        assert isinstance(outrun, OutrunUsers)
+        outrun.rival = nobody
+        assert await outrun.add_first() is None
+        assert await ids(nobody) == ["admin"]
+
+
+@pytest.fixture
+async def threads_end() -> AsyncIterator[None]:
+    """aiosqlite does not wait for the thread of a connection that it could not open; the event loop must."""
+    before = set(threading.enumerate())
+    yield
+    for thread in set(threading.enumerate()) - before:
+        await asyncio.to_thread(thread.join)
+
+
+@pytest.mark.usefixtures("threads_end")
+@pytest.mark.parametrize("obstacle", ["data", "data/key", "data/parley.db"])
+async def test_a_folder_that_cannot_be_used_is_told_by_name(tmp_path: Path, obstacle: str) -> None:
+    if obstacle == "data":
+        (tmp_path / "data").write_text("a file, no folder")
+    else:
+        (tmp_path / obstacle).mkdir(parents=True)
+    with pytest.raises(UsersError, match=f"{tmp_path / 'data'} cannot be used"):
+        async with Users.opened(Settings(data=tmp_path / "data")):
+            pass
+
+
+async def test_a_file_that_is_no_database_is_told_by_name(tmp_path: Path) -> None:
+    (tmp_path / "parley.db").write_bytes(b"not a database, but long enough to be taken for one" * 100)
+    with pytest.raises(UsersError, match=f"the database in {tmp_path} cannot be used: .*not a database"):
+        async with Users.opened(Settings(data=tmp_path)):
+            pass
