@@ -36,7 +36,7 @@ class Sampler:
         self.temperature[slot] = sampling.temperature
         self.top_p[slot] = sampling.top_p
         self.top_k[slot] = sampling.top_k
-        self.penalty[slot] = sampling.repetition_penalty
+        self.penalty[slot] = max(sampling.repetition_penalty, 1e-6)  # less would overflow
         self.seen[slot] = False
         self.seen[slot, torch.tensor(list(prompt), device=self.device)] = True
 
@@ -75,6 +75,6 @@ class Sampler:
         cumulative = probability.cumsum(-1)
         target = uniform[:, None] * cumulative[:, -1:]
         # Rounding can lift the target to the sum itself, past the last token that is left.
-        last = (probability > 0).sum(-1, keepdim=True) - 1
-        index = torch.searchsorted(cumulative, target, right=True).minimum(last)
+        left = (probability > 0).sum(-1, keepdim=True)
+        index = torch.searchsorted(cumulative, target, right=True).minimum(left - 1).clamp_(min=0)
         return order.gather(-1, index).squeeze(-1)

@@ -177,3 +177,14 @@ def test_half_precision_logits_are_drawn_from_in_full_precision(dtype: torch.dty
     logits = random_logits().to(dtype)
     uniforms = [n / 50 for n in range(50)]
     assert drawn(logits, Sampling(1.0, 0.9), uniforms) == drawn(logits.float(), Sampling(1.0, 0.9), uniforms)
+
+
+def test_logits_that_are_no_numbers_harm_no_other_row() -> None:
+    logits = random_logits().expand(2, -1).clone()
+    logits[0] = torch.nan
+    sampler = Sampler(2, VOCABULARY, torch.device("cpu"))
+    for slot in range(2):
+        sampler.place(slot, Sampling(1.0, top_p=0.9), PROMPT)
+    broken, sound = sampler.sample(logits, [0, 1], [0.5, 0.5])
+    assert 0 <= broken < VOCABULARY
+    assert [sound] == drawn(logits[1:], Sampling(1.0, top_p=0.9), [0.5])
