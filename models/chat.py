@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence as Messages
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from models.conversations import Message
 from models.detokenizer import UNDECODABLE, Detokenizer, StopStrings
 from models.engine import Engine, Finish, Sequence
 from models.engine_thread import EngineThread
-from models.options import Options
+from models.options import InvalidOption, Options
 from models.sampling import Sampling
 from models.settings import Settings, SettingsError
 
@@ -197,12 +197,12 @@ def _context(model: PreTrainedModel, settings: Settings) -> int:
 
 
 def _defaults(model: PreTrainedModel, settings: Settings) -> Options:
-    """The operator's options, else the model's, else ours."""
-    wishes = {
-        name: getattr(model.generation_config, name, None)
-        for name in ("temperature", "top_p", "top_k", "repetition_penalty")
-    }
-    options = Options().updated({name: value for name, value in wishes.items() if value is not None})
+    """The operator's options, else the model's where they are in bounds, else ours."""
+    options = Options()
+    for name in ("temperature", "top_p", "top_k", "repetition_penalty"):
+        if (wish := getattr(model.generation_config, name, None)) is not None:
+            with suppress(InvalidOption):
+                options = options.updated({name: wish})
     return options.updated(settings.options)
 
 

@@ -181,11 +181,13 @@ async def test_defaults_are_the_operators_else_the_models_else_ours(
     tokenizer: PreTrainedTokenizerBase, llama: PreTrainedModel
 ) -> None:
     llama.generation_config.temperature, llama.generation_config.top_k = 0.7, 20
+    llama.generation_config.repetition_penalty = 5.0  # out of bounds
     try:
         async with tiny_chat(tokenizer, llama, options={"temperature": 0.1}) as chat:  # type: ignore[arg-type]
             assert chat.defaults == Options(temperature=0.1, top_k=20)
     finally:
-        llama.generation_config.temperature = llama.generation_config.top_k = None
+        for name in ("temperature", "top_k", "repetition_penalty"):
+            setattr(llama.generation_config, name, None)
 
 
 async def test_a_context_beyond_the_models_own_is_refused(
