@@ -7,12 +7,11 @@ import base64
 import json
 import logging
 import os
+import socket
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
 
 import click
 import uvicorn
@@ -35,8 +34,9 @@ from models.plain import PlainSession
 from models.presence import Presence
 from models.redaction import redacted
 from models.session import Session
-from models.settings import Settings, StartError
+from models.settings import PREFIX, Settings, StartError
 from models.throttle import Throttle
+from models.user_commands import users
 from models.users import TICKET_SECONDS, User, Users
 
 logger = logging.getLogger("parley")
@@ -44,10 +44,10 @@ logger = logging.getLogger("parley")
 HERE = Path(__file__).parent
 COOKIE = "parley_session"
 FRAME_BYTES = 2**20
+SHUTDOWN_SECONDS = 10  # else one client that does not read could put off the end for ever
 UVICORN_FRAME_BYTES = 4 * FRAME_BYTES  # it drops the connection in mid frame, and 1009 is often lost with it
 
 OpenChat = Callable[[Starlette], AbstractAsyncContextManager[Chat]]
-
 templates = Jinja2Templates(HERE / "templates")
 
 
@@ -84,7 +84,10 @@ async def open_chat(app: Starlette) -> AsyncIterator[Chat]:
 
 def read_settings() -> Settings:
     """The settings of this process: its environment, then `.env`. Raises SettingsError."""
-    config = Config(".env" if Path(".env").is_file() else None, os.environ, "PARLEY_")
+    config = Config(".env" if Path(".env").is_file() else None, os.environ, PREFIX)
+    for name in {*os.environ, *config.file_values} - Settings.names():
+        if name.startswith(PREFIX):
+            logger.warning("%s is no setting of Parley and changes nothing", name)
     return Settings.read(lambda name: config(name, default=None))
 
 
@@ -124,16 +127,23 @@ class Refusal(Exception):
         self.name = name
 
 
+class WrongCredentials(Refusal):
+    """Credentials that are missing or belong to nobody."""
+
+    def __init__(self) -> None:
+        super().__init__(4401, 401, "invalid_credentials", "authentication failed")
+
+
 async def user_with_secret(connection: HTTPConnection, secret: str) -> User:
     """The user a secret belongs to; a wrong one counts against the address. Raises Refusal."""
     state = connection.app.state
     address = connection.client.host if connection.client else "local"
-    if state.throttle.blocked(address):
-        raise Refusal(4429, 429, "too_many_failures", "too many failed logins from your address: wait a minute")
     user: User | None = await state.users.find(secret, connection.query_params.get("userid"))
+    if state.throttle.blocked(address):  # asked after the look-up: nobody else's guess comes between this and the count
+        raise Refusal(4429, 429, "too_many_failures", "too many failed logins from your address: wait a minute")
     if user is None:
         state.throttle.failed(address)
-        raise Refusal(4401, 401, "invalid_credentials", "authentication failed")
+        raise WrongCredentials
     return user
 
 
@@ -144,7 +154,10 @@ async def user_of(websocket: WebSocket) -> User:
         return await user_with_secret(websocket, secret.strip().encode("latin-1").decode(errors="replace"))
     for protocol in websocket.scope["subprotocols"]:
         if protocol.startswith("bearer."):
-            return await user_with_secret(websocket, unpadded_base64(protocol.removeprefix("bearer.")))
+            encoded, secret = protocol.removeprefix("bearer."), ""
+            with suppress(ValueError):  # what is no base64url of text is no secret
+                secret = base64.urlsafe_b64decode(encoded + "=" * (-len(encoded) % 4)).decode()
+            return await user_with_secret(websocket, secret)
     if user := await user_of_cookie(websocket):
         if not same_origin(websocket):
             raise Refusal(4403, 403, "origin_not_allowed", "this page's origin is not in PARLEY_ORIGINS")
@@ -152,14 +165,7 @@ async def user_of(websocket: WebSocket) -> User:
             return user
     if secret := websocket.query_params.get("secret", ""):
         return await user_with_secret(websocket, secret)
-    raise Refusal(4401, 401, "invalid_credentials", "authentication failed")
-
-
-def unpadded_base64(value: str) -> str:
-    """The text in base64url without padding; for anything else, text that is no secret."""
-    with suppress(ValueError):
-        return base64.urlsafe_b64decode(value + "=" * (-len(value) % 4)).decode()
-    return ""
+    raise WrongCredentials
 
 
 async def user_of_cookie(connection: HTTPConnection) -> User | None:
@@ -170,9 +176,9 @@ async def user_of_cookie(connection: HTTPConnection) -> User | None:
 
 def same_origin(connection: HTTPConnection) -> bool:
     """Whether a browser's request comes from our own page, or one that the settings allow."""
-    origin = connection.headers.get("origin", "")
+    host = connection.headers.get("host", "")
     allowed: tuple[str, ...] = connection.app.state.settings.origins
-    return bool(origin) and (urlsplit(origin).netloc == connection.headers.get("host") or origin in allowed)
+    return connection.headers.get("origin") in (f"http://{host}", f"https://{host}", *allowed)
 
 
 # HTTP
@@ -181,8 +187,8 @@ def same_origin(connection: HTTPConnection) -> bool:
 def page(request: Request, user: User | None, error: str | None = None, status: int = 200) -> Response:
     """The chat for a user, the login form for anybody else."""
     headers = {"Content-Security-Policy": "default-src 'self'", "Cache-Control": "no-store"}
-    context = {"user": user and user.id, "error": error, "model": request.app.state.chat.model_name}
-    return templates.TemplateResponse(request, "chat.html", context, status, headers)
+    values = {"user": user and user.id, "error": error, "model": request.app.state.chat.model_name}
+    return templates.TemplateResponse(request, "chat.html", values, status, headers)
 
 
 async def home(request: Request) -> Response:
@@ -190,12 +196,14 @@ async def home(request: Request) -> Response:
 
 
 async def login(request: Request) -> Response:
-    async with request.form() as form:
+    async with request.form(max_files=0, max_fields=4, max_part_size=4096) as form:
         secret = str(form.get("secret", ""))
     try:
         if "origin" in request.headers and not same_origin(request):
             raise Refusal(4403, 403, "origin_not_allowed", "this form came from another site")
         user = await user_with_secret(request, secret.strip())
+    except WrongCredentials as refusal:
+        return page(request, None, "That secret is not right.", refusal.status)
     except Refusal as refusal:
         return page(request, None, str(refusal), refusal.status)
     response = RedirectResponse("./", 303)
@@ -350,64 +358,42 @@ app = create_app()
 
 @click.group(invoke_without_command=True)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", default=7777, show_default=True, help="Port to listen on.")
+@click.option("--port", default=7777, show_default=True, type=click.IntRange(0, 65535), help="Port to listen on.")
 @click.pass_context
 def main(context: click.Context, host: str, port: int) -> None:
     """Serve a streaming chat with a language model."""
+    context.obj = read_settings
     if context.invoked_subcommand is None:
-        app = create_app()
-        app.state.url = f"http://{host}:{port}/"
-        config = uvicorn.Config(
-            app, host, port, ws_max_size=UVICORN_FRAME_BYTES, ws_per_message_deflate=False, access_log=False
-        )
-        try:
-            uvicorn.Server(config).run()
-        except KeyboardInterrupt:
-            pass
-        except SystemExit:
-            sys.exit(1)
+        serve(host, port)
 
 
-@main.group()
-def users() -> None:
-    """Who may chat."""
+main.add_command(users)
 
 
-@users.command()
-@click.argument("id")
-@click.option("--secret", help="The secret; one is made up and printed where it is left out.")
-def add(id: str, secret: str | None) -> None:
-    """Add a user."""
-    made = with_users(lambda users: users.add(id, secret))
-    click.echo(f"added {id}" if secret else f"added {id}; the secret, shown this once: {made}")
-
-
-@users.command("list")
-def list_users() -> None:
-    """List the users."""
-    for user in with_users(lambda users: users.all()):
-        click.echo(user.id)
-
-
-@users.command()
-@click.argument("id")
-def remove(id: str) -> None:
-    """Remove a user."""
-    with_users(lambda users: users.remove(id))
-    click.echo(f"removed {id}")
-
-
-def with_users(act: Callable[[Users], Awaitable[Any]]) -> Any:
-    """What `act` makes of the users of the settings."""
-
-    async def run() -> Any:
-        async with Users.opened(read_settings()) as users:
-            return await act(users)
-
+def serve(host: str, port: int) -> None:
+    """Run the app until a signal ends it; exit with 1 where it cannot start."""
+    app = create_app()
+    listener = listen(host, port)
+    app.state.url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/"
+    config = uvicorn.Config(app, ws_max_size=UVICORN_FRAME_BYTES, ws_per_message_deflate=False, access_log=False)
+    config.timeout_graceful_shutdown = SHUTDOWN_SECONDS
     try:
-        return asyncio.run(run())
-    except StartError as error:
-        raise click.ClickException(str(error)) from error
+        uvicorn.Server(config).run([listener])
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except SystemExit:  # uvicorn's own code for a failed start is 3
+        sys.exit(1)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket, before the model is loaded, so that a port in use is told at once."""
+    try:
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise click.ClickException(f"cannot listen on {host}, port {port}: {error.strerror}") from error
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux drops who takes no bytes for a minute; an ASGI app cannot
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 60_000)
+    return listener
 
 
 if __name__ == "__main__":

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence as Messages
+from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, suppress
-from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import TemplateError
@@ -18,56 +17,9 @@ from models.detokenizer import UNDECODABLE, Detokenizer, StopStrings
 from models.engine import Engine, Finish, Sequence
 from models.engine_thread import EngineThread
 from models.options import InvalidOption, Options
+from models.reply import ContextLengthExceeded, Delta, Done, Event, MessagesRefused, Queued, Started, Usage
 from models.sampling import Sampling
 from models.settings import Settings, SettingsError
-
-
-class MessagesRefused(Exception):
-    """The model's chat template refuses the messages; the message says why."""
-
-
-class ContextLengthExceeded(Exception):
-    """The messages leave no room for a reply in the context."""
-
-
-@dataclass
-class Usage:
-    """Tokens read and written for a reply; `output_tokens` grows while it streams."""
-
-    input_tokens: int
-    cached_tokens: int = 0
-    output_tokens: int = 0
-
-
-@dataclass(frozen=True)
-class Started:
-    """The reply is on its way: what follows is all that can go wrong with it."""
-
-    usage: Usage
-
-
-@dataclass(frozen=True)
-class Queued:
-    """The reply waits for a slot; `position` 1 is next."""
-
-    position: int
-
-
-@dataclass(frozen=True)
-class Delta:
-    """A piece of the reply's text, never empty."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Done:
-    """The reply ended by itself."""
-
-    reason: Finish
-
-
-Event = Started | Queued | Delta | Done
 
 
 class Chat:
@@ -111,7 +63,7 @@ class Chat:
             "context": self.context,
             "device": str(model.device),
             "dtype": str(model.dtype).removeprefix("torch."),
-            "options": self.defaults.public(),
+            "options": {**self.defaults.public(), "instructions": None},  # the operator's words are not for everybody
         }
 
     @property
@@ -119,7 +71,7 @@ class Chat:
         """How many more sequences the engine could decode at once."""
         return self._engine.engine.free_slots
 
-    async def reply(self, user: str, messages: Messages[Message], options: Options) -> AsyncGenerator[Event, None]:
+    async def reply(self, user: str, messages: list[Message], options: Options) -> AsyncGenerator[Event, None]:
         """Answer the last of the messages: Started, Queued while it waits, Deltas, Done.
 
         Close the generator to cancel: the slot is free within a step. Raises Refused, MessagesRefused or
@@ -150,11 +102,12 @@ class Chat:
                     piece += rest if token.finish == "stop" else rest.rstrip(UNDECODABLE)
                 if piece:
                     yield Delta(piece)
-                if token.finish or stops.found:
-                    yield Done("stop" if stops.found else token.finish or "stop")
+                finish: Finish | None = "stop" if stops.found else token.finish
+                if finish:
+                    yield Done(finish)
                     return
 
-    async def _encode(self, messages: Messages[Message], instructions: str | None) -> list[int]:
+    async def _encode(self, messages: list[Message], instructions: str | None) -> list[int]:
         """The prompt's token ids, fewer than the context holds."""
         turns = list(messages)
         if instructions and turns[0]["role"] != "system":
@@ -164,20 +117,26 @@ class Chat:
             prompt = await loop.run_in_executor(self._encoder, self._template, turns)
         except TemplateError as error:
             raise MessagesRefused(f"the model's chat template refuses these messages: {error}") from error
+        if not prompt or max(prompt) >= self._engine.vocabulary:
+            raise MessagesRefused("the messages come to nothing, or hold a token that the model does not know")
         if len(prompt) >= self.context:
             raise ContextLengthExceeded(
-                f"the messages are {len(prompt)} tokens long and the context holds {self.context}, the reply "
-                "included: shorten them or start a new conversation"
+                f"the messages are {len(prompt)} tokens long or longer, and the context holds {self.context}, the "
+                "reply included: shorten them or start a new conversation"
             )
         return prompt
 
     def _template(self, turns: list[Message]) -> list[int]:
-        ids = self._tokenizer.apply_chat_template(
+        text = self._tokenizer.apply_chat_template(
             turns,  # type: ignore[arg-type]  # a TypedDict is not a dict to mypy
             add_generation_prompt=True,
-            return_dict=False,
+            tokenize=False,
         )
-        return list(ids)
+        # The beginning tells when a text is far too long: a megabyte would hold up everybody's prompts for a second.
+        beginning = self._tokenizer.encode(str(text)[: 8 * self.context], add_special_tokens=False)
+        if len(beginning) > self.context or len(str(text)) <= 8 * self.context:
+            return list(beginning)
+        return list(self._tokenizer.encode(str(text), add_special_tokens=False))
 
     def _sequence(self, prompt: list[int], options: Options) -> Sequence:
         return Sequence(
@@ -190,9 +149,13 @@ class Chat:
 
 
 def _context(model: PreTrainedModel, settings: Settings) -> int:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 4096
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or 4096
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":  # beyond it one long sequence would change the factors of all others
+        limit = min(limit, rope.get("original_max_position_embeddings") or limit)
     if settings.context and settings.context > limit:
-        raise SettingsError(f"PARLEY_CONTEXT={settings.context} is not allowed: the model's own context is {limit}")
+        raise SettingsError(f"PARLEY_CONTEXT={settings.context} is not allowed: the model can hold {limit} here")
     return settings.context or min(limit, 4096)
 
 

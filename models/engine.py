@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -64,7 +64,9 @@ class Engine:
         self.cache = KVCache(slots, context)
         self.slots: list[Sequence | None] = [None] * slots
         self.joining: list[Sequence] = []  # in a slot, prompt not yet read to its end; oldest first
-        self.sampler = Sampler(slots, self._plug_in(), self.device)
+        logits = self._plug_in()
+        self.vocabulary = min(logits, len(cast(Tensor, model.get_input_embeddings().weight)))
+        self.sampler = Sampler(slots, logits, self.device)
 
     @property
     def free_slots(self) -> int:
@@ -75,18 +77,21 @@ class Engine:
         return self.free_slots == len(self.slots)
 
     def add(self, sequence: Sequence) -> None:
-        """Give a sequence the lowest free slot. Asserts that there is one and that the prompt fits."""
+        """Give a sequence the lowest free slot. Asserts that there is one and that the prompt can be read."""
         assert self.free_slots
         assert 0 < len(sequence.prompt) < self.context
+        assert max(sequence.prompt) < self.vocabulary
         assert sequence.max_tokens > 0
         sequence.slot = self.slots.index(None)
         self.slots[sequence.slot] = sequence
         self.sampler.place(sequence.slot, sequence.sampling, sequence.prompt)
         self.joining.append(sequence)
 
+    @torch.inference_mode()
     def cancel(self, sequence: Sequence) -> None:
         """Free the sequence's slot at once; does nothing for one that has none."""
         if sequence.slot >= 0:
+            self.cache.clear(sequence.slot, sequence.cached)
             self.slots[sequence.slot] = None
             sequence.slot = -1
         if sequence in self.joining:
@@ -129,7 +134,7 @@ class Engine:
         position_ids = torch.tensor(positions, device=self.device)
         logits: Tensor = self.model(
             input_ids=torch.tensor(tokens, device=self.device),
-            position_ids=position_ids,
+            position_ids=position_ids % self.context,  # scratch is no position that a model knows
             slots=Slots(self.cache, first, position_ids, length),
             use_cache=False,
             logits_to_keep=1,
@@ -160,7 +165,7 @@ class Engine:
 
     @torch.inference_mode()
     def _plug_in(self) -> int:
-        """Make the model's attention run on the slots and check it against its own; returns the vocabulary's size."""
+        """Make the model's attention run on the slots and check it against its own; returns how many logits it has."""
         layer_types = set(getattr(self.model.config.get_text_config(), "layer_types", None) or ())
         if unknown := layer_types - {"full_attention", "sliding_attention"}:
             raise UnsupportedModel(f"it has {', '.join(sorted(unknown))}")

@@ -34,15 +34,22 @@ class EngineThread:
         self._thread.start()
 
     @property
+    def vocabulary(self) -> int:
+        """How many token ids the model knows."""
+        return self.engine.vocabulary
+
+    @property
     def alive(self) -> bool:
         return not self._stopped
 
     async def tokens(self, sequence: Sequence) -> AsyncGenerator[Token, None]:
         """The tokens of a sequence as they come; leaving early frees its slot. Raises EngineFailed."""
+        if self._stopped:
+            raise EngineFailed("the engine has stopped")
         stream = self._streams[sequence] = asyncio.Queue()
         self._commands.put((self.engine.add, sequence))
         try:
-            while token := (None if self._stopped else await stream.get()):
+            while token := await stream.get():
                 yield token
                 if token.finish:
                     return
@@ -72,18 +79,25 @@ class EngineThread:
                 return True
             if command is None:
                 return False
-            method, sequence = command
+            self._do(*command)
+
+    def _do(self, method: Callable[[Sequence], None], sequence: Sequence) -> None:
+        try:
             method(sequence)
+        except Exception:
+            logger.exception("the engine could not take a sequence; its reply ends here")
+            self.engine.cancel(sequence)
+            self._tell([(sequence, None)])
 
     def _step(self) -> list[tuple[Sequence, Token | None]]:
+        running = [sequence for sequence in self.engine.slots if sequence]  # some may end in a step that fails later
         try:
             return [(token.sequence, token) for token in self.engine.step()]
         except Exception:
             logger.exception("an engine step failed; the replies that were running end here")
-            failed = [sequence for sequence in self.engine.slots if sequence]
-            for sequence in failed:
+            for sequence in running:
                 self.engine.cancel(sequence)
-            return [(sequence, None) for sequence in failed]
+            return [(sequence, None) for sequence in running]
 
     def _tell(self, tokens: list[tuple[Sequence, Token | None]] | None) -> None:
         if not self._loop.is_closed():

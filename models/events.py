@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from models.conversations import Message
 from models.options import InvalidOption, check, text
+from models.presence import Change
 
 Json = dict[str, Any]
 ErrorType = Literal["invalid_request_error", "rate_limit_error", "authentication_error", "server_error"]
@@ -216,7 +217,7 @@ def response_done(
     }
 
 
-def presence(change: Literal["joined", "left"], user: str) -> Json:
+def presence(change: Change, user: str) -> Json:
     """`presence.joined` and `presence.left`."""
     return {"type": f"presence.{change}", "user": user}
 

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 UNSENT_BYTES, UNSENT_SECONDS = 2**20, 30.0
+
+
+class Close(NamedTuple):
+    """With what to close a WebSocket."""
+
+    code: int
+    reason: str
 
 
 class Client(Protocol):
@@ -28,7 +35,7 @@ class Outbox:
         self._client = client
         self._limit = unsent_bytes
         self._seconds = seconds
-        self._items: asyncio.Queue[tuple[float, str | tuple[int, str]]] = asyncio.Queue()
+        self._items: asyncio.Queue[tuple[float, str | Close]] = asyncio.Queue()
         self._unsent = 0
         self._sending: asyncio.Timeout | None = None
 
@@ -45,7 +52,7 @@ class Outbox:
         """Close after what was put in before; nothing put in later is sent."""
         if not self.closing:
             self.closing = True
-            self._items.put_nowait((self._now(), (code, reason)))
+            self._items.put_nowait((self._now(), Close(code, reason)))
 
     async def deliver(self) -> bool:
         """Send until the connection is closed; False where the client would not even read that.

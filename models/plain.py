@@ -6,12 +6,14 @@ import asyncio
 import logging
 from collections.abc import Callable
 from contextlib import aclosing
-from typing import Literal
 
 from models.admission import Refused
-from models.chat import Chat, ContextLengthExceeded, Delta, MessagesRefused
+from models.chat import Chat
 from models.conversations import Conversation, Message
 from models.engine_thread import EngineFailed
+from models.outbox import Close
+from models.presence import Change
+from models.reply import ContextLengthExceeded, Delta, MessagesRefused
 
 logger = logging.getLogger("parley")
 
@@ -30,17 +32,17 @@ class PlainSession:
         self._notices: list[str] = []
         self._task = asyncio.create_task(self._answer_all())
 
-    def receive(self, frame: str | bytes) -> tuple[int, str] | None:
-        """Answer a message in its turn. A code and a reason: close, too many wait already."""
+    def receive(self, frame: str | bytes) -> Close | None:
+        """Answer a message in its turn. Returns what to close with where too many wait."""
         message = frame if isinstance(frame, str) else frame.decode(errors="replace")
         if message.strip():
             try:
                 self._inbox.put_nowait(message)
             except asyncio.QueueFull:
-                return 1013, f"{WAITING} messages wait already"
+                return Close(1013, f"{WAITING} messages wait already")
         return None
 
-    def presence(self, change: Literal["joined", "left"], user: str) -> None:
+    def presence(self, change: Change, user: str) -> None:
         """Tell who left, between replies."""
         if change == "left":
             self._notices.append(f"Client #{user} left the chat")

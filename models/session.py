@@ -9,14 +9,16 @@ from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
 
 from models import events
 from models.admission import Refused
-from models.chat import Chat, ContextLengthExceeded, Delta, Done, Event, MessagesRefused, Queued, Started, Usage
+from models.chat import Chat
 from models.conversations import Conversation, Message
 from models.engine_thread import EngineFailed
 from models.events import ClientEvent, InvalidEvent, Json, ResponseCancel, ResponseCreate, SessionUpdate, Status
+from models.outbox import Close
+from models.presence import Change
+from models.reply import ContextLengthExceeded, Delta, Done, Event, MessagesRefused, Queued, Started, Usage
 
 logger = logging.getLogger("parley")
 
@@ -59,19 +61,19 @@ class Session:
         self._responses: dict[str, asyncio.Task[None]] = {}
         send(events.session("created", self._description()))
 
-    def receive(self, frame: str | bytes) -> tuple[int, str] | None:
-        """Act on one frame; what is wrong with it is told to the client. A code and a reason: close."""
+    def receive(self, frame: str | bytes) -> Close | None:
+        """Act on one frame; what is wrong with it is told to the client. Returns what to close with, if that."""
         try:
             event = events.parse(frame)
         except InvalidEvent as invalid:
             self._refuse(invalid.code, invalid.message, invalid.event_id, invalid.param)
             self._bad_frames += 1
-            return (4400, f"{BAD_FRAMES} bad frames in a row") if self._bad_frames == BAD_FRAMES else None
+            return Close(4400, f"{BAD_FRAMES} bad frames in a row") if self._bad_frames == BAD_FRAMES else None
         self._bad_frames = 0
         self._act(event)
         return None
 
-    def presence(self, change: Literal["joined", "left"], user: str) -> None:
+    def presence(self, change: Change, user: str) -> None:
         """Tell the client who came or went."""
         self._send(events.presence(change, user))
 
@@ -160,12 +162,6 @@ class Session:
         if response.conversation and text:  # without a reply the turn is as if it had not been
             reply: Message = {"role": "assistant", "content": text}
             response.conversation.messages += [*response.request.input, reply]
-        usage = {
-            "input_tokens": response.usage.input_tokens,
-            "cached_tokens": response.usage.cached_tokens,
-            "output_tokens": response.usage.output_tokens,
-            "total_tokens": response.usage.input_tokens + response.usage.output_tokens,
-        }
         self._send(
             events.response_done(
                 response.id,
@@ -173,7 +169,7 @@ class Session:
                 response.status,
                 response.reason,
                 text,
-                usage,
+                response.usage.public(),
                 len(response.deltas) + 1,
             )
         )

@@ -58,6 +58,11 @@ class Settings:
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
     @classmethod
+    def names(cls) -> set[str]:
+        """The variables that mean something here."""
+        return {f"{PREFIX}{name.upper()}" for name in [*RULES, *OPTIONS]}
+
+    @classmethod
     def read(cls, lookup: Lookup) -> Settings:
         """The settings of an environment; an empty value is as good as none. Raises SettingsError."""
         values = {name: _read(lookup, name, *rule) for name, rule in RULES.items()}
@@ -86,6 +91,10 @@ def _choice(pattern: str) -> Callable[[str], str]:
         return value
 
     return convert
+
+
+def _path(value: str) -> Path:
+    return Path(value).expanduser()
 
 
 def _switch(value: str) -> bool:
@@ -128,14 +137,14 @@ RULES: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "device": ("auto, cpu, cuda, cuda:N, mps or xpu", _choice(r"auto|cpu|(cuda|xpu)(:\d+)?|mps")),
     "dtype": ("auto, float32, bfloat16 or float16", _choice("auto|float32|bfloat16|float16")),
     "quantize": ("auto or none; int8 is not there yet", _choice("auto|none")),
-    "chat_template": ("the path of a Jinja file", Path),
+    "chat_template": ("the path of a Jinja file", _path),
     "context": _whole(16, 2**24),
     "slots": _whole(1, 1024),
     "queue": _whole(0, 1_000_000),
     "responses_per_user": _whole(1, 1_000_000),
     "sockets_per_user": _whole(1, 1_000_000),
     "users": ("id:secret,id:secret, each id and each secret once, ids of letters, digits and . _ @ -", _users),
-    "data": ("a folder", Path),
+    "data": ("a folder", _path),
     "origins": ("a list of origins, such as https://chat.example.com, with commas between them", _origins),
     "presence": ("true or false", _switch),
 }

@@ -64,14 +64,19 @@ class Users:
             settings.data.mkdir(mode=0o700, parents=True, exist_ok=True)
             key = _key(settings.data / "key")
         except OSError as error:
-            raise UsersError(f"PARLEY_DATA={settings.data} cannot be used: {error}") from error
+            raise UsersError(
+                f"PARLEY_DATA={settings.data} cannot be used: {error.strerror}; it must be a folder that can be written"
+            ) from error
         database = create_async_engine(f"sqlite+aiosqlite:///{settings.data / 'parley.db'}")
         try:
             async with database.begin() as connection:
                 await connection.execute(CreateTable(users_table, if_not_exists=True))
             yield cls(database, key, settings.users)
         except SQLAlchemyError as error:
-            raise UsersError(f"the database in {settings.data} cannot be used: {error.args[0]}") from error
+            raise UsersError(
+                f"the database in {settings.data} cannot be used: {error.args[0]}; restore it, or move it away to "
+                "begin anew"
+            ) from error
         finally:
             await database.dispose()
 

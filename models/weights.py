@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zipfile
 from collections.abc import Iterator
@@ -42,8 +44,13 @@ def load(settings: Settings, cache: Path | None = None) -> tuple[PreTrainedToken
     `cache` is where converted models are kept, by default the user's cache folder. Says on stderr what takes
     long. Raises ModelError.
     """
+    with _interruptible():
+        return _load(settings, cache or user_cache_path("parley"))
+
+
+def _load(settings: Settings, cache: Path) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    _check_device(settings.device)
     dtype = _dtype(settings)
-    cache = cache or user_cache_path("parley")
     folder = _find(settings, dtype, cache)
     hub = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     try:
@@ -53,12 +60,39 @@ def load(settings: Settings, cache: Path | None = None) -> tuple[PreTrainedToken
         )
         model, loading = loaded
     except Exception as error:  # transformers, the Hub's client and safetensors raise a dozen kinds
-        mend = f"; delete {folder} to have it made anew" if Path(folder).parent == cache else ""
-        raise ModelError(f"{_named(settings)} cannot be loaded: {_first_line(error)}{mend}") from error
+        mend = ""
+        if Path(folder).parent == cache:
+            mend = f"; delete {folder} to have it made anew"
+        elif not Path(folder).is_dir():
+            mend = "; check the id and the network, or set PARLEY_MODEL to a folder"
+        raise ModelError(f"{_named(settings)} cannot be loaded: {_in_a_line(error)}{mend}") from error
     if missing := loading["missing_keys"]:
         raise ModelError(f"{_named(settings)} is not whole: {len(missing)} weights are missing, {min(missing)} first")
     _set_chat_template(tokenizer, settings)
     return tokenizer, model.eval()
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let Ctrl-C end a long download: while a server starts, its own signal handlers only take note."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _check_device(device: str) -> None:
+    kind, _, index = device.partition(":")
+    if kind in ("auto", "cpu"):
+        return
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None or accelerator.type != kind or int(index or 0) >= torch.accelerator.device_count():
+        raise ModelError(f"PARLEY_DEVICE={device}: this machine or this build of torch has none; use cpu or auto")
 
 
 def _dtype(settings: Settings) -> torch.dtype:
@@ -79,6 +113,8 @@ def _find(settings: Settings, dtype: torch.dtype, cache: Path) -> str:
         mark = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
         return str(_cached(cache, f"{path.stem}-{hashlib.sha256(mark.encode()).hexdigest()[:12]}", dtype, path))
     if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"PARLEY_MODEL={settings.model}: the folder holds no model, config.json is missing")
         return str(path)
     if path.suffix == ".gguf" or path.is_absolute() or settings.model.startswith((".", "~")):
         raise ModelError(f"PARLEY_MODEL={settings.model}: there is no such file or folder")
@@ -101,7 +137,7 @@ def _cached(cache: Path, name: str, dtype: torch.dtype, gguf: Path | None) -> Pa
                 _convert(source, scratch / "converted", dtype)
                 (scratch / "converted").rename(folder)
     except OSError as error:
-        raise ModelError(f"the model cannot be kept in {cache}: {_first_line(error)}") from error
+        raise ModelError(f"the model cannot be kept in {cache}: {_in_a_line(error)}") from error
     return folder
 
 
@@ -144,7 +180,7 @@ def _convert(gguf: Path, folder: Path, dtype: torch.dtype) -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     except Exception as error:
-        raise ModelError(f"{gguf} cannot be converted: {_first_line(error)}") from error
+        raise ModelError(f"{gguf} cannot be converted: {_in_a_line(error)}") from error
     _say(f"Converted in {time.monotonic() - started:.0f} s.")
 
 
@@ -153,7 +189,7 @@ def _set_chat_template(tokenizer: PreTrainedTokenizerBase, settings: Settings) -
         try:
             tokenizer.chat_template = settings.chat_template.read_text(encoding="utf-8")
         except (OSError, UnicodeError) as error:
-            raise ModelError(f"PARLEY_CHAT_TEMPLATE cannot be read: {_first_line(error)}") from error
+            raise ModelError(f"PARLEY_CHAT_TEMPLATE cannot be read: {_in_a_line(error)}") from error
     if not tokenizer.chat_template:
         raise ModelError(
             f"{_named(settings)} has no chat template, so it may not be a chat model: choose an instruction-tuned "
@@ -162,7 +198,7 @@ def _set_chat_template(tokenizer: PreTrainedTokenizerBase, settings: Settings) -
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], add_generation_prompt=True)
     except Exception as error:  # Jinja's own errors, and whatever a template's expressions raise
-        raise ModelError(f"the chat template of {_named(settings)} fails: {_first_line(error)}") from error
+        raise ModelError(f"the chat template of {_named(settings)} fails: {_in_a_line(error)}") from error
 
 
 def need_space(folder: Path, size: int) -> None:
@@ -178,8 +214,8 @@ def _named(settings: Settings) -> str:
     return EMBEDDED if settings.model is None else f"PARLEY_MODEL={settings.model}"
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _say(line: str) -> None:

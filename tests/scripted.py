@@ -10,9 +10,9 @@ import anyio
 from starlette.applications import Starlette
 
 from models.admission import Admission
-from models.chat import Delta, Done, Event, Queued, Started, Usage
 from models.conversations import Message
 from models.options import Options
+from models.reply import Delta, Done, Event, Queued, Started, Usage
 
 
 class ScriptedChat:

@@ -9,11 +9,13 @@ import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from models.admission import QueueFull, TooManyResponses
-from models.chat import Chat, ContextLengthExceeded, Delta, Done, Event, MessagesRefused, Queued, Started
+from models.chat import Chat
 from models.conversations import Message
 from models.options import Options
+from models.reply import ContextLengthExceeded, Delta, Done, Event, MessagesRefused, Queued, Started
 from models.settings import Settings, SettingsError
 from models.weights import load
+from tests.tiny import tiny_tokenizer
 
 pytestmark = pytest.mark.anyio
 
@@ -119,8 +121,9 @@ async def test_messages_that_fill_the_context_are_refused_with_the_numbers(
     tokenizer: PreTrainedTokenizerBase, llama: PreTrainedModel
 ) -> None:
     async with tiny_chat(tokenizer, llama, context=64) as chat:
-        with pytest.raises(ContextLengthExceeded, match="64"):
-            await events(chat.reply("ann", say("x" * 200), GREEDY))
+        for length in (200, 100_000):
+            with pytest.raises(ContextLengthExceeded, match="64"):
+                await events(chat.reply("ann", say("x" * length), GREEDY))
         assert len(text(await events(chat.reply("ann", say("short"), replace(GREEDY, seed=1))))) > 0
 
 
@@ -130,6 +133,17 @@ async def test_what_the_template_refuses_is_refused_with_its_words(
     async with tiny_chat(tokenizer, llama) as chat:
         with pytest.raises(MessagesRefused, match="it cannot begin"):
             await events(chat.reply("ann", [{"role": "assistant", "content": "Hi"}], GREEDY))
+
+
+async def test_messages_that_come_to_nothing_or_hold_an_unknown_token_are_refused(llama: PreTrainedModel) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|image|>"]})  # beyond what the model embeds
+    async with tiny_chat(tokenizer, llama) as chat:
+        with pytest.raises(MessagesRefused, match="a token that the model does not know"):
+            await events(chat.reply("ann", say("Look: <|image|>"), GREEDY))
+        tokenizer.chat_template = ""
+        with pytest.raises(MessagesRefused, match="come to nothing"):
+            await events(chat.reply("ann", say("Hi"), GREEDY))
 
 
 async def test_who_waits_hears_each_new_position_and_gets_the_slot_that_becomes_free(

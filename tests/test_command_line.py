@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,16 +12,6 @@ from click.testing import CliRunner, Result
 from server import main
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> object:
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> Result:
-        return CliRunner().invoke(main, arguments)
-
-    return run
 
 
 def run(*arguments: str) -> Result:
@@ -59,6 +50,23 @@ def test_a_setting_in_a_dot_env_file_counts_and_a_bad_one_stops_the_command() ->
     assert Path("elsewhere/parley.db").exists()
     Path(".env").write_text("PARLEY_SLOTS=many\n")
     assert "PARLEY_SLOTS='many'" in run("users", "list").output
+
+
+@pytest.mark.parametrize("option", ["--port=in use", "--host=no.such.host.invalid", "--port=99999"])
+def test_an_address_that_cannot_be_had_is_said_before_the_model_is_loaded(option: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        result = run(option.replace("in use", str(taken.getsockname()[1])))
+    assert result.exit_code != 0
+    assert "Error: " in result.output
+    assert not list(Path().iterdir())
+
+
+def test_a_variable_that_is_no_setting_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PARLEY_SLOTZ", "3")
+    run("users", "list")
+    assert "PARLEY_SLOTZ is no setting" in caplog.text
 
 
 @pytest.mark.parametrize("command", [["server.py", "--port", "0"], ["-m", "uvicorn", "server:app", "--port", "0"]])

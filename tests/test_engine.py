@@ -5,7 +5,15 @@ from collections.abc import Callable, Iterable
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BloomConfig, Gemma2Config, GptOssConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma2Config,
+    GPT2Config,
+    GptOssConfig,
+    LlamaConfig,
+    PreTrainedModel,
+)
 
 from models.engine import Engine, Sequence
 from models.kv_cache import UnsupportedModel
@@ -161,3 +169,46 @@ def test_a_model_with_layers_of_an_unknown_kind_is_refused_by_name(llama: PreTra
     model.config.layer_types = ["full_attention", "chunked_attention", "full_attention"]
     with pytest.raises(UnsupportedModel, match="chunked_attention"):
         Engine(model, slots=2, context=64)
+
+
+def test_a_model_with_learned_positions_runs_beside_an_idle_slot_in_its_whole_context() -> None:
+    model = tiny_model(GPT2Config(vocab_size=SHAPE["vocab_size"], n_positions=64, n_embd=32, n_layer=2, n_head=2))
+    short, long = prompts(4, 40)
+    expected = generated(model, long, 20)
+    engine = Engine(model, slots=2, context=64)
+    first, second = Sequence(short, Sampling(), 2), Sequence(long, Sampling(), 20)
+    replies = run(engine, [first, second])  # the first one ends long before the second
+    assert replies[second] == expected
+
+
+def test_an_idle_slot_does_not_change_the_rope_of_others() -> None:
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "factor": 2.0,
+        "original_max_position_embeddings": 64,
+        "short_factor": [1.0] * 8,
+        "long_factor": [9.0] * 8,
+    }
+    model = tiny_model(LlamaConfig(**SHAPE | {"max_position_embeddings": 128, "rope_parameters": rope}))
+    short, long = prompts(4, 30)
+    expected = generated(model, long, 20)
+    engine = Engine(model, slots=2, context=64)
+    second = Sequence(long, Sampling(), 20)
+    assert run(engine, [Sequence(short, Sampling(), 2), second])[second] == expected
+
+
+def test_what_went_wrong_in_a_slot_does_not_reach_the_next_sequence(llama: PreTrainedModel) -> None:
+    long, short, other = prompts(50, 8, 40)
+    fresh = Engine(llama, slots=2, context=128)
+    expected = Sequence(short, Sampling(), 20)
+    reply = run(fresh, [expected])[expected]
+    engine = Engine(llama, slots=2, context=128)
+    overflown, again = Sequence(long, Sampling(), 20), Sequence(short, Sampling(), 20)
+    engine.add(overflown)
+    engine.step()
+    with torch.inference_mode():
+        for keys, values in engine.cache.layers.values():
+            keys[0, 40] = values[0, 40] = torch.nan
+    engine.cancel(overflown)
+    assert run(engine, [again, Sequence(other, Sampling(), 40)])[again] == reply

@@ -15,12 +15,14 @@ pytestmark = pytest.mark.anyio
 
 
 class BreakableEngine(Engine):
-    """Fails the step in which a sequence with a prompt of 13 tokens takes part."""
+    """Fails at the end of a step in which a sequence with a prompt of 13 tokens takes part."""
 
     def step(self) -> list[Token]:
-        if any(sequence and len(sequence.prompt) == 13 for sequence in self.slots):
+        unlucky = any(sequence and len(sequence.prompt) == 13 for sequence in self.slots)
+        tokens = super().step()
+        if unlucky:
             raise RuntimeError("unlucky")
-        return super().step()
+        return tokens
 
 
 def sequence(length: int = 5, tokens: int = 10) -> Sequence:
@@ -54,6 +56,22 @@ async def test_a_failed_step_fails_the_sequences_of_that_step_and_no_later_ones(
     with pytest.raises(EngineFailed):
         await collect(thread, sequence(length=13))
     assert thread.alive
+    assert len(await collect(thread, sequence())) == 10
+    await thread.stop()
+
+
+async def test_a_sequence_that_would_have_ended_in_a_failed_step_fails_too(llama: PreTrainedModel) -> None:
+    thread = EngineThread(BreakableEngine(llama, 2, 64))
+    with pytest.raises(EngineFailed):
+        await collect(thread, sequence(length=13, tokens=1))
+    await thread.stop()
+
+
+@pytest.mark.parametrize("prompt", [[], [10**6], list(range(3, 103))])
+async def test_a_sequence_that_the_engine_cannot_take_fails_alone(llama: PreTrainedModel, prompt: list[int]) -> None:
+    thread = EngineThread(Engine(llama, 2, 64))
+    with pytest.raises(EngineFailed):
+        await collect(thread, Sequence(prompt, Sampling(), 5))
     assert len(await collect(thread, sequence())) == 10
     await thread.stop()
 

@@ -79,9 +79,14 @@ def test_a_wrong_secret_is_refused_and_the_eleventh_in_a_minute_whatever_it_is(c
     assert log_in(client).status_code == 429
 
 
-def test_a_login_from_another_site_is_refused(client: TestClient) -> None:
-    answer = client.post("/login", data={"secret": ANN}, headers={"Origin": "http://evil.example"})
+@pytest.mark.parametrize("origin", ["http://evil.example", "http://[", "null"])
+def test_a_login_from_another_site_is_refused(client: TestClient, origin: str) -> None:
+    answer = client.post("/login", data={"secret": ANN}, headers={"Origin": origin})
     assert (answer.status_code, COOKIE in client.cookies) == (403, False)
+
+
+def test_a_login_form_with_files_is_refused(client: TestClient) -> None:
+    assert client.post("/login", files={"secret": b"x" * 100_000}).status_code == 400
 
 
 @pytest.mark.parametrize("cookie", ["nonsense", "WyJhbm4iLCJ4Il0.aaaaaa.bbbbbbbbbbbbbbbbbbbbbbbbbbb", ""])
@@ -144,7 +149,8 @@ def test_the_cookie_is_good_from_our_own_page_and_allowed_origins_only(
         for origin in ("http://testserver", "https://friend.example"):
             with client.websocket_connect("/ws", ["chat.v1"], headers={"Origin": origin}) as socket:
                 assert socket.receive_json()["session"]["user"] == "ann"
-        for headers in ({"Origin": "https://evil.example"}, {"Origin": "null"}, {}):
+        strange = ("https://evil.example", "null", "http://[", "ftp://testserver", "http://testserver.evil.example")
+        for headers in (*({"Origin": origin} for origin in strange), {}):
             with client.websocket_connect("/ws", ["chat.v1"], headers=headers) as socket:
                 assert socket.receive_json()["error"]["code"] == "origin_not_allowed"
                 assert closed_with(socket) == 4403

@@ -8,6 +8,7 @@ import logging
 import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
@@ -87,6 +88,16 @@ def test_close_codes_reach_a_real_client(scripted_server: Served) -> None:
     with connect(scripted_server.ws, subprotocols=[Subprotocol("chat.v1")]) as connection:
         assert json.loads(connection.recv())["error"]["code"] == "invalid_credentials"
         assert closed_with(connection) == 4401
+
+
+def test_guesses_made_at_once_are_counted_one_by_one(scripted_server: Served) -> None:
+    def guess(number: int) -> str:
+        with connect(f"{scripted_server.ws}?secret=wrong{number}") as connection:
+            return str(connection.recv())
+
+    with ThreadPoolExecutor(40) as pool:
+        answers = list(pool.map(guess, range(40)))
+    assert answers.count("authentication failed") == 10
 
 
 def test_a_browsers_subprotocol_credentials_are_not_echoed(scripted_server: Served) -> None:

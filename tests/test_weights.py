@@ -109,6 +109,8 @@ def test_a_path_that_is_not_there_is_refused(model: str, cache: Path) -> None:
 
 
 def test_a_folder_that_holds_no_model_is_refused(tmp_path: Path, cache: Path) -> None:
+    assert "config.json is missing" in refusal(settings(tmp_path), cache)
+    (tmp_path / "config.json").write_text("{}")
     assert "cannot be loaded" in refusal(settings(tmp_path), cache)
 
 
@@ -144,3 +146,9 @@ def test_a_cache_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("in the way")
     file = write_tiny_gguf(tmp_path / "tiny.gguf")
     assert "cannot be kept" in refusal(settings(file), tmp_path / "cache")
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused_before_anything_is_fetched(device: str, cache: Path) -> None:
+    assert f"PARLEY_DEVICE={device}" in refusal(Settings(device=device), cache)
+    assert not cache.exists()

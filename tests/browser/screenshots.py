@@ -9,9 +9,9 @@ from pathlib import Path
 
 from playwright.sync_api import Page, expect
 
-from models.chat import Event
 from models.conversations import Message
 from models.options import Options
+from models.reply import Event
 from models.settings import EMBEDDED, Settings
 from server import create_app
 from tests.browser.chromium import launched, log_in, send

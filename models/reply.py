@@ -1,0 +1,59 @@
+"""A reply as it comes: what it says, how it ends, why there is none."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from models.engine import Finish
+
+
+class MessagesRefused(Exception):
+    """The model's chat template refuses the messages; the message says why."""
+
+
+class ContextLengthExceeded(Exception):
+    """The messages leave no room for a reply in the context."""
+
+
+@dataclass
+class Usage:
+    """Tokens read and written for a reply; `output_tokens` grows while it streams."""
+
+    input_tokens: int
+    cached_tokens: int = 0
+    output_tokens: int = 0
+
+    def public(self) -> dict[str, int]:
+        """The counts and their sum, as JSON has them."""
+        return asdict(self) | {"total_tokens": self.input_tokens + self.output_tokens}
+
+
+@dataclass(frozen=True)
+class Started:
+    """The reply is on its way: what follows is all that can go wrong with it."""
+
+    usage: Usage
+
+
+@dataclass(frozen=True)
+class Queued:
+    """The reply waits for a slot; `position` 1 is next."""
+
+    position: int
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A piece of the reply's text, never empty."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Done:
+    """The reply ended by itself."""
+
+    reason: Finish
+
+
+Event = Started | Queued | Delta | Done
