@@ -64,7 +64,7 @@ def test_a_wrong_secret_is_told_on_the_login_form(scripted_server: Served, page:
     page.goto(scripted_server.url)
     page.get_by_label("Secret").fill("no secret")
     page.get_by_label("Secret").press("Enter")
-    expect(page.get_by_role("alert")).to_have_text("authentication failed")
+    expect(page.get_by_role("alert")).to_have_text("That secret is not right.")
     expect(page.get_by_label("Secret")).to_be_focused()
 
 
