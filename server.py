@@ -68,8 +68,8 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
             state.chat = await stack.enter_async_context(state.open_chat(app))
             greet(state.url, await state.users.add_first())
             yield
-    except StartError as error:
-        state.start_error = str(error)
+    except (StartError, KeyboardInterrupt) as error:
+        state.start_error = str(error) or "interrupted"
         raise
 
 
