@@ -85,9 +85,8 @@ async def open_chat(app: Starlette) -> AsyncIterator[Chat]:
 def read_settings() -> Settings:
     """The settings of this process: its environment, then `.env`. Raises SettingsError."""
     config = Config(".env" if Path(".env").is_file() else None, os.environ, PREFIX)
-    for name in {*os.environ, *config.file_values} - Settings.names():
-        if name.startswith(PREFIX):
-            logger.warning("%s is no setting of Parley and changes nothing", name)
+    for name in Settings.unknown([*os.environ, *config.file_values]):
+        logger.warning("%s is no setting of Parley and changes nothing", name)
     return Settings.read(lambda name: config(name, default=None))
 
 
@@ -154,10 +153,7 @@ async def user_of(websocket: WebSocket) -> User:
         return await user_with_secret(websocket, secret.strip().encode("latin-1").decode(errors="replace"))
     for protocol in websocket.scope["subprotocols"]:
         if protocol.startswith("bearer."):
-            encoded, secret = protocol.removeprefix("bearer."), ""
-            with suppress(ValueError):  # what is no base64url of text is no secret
-                secret = base64.urlsafe_b64decode(encoded + "=" * (-len(encoded) % 4)).decode()
-            return await user_with_secret(websocket, secret)
+            return await user_with_secret(websocket, unpadded_base64(protocol.removeprefix("bearer.")))
     if user := await user_of_cookie(websocket):
         if not same_origin(websocket):
             raise Refusal(4403, 403, "origin_not_allowed", "this page's origin is not in PARLEY_ORIGINS")
@@ -166,6 +162,13 @@ async def user_of(websocket: WebSocket) -> User:
     if secret := websocket.query_params.get("secret", ""):
         return await user_with_secret(websocket, secret)
     raise WrongCredentials
+
+
+def unpadded_base64(value: str) -> str:
+    """The text in base64url without padding; for anything else, text that is no secret."""
+    with suppress(ValueError):
+        return base64.urlsafe_b64decode(value + "=" * (-len(value) % 4)).decode()
+    return ""
 
 
 async def user_of_cookie(connection: HTTPConnection) -> User | None:
@@ -177,8 +180,8 @@ async def user_of_cookie(connection: HTTPConnection) -> User | None:
 def same_origin(connection: HTTPConnection) -> bool:
     """Whether a browser's request comes from our own page, or one that the settings allow."""
     host = connection.headers.get("host", "")
-    allowed: tuple[str, ...] = connection.app.state.settings.origins
-    return connection.headers.get("origin") in (f"http://{host}", f"https://{host}", *allowed)
+    allowed = (f"http://{host}", f"https://{host}", *connection.app.state.settings.origins)
+    return connection.headers.get("origin") in allowed
 
 
 # HTTP
@@ -187,8 +190,8 @@ def same_origin(connection: HTTPConnection) -> bool:
 def page(request: Request, user: User | None, error: str | None = None, status: int = 200) -> Response:
     """The chat for a user, the login form for anybody else."""
     headers = {"Content-Security-Policy": "default-src 'self'", "Cache-Control": "no-store"}
-    values = {"user": user and user.id, "error": error, "model": request.app.state.chat.model_name}
-    return templates.TemplateResponse(request, "chat.html", values, status, headers)
+    context = {"user": user and user.id, "error": error, "model": request.app.state.chat.model_name}
+    return templates.TemplateResponse(request, "chat.html", context, status, headers)
 
 
 async def home(request: Request) -> Response:
@@ -202,10 +205,9 @@ async def login(request: Request) -> Response:
         if "origin" in request.headers and not same_origin(request):
             raise Refusal(4403, 403, "origin_not_allowed", "this form came from another site")
         user = await user_with_secret(request, secret.strip())
-    except WrongCredentials as refusal:
-        return page(request, None, "That secret is not right.", refusal.status)
     except Refusal as refusal:
-        return page(request, None, str(refusal), refusal.status)
+        words = "That secret is not right." if isinstance(refusal, WrongCredentials) else str(refusal)
+        return page(request, None, words, refusal.status)
     response = RedirectResponse("./", 303)
     ticket, secure = request.app.state.users.ticket(user), request.url.scheme == "https"
     response.set_cookie(COOKIE, ticket, TICKET_SECONDS, httponly=True, samesite="strict", secure=secure)
@@ -228,8 +230,7 @@ async def ready(request: Request) -> Response:
 
 
 async def args(request: Request) -> Response:
-    state = request.app.state
-    return JSONResponse({"args": state.settings.public() | state.chat.arguments})
+    return JSONResponse({"args": request.app.state.settings.public() | request.app.state.chat.arguments})
 
 
 class FreshStaticFiles(StaticFiles):
@@ -356,7 +357,7 @@ app = create_app()
 # Command line
 
 
-@click.group(invoke_without_command=True)
+@click.group(invoke_without_command=True, commands=[users])
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=7777, show_default=True, type=click.IntRange(0, 65535), help="Port to listen on.")
 @click.pass_context
@@ -365,9 +366,6 @@ def main(context: click.Context, host: str, port: int) -> None:
     context.obj = read_settings
     if context.invoked_subcommand is None:
         serve(host, port)
-
-
-main.add_command(users)
 
 
 def serve(host: str, port: int) -> None:

@@ -32,7 +32,8 @@ class Chat:
         self.admission = Admission(settings.slots, settings.queue, settings.responses_per_user)
         self._tokenizer = tokenizer
         self._stop_ids = _stop_ids(tokenizer, model)
-        self._engine = EngineThread(Engine(model, settings.slots, self.context))
+        self._engine = Engine(model, settings.slots, self.context)
+        self._thread = EngineThread(self._engine)
         # One thread, since a tokenizer may not be changed by two at once; the event loop stays free meanwhile.
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
 
@@ -46,18 +47,18 @@ class Chat:
         try:
             yield chat
         finally:
-            await chat._engine.stop()
+            await chat._thread.stop()
             chat._encoder.shutdown(wait=False)
 
     @property
     def trouble(self) -> str | None:
         """Why no reply can be had at present, if so."""
-        return None if self._engine.alive else "the engine stopped; the log says why"
+        return None if self._thread.alive else "the engine stopped; the log says why"
 
     @property
     def arguments(self) -> dict[str, Any]:
         """What the settings came to, ready for JSON."""
-        model = self._engine.engine.model
+        model = self._engine.model
         return {
             "model": self.model_name,
             "context": self.context,
@@ -69,7 +70,7 @@ class Chat:
     @property
     def free_slots(self) -> int:
         """How many more sequences the engine could decode at once."""
-        return self._engine.engine.free_slots
+        return self._engine.free_slots
 
     async def reply(self, user: str, messages: list[Message], options: Options) -> AsyncGenerator[Event, None]:
         """Answer the last of the messages: Started, Queued while it waits, Deltas, Done.
@@ -93,7 +94,7 @@ class Chat:
 
     async def _text(self, sequence: Sequence, stop: tuple[str, ...], usage: Usage) -> AsyncGenerator[Event, None]:
         detokenizer, stops = Detokenizer(self._tokenizer), StopStrings(stop)
-        async with aclosing(self._engine.tokens(sequence)) as tokens:
+        async with aclosing(self._thread.tokens(sequence)) as tokens:
             async for token in tokens:
                 usage.output_tokens += 1
                 piece = stops.push("" if token.finish == "stop" else detokenizer.push(token.id))
@@ -127,16 +128,18 @@ class Chat:
         return prompt
 
     def _template(self, turns: list[Message]) -> list[int]:
-        text = self._tokenizer.apply_chat_template(
+        rendered = self._tokenizer.apply_chat_template(
             turns,  # type: ignore[arg-type]  # a TypedDict is not a dict to mypy
             add_generation_prompt=True,
             tokenize=False,
         )
+        text = str(rendered)
         # The beginning tells when a text is far too long: a megabyte would hold up everybody's prompts for a second.
-        beginning = self._tokenizer.encode(str(text)[: 8 * self.context], add_special_tokens=False)
-        if len(beginning) > self.context or len(str(text)) <= 8 * self.context:
-            return list(beginning)
-        return list(self._tokenizer.encode(str(text), add_special_tokens=False))
+        beginning = text[: 8 * self.context]
+        prompt = self._tokenizer.encode(beginning, add_special_tokens=False)
+        if len(prompt) <= self.context and beginning != text:
+            prompt = self._tokenizer.encode(text, add_special_tokens=False)
+        return list(prompt)
 
     def _sequence(self, prompt: list[int], options: Options) -> Sequence:
         return Sequence(

@@ -34,11 +34,6 @@ class EngineThread:
         self._thread.start()
 
     @property
-    def vocabulary(self) -> int:
-        """How many token ids the model knows."""
-        return self.engine.vocabulary
-
-    @property
     def alive(self) -> bool:
         return not self._stopped
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,9 +58,10 @@ class Settings:
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
     @classmethod
-    def names(cls) -> set[str]:
-        """The variables that mean something here."""
-        return {f"{PREFIX}{name.upper()}" for name in [*RULES, *OPTIONS]}
+    def unknown(cls, variables: Iterable[str]) -> list[str]:
+        """Those of the variables that look like settings and are none."""
+        known = {f"{PREFIX}{name.upper()}" for name in [*RULES, *OPTIONS]}
+        return sorted(name for name in {*variables} - known if name.startswith(PREFIX))
 
     @classmethod
     def read(cls, lookup: Lookup) -> Settings:

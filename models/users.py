@@ -20,15 +20,14 @@ from sqlalchemy.schema import CreateTable
 
 from models.settings import USER_ID, Settings, StartError
 
+TICKET_SECONDS = 14 * 24 * 3600
+
 users_table = Table(
     "users",
     MetaData(),
     Column("id", String(64), primary_key=True),
     Column("digest", LargeBinary(32), unique=True, nullable=False),
 )
-
-
-TICKET_SECONDS = 14 * 24 * 3600
 
 
 class UsersError(StartError):

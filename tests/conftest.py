@@ -60,13 +60,6 @@ def client(app: Starlette) -> Iterator[TestClient]:
 
 
 @pytest.fixture
-def served(app: Starlette) -> Iterator[Served]:
-    """The app behind a real uvicorn."""
-    with serve(app) as served:
-        yield served
-
-
-@pytest.fixture
 def scripted() -> ScriptedChat:
     return ScriptedChat()
 
