@@ -9,6 +9,7 @@ from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any
 
 from jinja2 import TemplateError
+from platformdirs import user_cache_path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from models.admission import Admission
@@ -34,6 +35,8 @@ class Chat:
         self._stop_ids = _stop_ids(tokenizer, model)
         self._engine = Engine(model, settings.slots, self.context)
         self._thread = EngineThread(self._engine)
+        if settings.compile and self._engine.native:
+            self._thread.compile(user_cache_path("parley") / "compiled")
         # One thread, since a tokenizer may not be changed by two at once; the event loop stays free meanwhile.
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
 
@@ -64,6 +67,7 @@ class Chat:
             "context": self.context,
             "device": str(model.device),
             "dtype": str(model.dtype).removeprefix("torch."),
+            "quantize": "int8" if self._engine.quantized else "none",
             "options": {**self.defaults.public(), "instructions": None},  # the operator's words are not for everybody
         }
 
@@ -97,6 +101,7 @@ class Chat:
         async with aclosing(self._thread.tokens(sequence)) as tokens:
             async for token in tokens:
                 usage.output_tokens += 1
+                usage.cached_tokens = sequence.reused
                 piece = stops.push("" if token.finish == "stop" else detokenizer.push(token.id))
                 if token.finish:
                     rest = stops.push(detokenizer.flush()) + stops.flush()

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from models.kv_cache import ATTENTION, KVCache, Slots, UnsupportedModel
+from models import kernels
+from models.compilation import compiled_twin
+from models.kv_cache import ATTENTION, KVCache, Part, Rows, UnsupportedModel
+from models.prefix_cache import PrefixCache
+from models.quantization import Int8Linear
 from models.sampling import Sampler, Sampling
 
 Finish = Literal["stop", "max_output_tokens", "context_length"]
@@ -27,17 +31,22 @@ class Sequence:
     stop_ids: frozenset[int] = frozenset()
     seed: int | None = None
     slot: int = field(default=-1, init=False)
+    tokens: list[int] = field(init=False)  # the prompt and what was generated
     cached: int = field(default=0, init=False)  # tokens whose keys and values are in the slot
-    generated: int = field(default=0, init=False)
-    last: int = field(default=-1, init=False)
+    reused: int = field(default=0, init=False)  # those of them that were there when it began
     random: random.Random = field(init=False)
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
+        self.tokens = list(self.prompt)
 
     @property
     def prefilled(self) -> bool:
         return self.cached >= len(self.prompt)
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - len(self.prompt)
 
 
 class Token(NamedTuple):
@@ -48,20 +57,62 @@ class Token(NamedTuple):
     finish: Finish | None
 
 
+class Batch:
+    """The tokens of one forward, of many sequences in a row: some decode one token, some read a chunk of prompt."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.slots: list[int] = []
+        self.positions: list[int] = []
+        self.parts: list[Part] = []
+        self.read: list[tuple[Sequence, int]] = []  # how many tokens of each sequence
+        self.last: list[int] = []  # which tokens give the next token of a sequence
+        self.ending: list[Sequence] = []  # and of which
+
+    def add(self, sequence: Sequence, count: int) -> None:
+        """Read the next tokens of a sequence."""
+        start, end = sequence.cached, sequence.cached + count
+        self.add_part(sequence.slot, sequence.tokens[start:end], start)
+        self.read.append((sequence, count))
+        if end == len(sequence.tokens):
+            self.last.append(len(self.ids) - 1)
+            self.ending.append(sequence)
+
+    def add_part(self, slot: int, ids: list[int], start: int) -> None:
+        """Read tokens into a slot from a position on. Single tokens of neighbouring slots make one part."""
+        before = self.parts[-1] if self.parts else None
+        if before and len(ids) == before.count == 1 and before.slot + before.rows == slot:
+            part = Part(before.slot, before.rows + 1, before.start, 1, max(before.length, start + 1))
+            self.parts[-1] = part
+        else:
+            self.parts.append(Part(slot, 1, len(self.ids), len(ids), start + len(ids)))
+        self.ids += ids
+        self.slots += [slot] * len(ids)
+        self.positions += range(start, start + len(ids))
+
+
 class Engine:
     """Runs sequences over one model, each in a slot of the cache. Not thread-safe: one thread owns it.
 
-    Row i of a decode is slot i, so a step reads the cache in place. `prefill_chunk` is how many prompt tokens
-    a step takes at most: the longer, the sooner a reply starts and the longer the others wait for their next
-    token. Raises UnsupportedModel where the model's attention cannot be replaced.
+    A step is one forward for all sequences: a token for each that decodes and `prefill_chunk` tokens of new
+    prompts at most, sixteen times as many while none decodes. The longer the chunk, the sooner a reply starts and
+    the longer the others wait for their next token. On a CPU our kernels compute the attention, unless
+    `native` is False or they are not loaded. Raises UnsupportedModel where the model's attention cannot be
+    replaced.
     """
 
-    def __init__(self, model: PreTrainedModel, slots: int, context: int, prefill_chunk: int = 128) -> None:
+    def __init__(
+        self, model: PreTrainedModel, slots: int, context: int, prefill_chunk: int = 32, native: bool = True
+    ) -> None:
         self.model = model
         self.device = model.device
+        self.native = native and kernels.loaded() and self.device.type == "cpu"
         self.context = context
         self.prefill_chunk = prefill_chunk
-        self.cache = KVCache(slots, context)
+        self.quantized = any(isinstance(module, Int8Linear) for module in model.modules())
+        # bfloat16 halves what attention reads, and costs less than the int8 of the linears.
+        self.cache = KVCache(slots, context, torch.bfloat16 if self.quantized else None)
+        self.prefixes = PrefixCache(slots)
         self.slots: list[Sequence | None] = [None] * slots
         self.joining: list[Sequence] = []  # in a slot, prompt not yet read to its end; oldest first
         logits = self._plug_in()
@@ -76,22 +127,32 @@ class Engine:
     def idle(self) -> bool:
         return self.free_slots == len(self.slots)
 
+    @torch.inference_mode()
     def add(self, sequence: Sequence) -> None:
-        """Give a sequence the lowest free slot. Asserts that there is one and that the prompt can be read."""
+        """Give a sequence a free slot, and what another holds of its beginning. Asserts that it can be read."""
         assert self.free_slots
         assert 0 < len(sequence.prompt) < self.context
         assert max(sequence.prompt) < self.vocabulary
         assert sequence.max_tokens > 0
-        sequence.slot = self.slots.index(None)
-        self.slots[sequence.slot] = sequence
-        self.sampler.place(sequence.slot, sequence.sampling, sequence.prompt)
+        for running in filter(None, self.slots):
+            self.prefixes.hold(running.slot, running.tokens[: running.cached])
+        source, length = self.prefixes.find(sequence.prompt)
+        free = [slot for slot, other in enumerate(self.slots) if other is None]
+        slot = self.prefixes.choose(free, source, length)
+        if slot != source:
+            self.cache.copy(source, slot, length)
+        if not self.native:
+            self.cache.clear(slot, length, len(self.prefixes.tokens[slot]))
+        self.prefixes.hold(slot, sequence.prompt[:length])
+        sequence.slot, sequence.cached, sequence.reused = slot, length, length
+        self.slots[slot] = sequence
+        self.sampler.place(slot, sequence.sampling, sequence.prompt)
         self.joining.append(sequence)
 
-    @torch.inference_mode()
     def cancel(self, sequence: Sequence) -> None:
         """Free the sequence's slot at once; does nothing for one that has none."""
         if sequence.slot >= 0:
-            self.cache.clear(sequence.slot, sequence.cached)
+            self.prefixes.hold(sequence.slot, sequence.tokens[: sequence.cached])
             self.slots[sequence.slot] = None
             sequence.slot = -1
         if sequence in self.joining:
@@ -99,67 +160,77 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Token]:
-        """Read one chunk of waiting prompts, then decode one token for each running sequence."""
-        tokens = [token for sequence, logits in self._prefill() for token in self._next([sequence], logits)]
-        running = [sequence for sequence in self.slots if sequence and sequence.prefilled]
-        if running:
-            tokens += self._next(running, self._decode(running))
-        return tokens
+        """Decode one token for each running sequence and read one chunk of waiting prompts, all in one forward."""
+        batch = self._schedule()
+        if not batch.ids:
+            return []
+        logits = self._forward(batch)
+        for sequence, count in batch.read:
+            sequence.cached += count
+        self.joining = [sequence for sequence in self.joining if not sequence.prefilled]
+        return self._next(batch.ending, logits)
 
-    def _prefill(self) -> Iterator[tuple[Sequence, Tensor]]:
-        """Run prompts through the model, oldest first; yield those that are complete with their logits."""
-        budget = self.prefill_chunk
-        while budget and self.joining:
-            sequence = self.joining[0]
-            start, end = sequence.cached, min(sequence.cached + budget, len(sequence.prompt))
-            logits = self._forward(sequence.slot, [sequence.prompt[start:end]], [list(range(start, end))], end)
-            sequence.cached = end
-            budget -= end - start
-            if sequence.prefilled:
-                self.joining.pop(0)
-                yield sequence, logits
+    def _schedule(self) -> Batch:
+        """Running sequences first, by slot; then prompts, oldest first, as far as the budget goes."""
+        batch = Batch()
+        for sequence in self.slots:
+            if sequence and sequence.prefilled:
+                batch.add(sequence, 1)
+        budget = self.prefill_chunk if batch.ids else 16 * self.prefill_chunk
+        for sequence in self.joining:
+            if count := min(budget, len(sequence.prompt) - sequence.cached):
+                batch.add(sequence, count)
+                budget -= count
+        return batch
 
-    def _decode(self, running: list[Sequence]) -> Tensor:
-        """Run the last token of each running sequence, all at once. Returns (running, vocabulary)."""
-        rows = running[-1].slot + 1
-        tokens, positions = [[0]] * rows, [[self.cache.scratch]] * rows
-        for sequence in running:
-            tokens[sequence.slot], positions[sequence.slot] = [sequence.last], [sequence.cached]
-            sequence.cached += 1
-        logits = self._forward(0, tokens, positions, max(sequence.cached for sequence in running))
-        return logits if len(running) == rows else logits[[sequence.slot for sequence in running]]
+    @torch.inference_mode()
+    def compile(self, cache: Path) -> None:
+        """Go on with a compiled model, once it is: 10% more tokens here, far more where operators take longer.
 
-    def _forward(self, first: int, tokens: list[list[int]], positions: list[list[int]], length: int) -> Tensor:
-        """Logits after the last token of each row, (rows, vocabulary)."""
-        position_ids = torch.tensor(positions, device=self.device)
-        logits: Tensor = self.model(
-            input_ids=torch.tensor(tokens, device=self.device),
-            position_ids=position_ids % self.context,  # scratch is no position that a model knows
-            slots=Slots(self.cache, first, position_ids, length),
+        For another thread than the one that steps, which meanwhile goes on; `cache` is where torch keeps programs.
+        """
+        twin = compiled_twin(self.model, cache)
+        batch = Batch()
+        batch.add_part(self.cache.scratch, [0] * 13, 0)
+        self._forward(batch, twin)
+        self.model = twin
+
+    def _forward(
+        self, batch: Batch, model: PreTrainedModel | None = None, unattached: KVCache | None = None
+    ) -> Tensor:
+        """Logits after the batch's last tokens, (sequences, vocabulary)."""
+        if len(batch.ids) == 1:  # the compiler would make another program for a single token
+            batch.add_part(self.cache.scratch, [0], 0)
+        slots, positions = (torch.tensor(numbers, device=self.device) for numbers in (batch.slots, batch.positions))
+        logits: Tensor = (model or self.model)(
+            input_ids=torch.tensor([batch.ids], device=self.device),
+            position_ids=positions[None],
+            rows=Rows(slots, positions, tuple(batch.parts), self.native, unattached),
             use_cache=False,
-            logits_to_keep=1,
+            logits_to_keep=torch.tensor(batch.last or [0], device=self.device),
         ).logits
-        return logits[:, -1]
+        return logits[0]
 
     def _next(self, sequences: list[Sequence], logits: Tensor) -> list[Token]:
         """Choose the next token of each sequence and let go of those that are finished."""
+        if not sequences:
+            return []
         uniforms = [sequence.random.random() for sequence in sequences]
         ids = self.sampler.sample(logits, [sequence.slot for sequence in sequences], uniforms)
         tokens = []
         for sequence, token_id in zip(sequences, ids, strict=True):
-            sequence.last = token_id
-            sequence.generated += 1
+            sequence.tokens.append(token_id)
             tokens.append(Token(sequence, token_id, self._finish(sequence)))
             if tokens[-1].finish:
                 self.cancel(sequence)
         return tokens
 
     def _finish(self, sequence: Sequence) -> Finish | None:
-        if sequence.last in sequence.stop_ids:
+        if sequence.tokens[-1] in sequence.stop_ids:
             return "stop"
         if sequence.generated == sequence.max_tokens:
             return "max_output_tokens"
-        if len(sequence.prompt) + sequence.generated == self.context:
+        if len(sequence.tokens) == self.context:
             return "context_length"
         return None
 
@@ -174,11 +245,16 @@ class Engine:
         expected = self.model(input_ids=torch.tensor([prompt], device=self.device), use_cache=False).logits[:, -1]
         self.model.set_attn_implementation(ATTENTION)
         try:
-            for start, end in ((0, len(prompt) - 1), (len(prompt) - 1, len(prompt))):
-                logits = self._forward(0, [prompt[start:end]], [list(range(start, end))], end)
+            sequence = Sequence(prompt, Sampling(), 1)
+            sequence.slot = 0
+            for count in (len(prompt) - 1, 1):
+                batch = Batch()
+                batch.add(sequence, count)
+                logits = self._forward(batch, unattached=None if sequence.cached else self.cache)
+                sequence.cached += count
         except (TypeError, AttributeError) as error:
             raise UnsupportedModel(f"its forward does not take what an attention function needs ({error})") from error
-        difference = (logits - expected).abs().max() / expected.abs().max()
-        if not self.cache.layers or not difference < 0.05:
+        difference = (logits[0] - expected).abs().max() / expected.abs().max()
+        if not self.cache.modules or not difference < 0.05:
             raise UnsupportedModel("its attention does not go through transformers' attention interface")
         return logits.shape[-1]

@@ -34,6 +34,7 @@ class Settings:
     device: str = "auto"
     dtype: str = "auto"
     quantize: str = "auto"
+    compile: bool = True
     chat_template: Path | None = None
     context: int | None = None
     slots: int = 32
@@ -137,7 +138,8 @@ RULES: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "trust_remote_code": ("true or false", _switch),
     "device": ("auto, cpu, cuda, cuda:N, mps or xpu", _choice(r"auto|cpu|(cuda|xpu)(:\d+)?|mps")),
     "dtype": ("auto, float32, bfloat16 or float16", _choice("auto|float32|bfloat16|float16")),
-    "quantize": ("auto or none; int8 is not there yet", _choice("auto|none")),
+    "quantize": ("auto, none or int8", _choice("auto|none|int8")),
+    "compile": ("true or false", _switch),
     "chat_template": ("the path of a Jinja file", _path),
     "context": _whole(16, 2**24),
     "slots": _whole(1, 1024),

