@@ -195,9 +195,7 @@ class Engine:
         self._forward(batch, twin)
         self.model = twin
 
-    def _forward(
-        self, batch: Batch, model: PreTrainedModel | None = None, unattached: KVCache | None = None
-    ) -> Tensor:
+    def _forward(self, batch: Batch, model: PreTrainedModel | None = None, unattached: KVCache | None = None) -> Tensor:
         """Logits after the batch's last tokens, (sequences, vocabulary)."""
         if len(batch.ids) == 1:  # the compiler would make another program for a single token
             batch.add_part(self.cache.scratch, [0], 0)

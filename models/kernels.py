@@ -24,7 +24,9 @@ class KernelsUnavailable(Exception):
 def library(cache: Path) -> Path:
     """Where in `cache` the compiled kernels are, or would be: another file for another source, torch or processor."""
     cpu = Path("/proc/cpuinfo")
-    flags = next((line for line in cpu.read_text().splitlines() if line.startswith("flags")), "") if cpu.exists() else ""
+    flags = (
+        next((line for line in cpu.read_text().splitlines() if line.startswith("flags")), "") if cpu.exists() else ""
+    )
     mark = "\n".join([SOURCE.read_text(encoding="utf-8"), str(torch.__version__), flags, *FLAGS])
     return cache / f"kernels-{hashlib.sha256(mark.encode()).hexdigest()[:16]}.so"
 
@@ -55,7 +57,7 @@ def load(path: Path) -> None:
     if loaded():
         return
     try:
-        torch.ops.load_library(path)
+        torch.ops.load_library(path)  # type: ignore[no-untyped-call]
     except OSError as error:
         raise KernelsUnavailable(f"{path} cannot be loaded: {error}") from error
     torch.library.register_fake("parley::attention", _attention_shape)

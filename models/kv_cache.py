@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +57,7 @@ class KVCache:
         heads, width = value.shape[1], -(-value.shape[3] // lanes) * lanes
         keys = self._zeros((self.slots + 1, heads, blocks, key.shape[3], lanes), key)
         values = self._zeros((self.slots + 1, heads, blocks * lanes, width), value)
-        module.cached_keys, module.cached_values = self.modules[module] = (keys, values)  # type: ignore[assignment]
+        module.cached_keys, module.cached_values = self.modules[module] = (keys, values)
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Let a slot begin with the first `length` positions of another."""
@@ -88,7 +88,8 @@ class KVCache:
             ) from error
 
 
-class Part(NamedTuple):
+@dataclass(frozen=True)
+class Part:
     """A rectangle of a forward's tokens: from token `start` on, `count` tokens for each of `rows` slots from `slot` on.
 
     `length` is one more than the highest position that matters to them.
@@ -172,8 +173,8 @@ def slot_attention(
         blocks = -(-part.length // keys.shape[-1])
         some_keys = keys[here, :, :blocks].transpose(-1, -2).flatten(2, 3)[:, :, : part.length].to(query.dtype)
         some_values = values[here, :, : part.length, : value.shape[-1]].to(query.dtype)
-        some = query[0, :, part.start : part.start + part.rows * part.count]  # (heads, rows * count, size)
-        some = some.unflatten(1, (part.rows, part.count)).transpose(0, 1)  # (rows, heads, count, size)
+        some = query[0, :, part.start : part.start + part.rows * part.count].contiguous()  # (heads, rows * count, size)
+        some = some.view(len(some), part.rows, part.count, -1).transpose(0, 1)  # (rows, heads, count, size)
         some = _attend(some, some_keys, some_values, rows.mask(part, window, query), scale, softcap, s_aux)
         outputs.append(some.transpose(0, 1).flatten(1, 2))  # (heads, rows * count, size)
     return torch.cat(outputs, 1).transpose(0, 1)[None].contiguous(), None

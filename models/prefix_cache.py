@@ -16,7 +16,7 @@ class PrefixCache:
         self._clock = 0
 
     def find(self, prompt: list[int]) -> tuple[int, int]:
-        """The slot that begins with most of the prompt's tokens, and how many; never all, since the last gives logits."""
+        """The slot that begins with most of the prompt's tokens, and how many; never all: the last gives logits."""
         shared = [_shared(prompt, tokens) for tokens in self.tokens]
         slot = max(range(len(shared)), key=lambda slot: (shared[slot], self._used[slot]))
         length = min(shared[slot], len(prompt) - 1)

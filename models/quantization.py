@@ -18,7 +18,7 @@ LANES = 16  # outputs whose weights stand together in memory
 
 
 class Int8Linear(nn.Module):
-    """Linears of one input with int8 weights, a scale for each output, and activations of 15 bits, a scale for each row.
+    """Linears of one input: int8 weights, a scale for each output; activations of 15 bits, a scale for each row.
 
     Activations are two bytes, since one costs 4% of perplexity (outliers in a row leave the others no steps) and
     two 0.4%; few rows are bound by reading weights, so the second is almost free. Sums are exact in int32, up to
@@ -34,7 +34,9 @@ class Int8Linear(nn.Module):
         self.bias = nn.Buffer(torch.zeros(blocks * LANES))
         start = 0
         for linear in linears:
-            for rows in linear.weight.detach().split(1024):  # in pieces: float32 copies of a whole head are large
+            for rows in torch.split(
+                linear.weight.detach(), 1024
+            ):  # in pieces: float32 copies of a whole head are large
                 here = torch.arange(start, start + len(rows))
                 self.scale[here] = rows.float().abs().amax(1).clamp(min=1e-12) / 127
                 whole = (rows.float() / self.scale[here, None]).round().to(torch.int8).view(-1, inputs // 4, 4)
@@ -46,7 +48,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).float().contiguous()
-        result = torch.ops.parley.int8_linear(rows, self.weight, self.scale, self.bias, self.outputs)
+        result: Tensor = torch.ops.parley.int8_linear(rows, self.weight, self.scale, self.bias, self.outputs)
         return result.to(x.dtype).view(*x.shape[:-1], self.outputs)
 
 
@@ -76,7 +78,7 @@ class Share(nn.Module):
         self.all = shared.all if self.first else None
 
     def forward(self, x: Tensor) -> Tensor:
-        result = self.all(x) if self.all is not None else self.shared.result
+        result: Tensor = self.all(x) if self.all is not None else self.shared.result  # type: ignore[assignment]
         self.shared.result = None if self.last else result
         return result[..., self.start : self.end]
 

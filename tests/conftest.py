@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from platformdirs import user_cache_path
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from models import kernels
 from models.settings import Settings
 from server import create_app
 from tests.scripted import ScriptedChat
@@ -24,6 +26,12 @@ ANN, BOB = "ann's secret", "bob's secret"
 def one_compute_thread() -> None:
     """Tiny models gain nothing from more threads, and the machine has few."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def compiled_kernels() -> None:
+    """As after any start but one on a machine without a compiler: the engine's kernels are there."""
+    kernels.load(kernels.build(user_cache_path("parley")))
 
 
 @pytest.fixture
@@ -44,7 +52,7 @@ def llama() -> PreTrainedModel:
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
     """Two users, ann and bob, and little of everything."""
-    return Settings(context=256, slots=4, data=tmp_path / "data", users={"ann": ANN, "bob": BOB})
+    return Settings(context=256, slots=4, compile=False, data=tmp_path / "data", users={"ann": ANN, "bob": BOB})
 
 
 @pytest.fixture

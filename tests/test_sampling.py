@@ -137,7 +137,9 @@ def test_a_draw_depends_on_its_own_row_only(rows: list[tuple[Sampling, float]], 
 
 def test_larger_random_numbers_draw_less_likely_tokens() -> None:
     logits = random_logits()
-    probabilities = [float(logits[0, token]) for token in drawn(logits, Sampling(1.0, top_p=0.999), [n / 50 for n in range(50)])]
+    probabilities = [
+        float(logits[0, token]) for token in drawn(logits, Sampling(1.0, top_p=0.999), [n / 50 for n in range(50)])
+    ]
     assert all(before >= after for before, after in pairwise(probabilities))
 
 

@@ -164,7 +164,10 @@ async def disturbed(ask: Ask, streams: int, words: int) -> dict[str, float]:
 async def depth(ask: Ask, words: int, tokens: int) -> dict[str, float]:
     """Tokens a second of one stream after a prompt of so many words."""
     reply = await ask(long_prompt(words, 5), tokens)
-    return {"prompt_tokens": reply.prompt_tokens, "speed": (reply.tokens - 1) / (reply.arrivals[-1] - reply.arrivals[0])}
+    return {
+        "prompt_tokens": reply.prompt_tokens,
+        "speed": (reply.tokens - 1) / (reply.arrivals[-1] - reply.arrivals[0]),
+    }
 
 
 async def main() -> None:
