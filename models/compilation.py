@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch._inductor import config as inductor
 from torch.fx.experimental import _config as shapes
 from transformers import PreTrainedModel
 
@@ -20,7 +19,9 @@ def compiled_twin(model: PreTrainedModel, cache: Path) -> PreTrainedModel:
     Layers, not the whole: one layer's program serves all of its kind, so it takes seconds instead of minutes, and
     costs a step 1 ms of 9. `cache` is where torch keeps programs for the next start; a first one takes 15 s.
     """
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    from torch._inductor import config as inductor  # takes a second, which a start need not wait for
+
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)  # not in /tmp, where others might write
     inductor.compile_threads = 1  # no pool of processes, which would stay
     shapes.use_duck_shape = False  # or a number of tokens that equals another size would be taken for it
     tensors = [tensor for module in model.modules() for tensor in _tensors(module)]

@@ -105,6 +105,7 @@ class Engine:
         self, model: PreTrainedModel, slots: int, context: int, prefill_chunk: int = 32, native: bool = True
     ) -> None:
         self.model = model
+        self.compiled = False
         self.device = model.device
         self.native = native and kernels.loaded() and self.device.type == "cpu"
         self.context = context
@@ -193,7 +194,7 @@ class Engine:
         batch = Batch()
         batch.add_part(self.cache.scratch, [0] * 13, 0)
         self._forward(batch, twin)
-        self.model = twin
+        self.model, self.compiled = twin, True
 
     def _forward(self, batch: Batch, model: PreTrainedModel | None = None, unattached: KVCache | None = None) -> Tensor:
         """Logits after the batch's last tokens, (sequences, vocabulary)."""

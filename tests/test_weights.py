@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from models.quantization import Int8Linear, fast
 from models.settings import Settings
 from models.weights import ModelError, load, need_space
 from tests.tiny import TEMPLATE
@@ -152,3 +153,31 @@ def test_a_cache_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 def test_a_device_that_is_not_there_is_refused_before_anything_is_fetched(device: str, cache: Path) -> None:
     assert f"PARLEY_DEVICE={device}" in refusal(Settings(device=device), cache)
     assert not cache.exists()
+
+
+def int8_linears(model: PreTrainedModel) -> int:
+    return sum(isinstance(module, Int8Linear) for module in model.modules())
+
+
+def test_linears_are_int8_where_the_settings_say_so(folder: Path, cache: Path) -> None:
+    assert int8_linears(load(settings(folder, quantize="int8"), cache)[1])
+    assert not int8_linears(load(settings(folder, quantize="none"), cache)[1])
+    assert not int8_linears(load(settings(folder, dtype="float32"), cache)[1])
+    assert bool(int8_linears(load(settings(folder), cache)[1])) == fast()
+
+
+@pytest.mark.parametrize("quantize", ["auto", "int8"])
+def test_without_a_compiler_a_model_stays_as_it_is_or_is_refused(folder: Path, tmp_path: Path, quantize: str) -> None:
+    script = (
+        "import sys, models.weights as w; from models.settings import Settings, StartError\n"
+        "try: print(w.load(Settings(model=sys.argv[1], device='cpu', quantize=sys.argv[2]))[1].dtype)\n"
+        "except StartError as error: print('refused:', error)"
+    )
+    command = [sys.executable, "-c", script, str(folder), quantize]
+    environment = os.environ | {"CXX": "no-such-compiler", "XDG_CACHE_HOME": str(tmp_path / "empty")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    if quantize == "int8":
+        assert done.stdout.startswith("refused: PARLEY_QUANTIZE=int8 cannot be: there is no C++ compiler no-such-comp")
+    else:
+        assert done.stdout == "torch.float32\n"
+        assert "there is no C++ compiler no-such-compiler (on Debian: apt-get install g++)" in done.stderr

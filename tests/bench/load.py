@@ -119,7 +119,11 @@ async def many(ask: Ask, streams: int, tokens: int, number: int = 0) -> list[Rep
 
 async def throughput(ask: Ask, streams: int, tokens: int) -> dict[str, float]:
     replies = await many(ask, streams, tokens, 1000 * streams)
-    return {"speed": speed(replies), "tokens": sum(reply.tokens for reply in replies)}
+    return {
+        "speed": speed(replies),
+        "tokens": sum(reply.tokens for reply in replies),
+        "first": statistics.median(reply.first for reply in replies),
+    }
 
 
 async def first_token(ask: Ask, words: int) -> dict[str, float]:

@@ -1,0 +1,155 @@
+"""Parley and the peers that are installed, in turn, on one model and one machine: the README's table.
+
+    python tests/bench/compare.py --peers .bench/peers
+
+Peers live in an environment of their own (see README.md). Takes about ten minutes; use the machine for nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from platformdirs import user_cache_path
+
+from models.settings import EMBEDDED
+from tests.bench.gguf_files import gguf_files
+from tests.bench.servers import ROOT, Server, has, llama_cpp, parley, transformers_serve
+
+STREAMS = (1, 8, 32)
+Measured = dict[str, dict[str, list[float]]]  # of each server, of each measure, one number a round
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Parley and its peers.")
+    parser.add_argument("--peers", type=Path, default=ROOT / ".bench" / "peers", help="the environment of the peers")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=128)
+    arguments = parser.parse_args()
+    measured: Measured = defaultdict(lambda: defaultdict(list))
+    for round_ in range(arguments.rounds):
+        for start in _servers(arguments.peers):
+            with start() as server:
+                print(f"round {round_ + 1}: {server.name}", file=sys.stderr, flush=True)
+                _measure(server, measured[server.name], arguments.tokens)
+        own = measured["Parley"]
+        own["engine"].append(_engine_alone(arguments.tokens))
+        own["memory"].append(_memory())
+        own["start"].append(_start())
+    print("\n".join(_table({name: _medians(values) for name, values in measured.items()})))
+    (ROOT / ".bench" / "measured.json").write_text(json.dumps(measured, indent=1))
+
+
+def _servers(peers: Path) -> Iterator[Callable[[], AbstractContextManager[Server]]]:
+    python = peers / "bin" / "python"
+    yield parley
+    if has(python, "xllamacpp"):
+        for gguf in gguf_files(ROOT / ".bench"):
+            yield lambda gguf=gguf: llama_cpp(python, gguf)  # type: ignore[misc]
+    if has(python, "transformers"):
+        folder = next(user_cache_path("parley").glob(f"{EMBEDDED}-*-float32"))
+        yield lambda: transformers_serve(python, folder)
+
+
+def _measure(server: Server, values: dict[str, list[float]], tokens: int) -> None:
+    for streams in STREAMS:
+        try:
+            values[f"speed {streams}"].append(server.load("throughput", streams=streams, tokens=tokens)["speed"])
+        except RuntimeError as error:  # llama.cpp's server now and then drops one of 32 connections
+            print(error, file=sys.stderr)
+    first = server.load("first_token", words=850)
+    values["prompt"].append(first["prompt_tokens"])
+    values["first token"].append(first["cold"])
+    values["second turn"].append(first["second_turn"] / first["cold"])
+    disturbed = server.load("disturbed", streams=8, words=1700)
+    values["gap"].append(disturbed["p99_busy"] / disturbed["p50"])
+    near = server.load("depth", words=80, tokens=96)["speed"]
+    values["depth"].append(server.load("depth", words=2450, tokens=96)["speed"] / near)
+
+
+def _engine_alone(tokens: int) -> float:
+    """Tokens a second of 32 streams in a process without a server."""
+    command = [sys.executable, str(ROOT / "tests/bench/engine.py"), "--streams", "32", "--tokens", str(tokens)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(json.loads(done.stdout.splitlines()[-1])["32"])
+
+
+def _memory() -> float:
+    """The peak of a server that answers 32 streams of 512 tokens, in bytes."""
+    with parley() as server:
+        server.load("throughput", streams=32, tokens=512)
+        return server.peak_memory
+
+
+def _start() -> float:
+    """Seconds from the command to the first token, everything cached."""
+    began = time.perf_counter()
+    with parley(compiled=False) as server:
+        ready = time.perf_counter() - began
+        return ready + server.load("throughput", streams=1, tokens=1)["first"]
+
+
+def _medians(values: dict[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(numbers) for name, numbers in values.items() if numbers}
+
+
+def _table(servers: dict[str, dict[str, float]]) -> Iterator[str]:
+    own = servers["Parley"]
+    llamas = [values for name, values in servers.items() if name.startswith("llama.cpp")]
+    other = servers.get("transformers")
+    yield "| | streams | Parley | llama.cpp | ratio | target | transformers serve | ratio | target |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for streams, target, target_transformers in zip(STREAMS, (1.0, 2.0, 2.5), (5.0, 4.0, 2.5), strict=True):
+        key = f"speed {streams}"
+        cells = [
+            f"{own[key]:.0f}",
+            *_against(own, llamas, key, target),
+            *_against(own, [other], key, target_transformers),
+        ]
+        yield f"| tokens/s | {streams} | " + " | ".join(cells) + " |"
+    cells = [f"{own['first token']:.2f} s", *_against(own, llamas, "first token", 1.0, min, " s")]
+    cells += _against(own, [other], "first token", None, min, " s")
+    yield f"| first token of a {own['prompt']:.0f}-token prompt | 1 | " + " | ".join(cells) + " |"
+    for key, label, streams, target in (
+        ("second turn", "first token of a second turn, against the first's", 1, "0.2 or less"),
+        ("gap", "p99 gap while a 2,000-token prompt arrives, against p50", 8, "4 or less"),
+        ("depth", "tokens/s at 3,000 tokens of context, against 100", 1, "0.6 or more"),
+    ):
+        llama = f"{min(llamas, key=lambda each: each[key])[key]:.2f}" if llamas else ""
+        slow = f"{other[key]:.2f}" if other else ""
+        yield f"| {label} | {streams} | {own[key]:.2f} | {llama} | | {target} | {slow} | | |"
+    socket = own["speed 32"] / own["engine"]
+    yield f"| over `/ws`, against the engine alone | 32 | {socket:.2f} | | | 0.95 or more | | | |"
+    yield f"| peak memory, 512 tokens each | 32 | {own['memory'] / 1e9:.2f} GB | | | 1.5 GB or less | | | |"
+    yield f"| start to first token | | {own['start']:.1f} s | | | 15 s or less | | | |"
+
+
+def _against(
+    own: dict[str, float],
+    others: list[dict[str, float] | None] | list[dict[str, float]],
+    key: str,
+    target: float | None,
+    best: Callable[..., float] = max,
+    unit: str = "",
+) -> list[str]:
+    """The best of the others, the ratio to it, and what it should be."""
+    known = [other[key] for other in others if other and key in other]
+    if not known:
+        return ["", "", ""]
+    value = best(known)
+    wanted = "" if target is None else f"{target}" + (" or less" if best is min else "")
+    return [f"{value:.2f}{unit}" if unit else f"{value:.0f}", f"{own[key] / value:.2f}", wanted]
+
+
+if __name__ == "__main__":
+    main()

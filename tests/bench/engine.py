@@ -1,0 +1,55 @@
+"""The engine alone, with no server and no text: tokens a second, in this process.
+
+python tests/bench/engine.py --streams 1 8 32 --tokens 128
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from platformdirs import user_cache_path
+
+from models.engine import Engine, Sequence
+from models.engine_thread import keep_memory
+from models.sampling import Sampling
+from models.settings import Settings
+from models.weights import load
+from tests.bench.load import story
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The engine alone.")
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--quantize", default="auto")
+    arguments = parser.parse_args()
+    tokenizer, model = load(Settings(quantize=arguments.quantize))
+    engine = Engine(model, 32, 4096)
+    keep_memory()
+    if arguments.compile:
+        engine.compile(user_cache_path("parley") / "compiled")
+
+    def run(streams: int, tokens: int, first: int) -> float:
+        """Tokens a second of so many sequences that begin together."""
+        for number in range(first, first + streams):
+            text = tokenizer.apply_chat_template(story(number), add_generation_prompt=True, tokenize=False)  # type: ignore[arg-type]
+            prompt = tokenizer.encode(str(text), add_special_tokens=False)
+            engine.add(Sequence(prompt, Sampling(), tokens, frozenset([tokenizer.eos_token_id])))
+        began, made = time.perf_counter(), 0
+        while not engine.idle:
+            made += len(engine.step())
+        return made / (time.perf_counter() - began)
+
+    run(2, 16, 10**6)
+    print(json.dumps({streams: run(streams, arguments.tokens, 1000 * streams) for streams in arguments.streams}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""The embedded model as the GGUF files that llama.cpp runs: Q4_1 as it is published, and Q8_0."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType, quants
+
+from models.weights import fetch
+
+
+def gguf_files(folder: Path) -> list[Path]:
+    """Both files, made in `folder` where they are missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / "model.Q4_1.gguf", folder / "model.Q8_0.gguf"]
+    if not files[0].exists():
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            shutil.move(fetch(Path(scratch)), files[0])
+    if not files[1].exists():
+        _to_q8_0(files[0], files[1])
+    return files
+
+
+def _to_q8_0(source: Path, target: Path) -> None:
+    reader = GGUFReader(source)
+    architecture = reader.fields["general.architecture"].contents()
+    writer = GGUFWriter(target, architecture)
+    for field in reader.fields.values():
+        if field.name.startswith("GGUF.") or field.name == "general.architecture":
+            continue
+        if field.name == "general.file_type":
+            writer.add_file_type(LlamaFileType.MOSTLY_Q8_0)
+            continue
+        kind = field.types[0]
+        writer.add_key_value(
+            field.name, field.contents(), kind, field.types[-1] if kind == GGUFValueType.ARRAY else None
+        )
+    for tensor in reader.tensors:
+        if tensor.tensor_type == GGMLQuantizationType.F32:
+            writer.add_tensor(tensor.name, np.array(tensor.data))
+        else:
+            whole = quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+            eight = GGMLQuantizationType.Q8_0
+            writer.add_tensor(tensor.name, quants.quantize(whole, eight), raw_dtype=eight)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

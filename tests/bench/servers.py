@@ -1,0 +1,132 @@
+"""The servers under load: Parley and its peers, each started as its users would start it, on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+
+ROOT = Path(__file__).parents[2]
+SECRET = "bench"
+START = 300.0  # seconds that a server may take to be ready
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that runs: how to ask it, and its process."""
+
+    name: str
+    kind: str  # what load.py calls its protocol
+    url: str
+    model: str
+    process: subprocess.Popen[bytes]
+
+    def load(self, what: str, **options: int) -> dict[str, float]:
+        """What `load.py`, in a process of its own, measures."""
+        command = [sys.executable, str(ROOT / "tests/bench/load.py"), self.kind, self.url, "--what", what]
+        command += ["--secret", SECRET, "--model", self.model]
+        for name, value in options.items():
+            command += [f"--{name}", str(value)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{self.name}: {done.stderr.strip().splitlines()[-1]}")
+        result: dict[str, float] = json.loads(done.stdout)
+        return result
+
+    @property
+    def peak_memory(self) -> float:
+        """The most that the process ever held, in bytes."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return 1024 * float(re.findall(r"VmHWM:\s+(\d+)", status)[0])
+
+
+@contextmanager
+def _running(
+    name: str, kind: str, command: list[str], health: str, port: int, model: str = "model", **environment: str
+) -> Iterator[Server]:
+    url = f"http://127.0.0.1:{port}"
+    log = ROOT / ".bench" / f"{name.replace(' ', '-')}.log"
+    log.parent.mkdir(exist_ok=True)
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=os.environ | environment, cwd=ROOT)
+    try:
+        _wait(process, url + health, log)
+        yield Server(name, kind, url, model, process)
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    deadline = time.monotonic() + START
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if httpx2.get(url, trust_env=False).status_code == 200:
+                return
+        except httpx2.TransportError:
+            pass
+        time.sleep(0.05)
+    raise RuntimeError(f"{process.args!r} is not ready; its log is {log}")
+
+
+@contextmanager
+def parley(port: int = 7801, compiled: bool = True) -> Iterator[Server]:
+    """Parley with its defaults, and, if asked for, with its compiling done."""
+    command = [sys.executable, "server.py", "--port", str(port)]
+    data = ROOT / ".bench" / "data"
+    shutil.rmtree(data, ignore_errors=True)
+    settings = {"PARLEY_USERS": f"bench:{SECRET}", "PARLEY_RESPONSES_PER_USER": "64", "PARLEY_DATA": str(data)}
+    with _running("Parley", "parley", command, "/ready", port, **settings) as server:
+        while compiled and not httpx2.get(server.url + "/args", trust_env=False).json()["args"]["compiled"]:
+            time.sleep(0.1)
+        yield server
+
+
+@contextmanager
+def llama_cpp(python: Path, gguf: Path, port: int = 7802) -> Iterator[Server]:
+    """llama.cpp's server from the `xllamacpp` wheel: as many slots, context and threads as Parley has."""
+    script = (
+        "import sys, time, xllamacpp as x\n"
+        "p = x.CommonParams(); p.model.path = sys.argv[1]; p.port = int(sys.argv[2]); p.n_parallel = 32\n"
+        "p.n_ctx = 32 * 4096; p.fit_params = False; p.verbosity = 0\n"
+        "p.cpuparams.n_threads = p.cpuparams_batch.n_threads = int(sys.argv[3])\n"
+        "server = x.Server(p)\n"
+        "while True: time.sleep(1)"
+    )
+    command = [str(python), "-c", script, str(gguf), str(port), str(os.cpu_count())]
+    name = f"llama.cpp {gguf.stem.rpartition('.')[2]}"
+    with _running(name, "openai", command, "/health", port) as server:
+        yield server
+
+
+@contextmanager
+def transformers_serve(python: Path, folder: Path, port: int = 7803) -> Iterator[Server]:
+    """transformers' own server, batching continuously, in bfloat16."""
+    command = [str(python.parent / "transformers"), "serve", str(folder), "--continuous-batching"]
+    command += ["--dtype", "bfloat16", "--device", "cpu", "--port", str(port)]
+    with _running("transformers", "openai", command, "/health", port, str(folder)) as server:
+        yield server
+
+
+def has(python: Path, module: str) -> bool:
+    """Whether an environment has a module."""
+    if not python.exists():
+        return False
+    probe: subprocess.CompletedProcess[Any] = subprocess.run([python, "-c", f"import {module}"], capture_output=True)
+    return probe.returncode == 0
