@@ -34,9 +34,10 @@ inline Floats load(const c10::BFloat16* from) {
 inline void store(float* to, Floats value) { *(Floats*)to = value; }
 inline Floats fill(float value) { return value - Floats{}; }
 
-// e to the x, to about one unit in the last place; from Cephes' expf. 0 below -87.
+// e to the x, to about one unit in the last place; from Cephes' expf. 0 below -87, and above 88 what it is there.
 inline Floats exponential(Floats x) {
   Floats inside = x < -87.f ? fill(-87.f) : x;
+  inside = inside > 88.f ? fill(88.f) : inside;
   Floats rounded = inside * 1.44269504f + 12582912.f;  // the whole number is in the lowest bits
   Integers exponent = (Integers)rounded << 23;
   rounded -= 12582912.f;

@@ -69,6 +69,9 @@ class KVCache:
     def clear(self, slot: int, start: int, end: int) -> None:
         """Forget some positions: an infinity there would reach others through a mask's sums."""
         for keys, values in self.modules.values():
+            block, lane = divmod(start, keys.shape[-1])
+            if lane:
+                keys[slot, :, block, :, lane:] = 0
             keys[slot, :, -(-start // keys.shape[-1]) : -(-end // keys.shape[-1])] = 0
             values[slot, :, start:end] = 0
 

@@ -88,7 +88,7 @@ def quantize(model: nn.Module, run: Callable[[], Any]) -> None:
 
     `run` runs the model once on anything, to see which linears read the same tensor.
     """
-    kept = set()
+    kept = {name for name, module in model.named_modules() if _is_odd(module)}
     groups = _groups(model, run)
     for group in groups:
         (_, _, first), *rest = group
@@ -104,12 +104,16 @@ def quantize(model: nn.Module, run: Callable[[], Any]) -> None:
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor.data = tensor.data.clone()  # or what is left would keep the whole file of weights in memory
     if kept or not groups:
-        logger.warning("not of a size that can be int8: %s", ", ".join(sorted(kept)) or "any linear of the model")
+        logger.warning("not of a kind or size to be int8: %s", ", ".join(sorted(kept)) or "any linear of the model")
 
 
 def fast() -> bool:
     """Whether this processor multiplies int8 faster than float32: it needs AVX-512 VNNI."""
     return kernels.loaded() and bool(torch.cpu._is_vnni_supported())
+
+
+def _is_odd(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and type(module) is not nn.Linear
 
 
 def _groups(model: nn.Module, run: Callable[[], Any]) -> list[list[tuple[nn.Module, str, nn.Linear]]]:

@@ -63,10 +63,7 @@ def _servers(peers: Path) -> Iterator[Callable[[], AbstractContextManager[Server
 
 def _measure(server: Server, values: dict[str, list[float]], tokens: int) -> None:
     for streams in STREAMS:
-        try:
-            values[f"speed {streams}"].append(server.load("throughput", streams=streams, tokens=tokens)["speed"])
-        except RuntimeError as error:  # llama.cpp's server now and then drops one of 32 connections
-            print(error, file=sys.stderr)
+        values[f"speed {streams}"].append(server.load("throughput", streams=streams, tokens=tokens)["speed"])
     first = server.load("first_token", words=850)
     values["prompt"].append(first["prompt_tokens"])
     values["first token"].append(first["cold"])

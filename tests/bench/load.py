@@ -185,7 +185,8 @@ async def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--words", type=int, default=1000)
     arguments = parser.parse_args()
-    async with httpx2.AsyncClient(base_url=arguments.url, timeout=LIMIT, trust_env=False) as client:
+    fresh = httpx2.Limits(max_keepalive_connections=0)  # llama.cpp's server closes what is kept, unannounced
+    async with httpx2.AsyncClient(base_url=arguments.url, timeout=LIMIT, trust_env=False, limits=fresh) as client:
 
         async def ask(messages: Messages, tokens: int) -> Reply:
             if arguments.kind == "parley":
