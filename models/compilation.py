@@ -23,6 +23,7 @@ def compiled_twin(model: PreTrainedModel, cache: Path) -> PreTrainedModel:
 
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)  # not in /tmp, where others might write
     inductor.compile_threads = 1  # no pool of processes, which would stay
+    inductor.size_asserts = inductor.alignment_asserts = False  # 0.5 ms of a step of 10
     shapes.use_duck_shape = False  # or a number of tokens that equals another size would be taken for it
     tensors = [tensor for module in model.modules() for tensor in _tensors(module)]
     twin: PreTrainedModel = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})

@@ -117,8 +117,8 @@ async def many(ask: Ask, streams: int, tokens: int, number: int = 0) -> list[Rep
     return await asyncio.gather(*(ask(story(number + i), tokens) for i in range(streams)))
 
 
-async def throughput(ask: Ask, streams: int, tokens: int) -> dict[str, float]:
-    replies = await many(ask, streams, tokens, 1000 * streams)
+async def throughput(ask: Ask, streams: int, tokens: int, number: int) -> dict[str, float]:
+    replies = await many(ask, streams, tokens, number + 100 * streams)
     return {
         "speed": speed(replies),
         "tokens": sum(reply.tokens for reply in replies),
@@ -126,10 +126,10 @@ async def throughput(ask: Ask, streams: int, tokens: int) -> dict[str, float]:
     }
 
 
-async def first_token(ask: Ask, words: int) -> dict[str, float]:
+async def first_token(ask: Ask, words: int, first: int) -> dict[str, float]:
     """Time to the first token of a long prompt: cold, and of a second turn after it."""
     cold, warm, size = [], [], []
-    for number in range(3):
+    for number in range(first, first + 3):
         messages = long_prompt(words, number)
         reply = await ask(messages, 16)
         cold.append(reply.first)
@@ -144,12 +144,12 @@ async def first_token(ask: Ask, words: int) -> dict[str, float]:
     }
 
 
-async def disturbed(ask: Ask, streams: int, words: int) -> dict[str, float]:
+async def disturbed(ask: Ask, streams: int, words: int, number: int) -> dict[str, float]:
     """The gaps between tokens of running streams while a long prompt arrives, against those before it."""
-    running = [asyncio.create_task(ask(story(i), 400)) for i in range(streams)]
+    running = [asyncio.create_task(ask(story(number + i), 400)) for i in range(streams)]
     await asyncio.sleep(3)  # they run
     began = time.perf_counter()
-    long = await ask(long_prompt(words, 77), 1)
+    long = await ask(long_prompt(words, number + 77), 1)
     ended = time.perf_counter()
     replies = await asyncio.gather(*running)
     quiet, busy = [], []
@@ -165,9 +165,9 @@ async def disturbed(ask: Ask, streams: int, words: int) -> dict[str, float]:
     }
 
 
-async def depth(ask: Ask, words: int, tokens: int) -> dict[str, float]:
+async def depth(ask: Ask, words: int, tokens: int, number: int) -> dict[str, float]:
     """Tokens a second of one stream after a prompt of so many words."""
-    reply = await ask(long_prompt(words, 5), tokens)
+    reply = await ask(long_prompt(words, number + 55), tokens)
     return {
         "prompt_tokens": reply.prompt_tokens,
         "speed": (reply.tokens - 1) / (reply.arrivals[-1] - reply.arrivals[0]),
@@ -184,6 +184,7 @@ async def main() -> None:
     parser.add_argument("--streams", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--words", type=int, default=1000)
+    parser.add_argument("--number", type=int, default=0, help="another number makes other prompts")
     arguments = parser.parse_args()
     fresh = httpx2.Limits(max_keepalive_connections=0)  # llama.cpp's server closes what is kept, unannounced
     async with httpx2.AsyncClient(base_url=arguments.url, timeout=LIMIT, trust_env=False, limits=fresh) as client:
@@ -195,13 +196,13 @@ async def main() -> None:
 
         await ask(story(10**6), 8)  # what is done once is done
         if arguments.what == "throughput":
-            result = await throughput(ask, arguments.streams, arguments.tokens)
+            result = await throughput(ask, arguments.streams, arguments.tokens, arguments.number)
         elif arguments.what == "first_token":
-            result = await first_token(ask, arguments.words)
+            result = await first_token(ask, arguments.words, arguments.number)
         elif arguments.what == "disturbed":
-            result = await disturbed(ask, arguments.streams, arguments.words)
+            result = await disturbed(ask, arguments.streams, arguments.words, arguments.number)
         else:
-            result = await depth(ask, arguments.words, arguments.tokens)
+            result = await depth(ask, arguments.words, arguments.tokens, arguments.number)
     print(json.dumps(result))
 
 

@@ -34,12 +34,14 @@ class Server:
     process: subprocess.Popen[bytes]
 
     def load(self, what: str, **options: int) -> dict[str, float]:
-        """What `load.py`, in a process of its own, measures."""
+        """What `load.py`, in a process of its own, measures. Between two measurements the server stands still."""
         command = [sys.executable, str(ROOT / "tests/bench/load.py"), self.kind, self.url, "--what", what]
         command += ["--secret", SECRET, "--model", self.model]
         for name, value in options.items():
             command += [f"--{name}", str(value)]
+        self.process.send_signal(signal.SIGCONT)
         done = subprocess.run(command, capture_output=True, text=True)
+        self.process.send_signal(signal.SIGSTOP)  # while another is measured
         if done.returncode:
             raise RuntimeError(f"{self.name}: {done.stderr.strip().splitlines()[-1]}")
         result: dict[str, float] = json.loads(done.stdout)
@@ -65,6 +67,7 @@ def _running(
         _wait(process, url + health, log)
         yield Server(name, kind, url, model, process)
     finally:
+        process.send_signal(signal.SIGCONT)
         process.send_signal(signal.SIGINT)
         try:
             process.wait(20)
