@@ -111,8 +111,7 @@ class Engine:
         self.context = context
         self.prefill_chunk = prefill_chunk
         self.quantized = any(isinstance(module, Int8Linear) for module in model.modules())
-        # bfloat16 halves what attention reads, and costs less than the int8 of the linears.
-        self.cache = KVCache(slots, context, torch.bfloat16 if self.quantized else None)
+        self.cache = KVCache(slots, context, self._cache_dtype())
         self.prefixes = PrefixCache(slots)
         self.slots: list[Sequence | None] = [None] * slots
         self.joining: list[Sequence] = []  # in a slot, prompt not yet read to its end; oldest first
@@ -170,6 +169,12 @@ class Engine:
             sequence.cached += count
         self.joining = [sequence for sequence in self.joining if not sequence.prefilled]
         return self._next(batch.ending, logits)
+
+    def _cache_dtype(self) -> torch.dtype | None:
+        """None is the model's own."""
+        if self.quantized:
+            return torch.bfloat16  # halves what attention reads, and costs less than the int8 of the linears
+        return torch.float32 if self.native and self.model.dtype == torch.float16 else None  # the kernel knows no half
 
     def _schedule(self) -> Batch:
         """Running sequences first, by slot; then prompts, oldest first, as far as the budget goes."""

@@ -64,7 +64,8 @@ class EngineThread:
         """Compile the engine's model in a thread of its own while the engine goes on; failing changes nothing."""
 
         def run() -> None:
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)  # replies first
+            with suppress(OSError, AttributeError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)  # replies first
             try:
                 self.engine.compile(cache)
                 _settle()

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.cpp_extension import include_paths, library_paths
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c++20", "-Wno-psabi"]
@@ -42,7 +41,8 @@ def build(cache: Path) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="unfinished-", dir=cache) as folder:
         made = Path(folder) / path.name
-        folders = [f"-I{include}" for include in include_paths()] + [f"-L{place}" for place in library_paths()]
+        home = Path(torch.__file__).parent
+        folders = [f"-I{home}/include", f"-I{home}/include/torch/csrc/api/include", f"-L{home}/lib"]
         command = [compiler, *FLAGS, *folders, str(SOURCE), "-o", str(made), "-lc10", "-ltorch_cpu"]
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         if done.returncode:

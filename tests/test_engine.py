@@ -144,6 +144,17 @@ def test_in_int8_a_sequence_has_the_same_logits_to_the_bit_in_any_batch_and_chun
 
 
 @both_attentions
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_gives_the_reply_of_generate_up_to_a_near_tie(dtype: torch.dtype, native: bool) -> None:
+    model = tiny_llama().to(dtype)
+    (prompt,) = prompts(20)
+    expected = generated(model, prompt, 12)
+    sequence = Sequence(prompt, Sampling(), 12)
+    reply = run(Engine(model, 2, 96, native=native), [sequence])[sequence]
+    assert reply[:4] == expected[:4]
+
+
+@both_attentions
 def test_a_prompt_that_begins_like_one_before_is_read_from_there_and_the_reply_is_the_same(native: bool) -> None:
     model = int8(tiny_llama()) if native else tiny_llama()
     (history,) = prompts(60)

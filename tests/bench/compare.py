@@ -2,7 +2,7 @@
 
     python tests/bench/compare.py --peers .bench/peers
 
-Peers live in an environment of their own (see README.md). Three rounds take a quarter of an hour; use the machine for nothing else.
+Peers live in an environment of their own (see README.md). A round takes six minutes; use the machine for nothing else.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -41,9 +42,10 @@ def main() -> None:
         servers = [stack.enter_context(start()) for start in _servers(arguments.peers)]
         for round_ in range(arguments.rounds):
             print(f"round {round_ + 1} of {arguments.rounds}", file=sys.stderr, flush=True)
-            for name, measure in _measures(arguments.tokens, 10_000 * round_):
+            for measure in _measures(arguments.tokens, 10_000 * round_):
                 for server in servers:  # one after the other, since a machine is not as fast at all times
-                    measured[server.name][name].append(measure(server))
+                    for name, value in measure(server).items():
+                        measured[server.name][name].append(value)
     own = measured["Parley"]
     for _ in range(arguments.rounds):
         own["engine"].append(_engine_alone(arguments.tokens))
@@ -57,34 +59,32 @@ def _servers(peers: Path) -> Iterator[Callable[[], AbstractContextManager[Server
     python = peers / "bin" / "python"
     yield parley
     if has(python, "xllamacpp"):
-        for gguf in gguf_files(ROOT / ".bench"):
-            yield lambda gguf=gguf: llama_cpp(python, gguf)  # type: ignore[misc]
+        for port, gguf in enumerate(gguf_files(ROOT / ".bench"), 7810):
+            yield partial(llama_cpp, python, gguf, port)
     if has(python, "transformers"):
         folder = next(user_cache_path("parley").glob(f"{EMBEDDED}-*-float32"))
-        yield lambda: transformers_serve(python, folder)
+        yield partial(transformers_serve, python, folder)
 
 
-def _measures(tokens: int, number: int) -> Iterator[tuple[str, Callable[[Server], float]]]:
-    for streams in STREAMS:
-        options = {"streams": streams, "tokens": tokens, "number": number}
-        yield f"speed {streams}", lambda server, o=options: server.load("throughput", **o)["speed"]  # type: ignore[misc]
+def _measures(tokens: int, number: int) -> Iterator[Callable[[Server], dict[str, float]]]:
+    def speed(server: Server, streams: int) -> dict[str, float]:
+        result = server.load("throughput", streams=streams, tokens=tokens, number=number)
+        return {f"speed {streams}": result["speed"]}
 
-    def first(server: Server) -> float:
-        return server.load("first_token", words=850, number=number)["cold"]
+    def first(server: Server) -> dict[str, float]:
+        result = server.load("first_token", words=850, number=number)
+        return {"first token": result["cold"], "second turn": result["second_turn"] / result["cold"]}
 
-    def second(server: Server) -> float:
-        result = server.load("first_token", words=850, number=number + 10)
-        return result["second_turn"] / result["cold"]
-
-    def gap(server: Server) -> float:
+    def gap(server: Server) -> dict[str, float]:
         result = server.load("disturbed", streams=8, words=1700, number=number)
-        return result["p99_busy"] / result["p50"]
+        return {"gap": result["p99_busy"] / result["p50"]}
 
-    def depth(server: Server) -> float:
-        near, far = (server.load("depth", words=words, tokens=96, number=number)["speed"] for words in (80, 2450))
-        return far / near
+    def depth(server: Server) -> dict[str, float]:
+        near, far = (server.load("depth", words=words, tokens=64, number=number)["speed"] for words in (80, 2450))
+        return {"depth": far / near}
 
-    yield from {"first token": first, "second turn": second, "gap": gap, "depth": depth}.items()
+    yield from (partial(speed, streams=streams) for streams in STREAMS)
+    yield from (first, gap, depth)
 
 
 def _engine_alone(tokens: int) -> float:
@@ -129,7 +129,7 @@ def _table(servers: dict[str, dict[str, float]]) -> Iterator[str]:
         yield f"| tokens/s | {streams} | " + " | ".join(cells) + " |"
     cells = [f"{own['first token']:.2f} s", *_against(own, llamas, "first token", 1.0, min, " s")]
     cells += _against(own, [other], "first token", None, min, " s")
-    yield f"| first token of a 1,000-token prompt | 1 | " + " | ".join(cells) + " |"
+    yield "| first token of a 1,000-token prompt | 1 | " + " | ".join(cells) + " |"
     for key, label, streams, target in (
         ("second turn", "first token of a second turn, against the first's", 1, "0.2 or less"),
         ("gap", "p99 gap while a 2,000-token prompt arrives, against p50", 8, "4 or less"),

@@ -146,8 +146,8 @@ async def first_token(ask: Ask, words: int, first: int) -> dict[str, float]:
 
 async def disturbed(ask: Ask, streams: int, words: int, number: int) -> dict[str, float]:
     """The gaps between tokens of running streams while a long prompt arrives, against those before it."""
-    running = [asyncio.create_task(ask(story(number + i), 400)) for i in range(streams)]
-    await asyncio.sleep(3)  # they run
+    running = [asyncio.create_task(ask(story(number + i), 250)) for i in range(streams)]
+    await asyncio.sleep(1.5)  # they run
     began = time.perf_counter()
     long = await ask(long_prompt(words, number + 77), 1)
     ended = time.perf_counter()
