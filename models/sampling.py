@@ -83,15 +83,16 @@ class Sampler:
         # they are enough, which would make the host wait for it.
         few = min(CANDIDATES, vocabulary) if self.device.type == "cpu" else vocabulary
         best, order = scaled.topk(few)  # (rows, few)
-        kept = best.exp().sum(-1, keepdim=True) / scaled.exp().sum(-1, keepdim=True)
-        if few < vocabulary and not bool(((top_k <= few) | (kept > top_p)).all()):
+        everything = scaled.exp().sum(-1, keepdim=True)
+        if few < vocabulary and not bool(
+            ((top_k <= few) | (best.exp().sum(-1, keepdim=True) > top_p * everything)).all()
+        ):
             best, order = scaled.sort(descending=True, stable=True)
             few = vocabulary
         rank = torch.arange(few, device=self.device)
-        # Shares of what top-k leaves: of all, not only of the best, where it is off.
-        total = torch.where(top_k <= few, best.exp().masked_fill(rank >= top_k, 0).sum(-1, keepdim=True), 0)
-        total = torch.where(top_k <= few, total, scaled.exp().sum(-1, keepdim=True))
-        probability = best.exp().masked_fill(rank >= top_k, 0) / total
+        probability = best.exp().masked_fill(rank >= top_k, 0)
+        # Top-p counts shares of what top-k leaves, which is more than the best where it is off.
+        probability /= torch.where(top_k <= few, probability.sum(-1, keepdim=True), everything)
         before = probability.cumsum(-1) - probability
         probability = probability.masked_fill((before >= top_p) & (rank > 0), 0)
         return order.gather(-1, _inverse(probability, uniform)[:, None]).squeeze(-1)

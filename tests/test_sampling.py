@@ -190,3 +190,21 @@ def test_logits_that_are_no_numbers_harm_no_other_row() -> None:
     broken, sound = sampler.sample(logits, [0, 1], [0.5, 0.5])
     assert 0 <= broken < VOCABULARY
     assert [sound] == drawn(logits[1:], Sampling(1.0, top_p=0.9), [0.5])
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 5.0])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(1.0, top_p=0.9), Sampling(0.7, top_k=400), Sampling(1.0, 0.95, top_k=40)]
+)
+def test_a_vocabulary_too_large_to_sort_is_drawn_from_as_if_it_were_sorted(sampling: Sampling, spread: float) -> None:
+    """Flat logits need more tokens than the sampler looks at first."""
+    logits = spread * torch.randn(1, 3000, generator=torch.Generator().manual_seed(3))
+    uniforms = [n / 20 for n in range(20)]
+    scaled, order = (logits[0].double() / sampling.temperature).sort(descending=True)
+    probability = scaled[: sampling.top_k or None].softmax(-1)
+    probability = probability[(probability.cumsum(-1) - probability) < sampling.top_p]
+    bounds = probability.cumsum(-1) / probability.sum()
+    expected = [int(order[int((bounds <= uniform).sum())]) for uniform in uniforms]
+    sampler = Sampler(1, 3000, torch.device("cpu"))
+    sampler.place(0, sampling, [1])
+    assert [sampler.sample(logits, [0], [uniform])[0] for uniform in uniforms] == expected
