@@ -139,7 +139,7 @@ class Engine:
         source, length = self.prefixes.find(sequence.prompt)
         free = [slot for slot, other in enumerate(self.slots) if other is None]
         slot = self.prefixes.choose(free, source, length)
-        if slot != source:
+        if length and slot != source:
             self.cache.copy(source, slot, length)
         if not self.native:
             self.cache.clear(slot, length, len(self.prefixes.tokens[slot]))

@@ -34,9 +34,7 @@ class Int8Linear(nn.Module):
         self.bias = nn.Buffer(torch.zeros(blocks * LANES))
         start = 0
         for linear in linears:
-            for rows in torch.split(
-                linear.weight.detach(), 1024
-            ):  # in pieces: float32 copies of a whole head are large
+            for rows in torch.split(linear.weight.detach(), 1024):  # float32 copies of a whole head are large
                 here = torch.arange(start, start + len(rows))
                 self.scale[here] = rows.float().abs().amax(1).clamp(min=1e-12) / 127
                 whole = (rows.float() / self.scale[here, None]).round().to(torch.int8).view(-1, inputs // 4, 4)

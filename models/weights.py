@@ -51,7 +51,8 @@ def load(settings: Settings, cache: Path | None = None) -> tuple[PreTrainedToken
     """
     with _interruptible(), ThreadPoolExecutor(1, thread_name_prefix="kernels") as pool:
         _check_device(settings.device)
-        compiling = pool.submit(_kernels, user_cache_path("parley"))  # ten seconds, once, while the model comes
+        # Ten seconds, once, while the model comes.
+        compiling = pool.submit(_kernels, user_cache_path("parley")) if _on_cpu(settings) else None
         tokenizer, model = _load(settings, cache or user_cache_path("parley"))
         _quantize(model, settings, compiling)
     return tokenizer, model
@@ -86,9 +87,9 @@ def _kernels(cache: Path) -> Path:
     return kernels.build(cache)
 
 
-def _quantize(model: PreTrainedModel, settings: Settings, compiling: Future[Path]) -> None:
+def _quantize(model: PreTrainedModel, settings: Settings, compiling: Future[Path] | None) -> None:
     """Make the model's linears int8 where the settings and the machine say so."""
-    if model.device.type != "cpu":
+    if compiling is None:
         if settings.quantize == "int8":
             raise ModelError("PARLEY_QUANTIZE=int8 is for a CPU: use auto or none, or PARLEY_DEVICE=cpu")
         return
@@ -131,8 +132,11 @@ def _dtype(settings: Settings) -> torch.dtype:
     """float32 on a CPU, which computes it fastest; bfloat16 on accelerators, unless the settings say."""
     if settings.dtype != "auto":
         return getattr(torch, settings.dtype)  # type: ignore[no-any-return]
-    on_cpu = settings.device == "cpu" or (settings.device == "auto" and not torch.accelerator.is_available())
-    return torch.float32 if on_cpu else torch.bfloat16
+    return torch.float32 if _on_cpu(settings) else torch.bfloat16
+
+
+def _on_cpu(settings: Settings) -> bool:
+    return settings.device == "cpu" or (settings.device == "auto" and not torch.accelerator.is_available())
 
 
 def _find(settings: Settings, dtype: torch.dtype, cache: Path) -> str:

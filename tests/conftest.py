@@ -28,6 +28,15 @@ def one_compute_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """For what only several threads could get wrong, or what is too slow with one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def compiled_kernels() -> None:
     """As after any start but one on a machine without a compiler: the engine's kernels are there."""

@@ -4,7 +4,6 @@ import itertools
 import math
 import os
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,14 +136,6 @@ def written_out(
 
 def sinks_of(shape: Shape) -> Tensor:
     return torch.linspace(-3, 4, shape.heads)
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 @BOTH

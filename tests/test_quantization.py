@@ -3,7 +3,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,14 +32,6 @@ LINEARS = [
     (92, (7, 50), True),
     (576, (31,), False),
 ]
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def linears_of(inputs: int, outputs: tuple[int, ...], bias: bool) -> list[nn.Linear]:
