@@ -68,7 +68,7 @@ class Chat:
             "device": str(model.device),
             "dtype": str(model.dtype).removeprefix("torch."),
             "quantize": "int8" if self._engine.quantized else "none",
-            "compiled": self._engine.compiled,
+            "compiled": self._engine.program is not None,
             "options": {**self.defaults.public(), "instructions": None},  # the operator's words are not for everybody
         }
 

@@ -1,51 +1,120 @@
-"""A compiled twin of a model, made while the model itself answers."""
+"""A module as one compiled program, made by another process while the module itself answers."""
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
-from collections.abc import Iterator, Sequence
+import pickle
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.fx.experimental import _config as shapes
-from transformers import PreTrainedModel
+import transformers
+from torch import Tensor, nn
+from torch.export import Dim, export
+
+from models import kernels
+
+SOURCE = Path(__file__).with_name("program.cpp")
+
+Program = Callable[..., Tensor]
 
 
-def compiled_twin(model: PreTrainedModel, cache: Path) -> PreTrainedModel:
-    """A model with the same tensors, whose layers torch compiles when they are first called, for any number of tokens.
+class CompilationFailed(Exception):
+    """The compiler, or what it compiled, did not work; the message says why."""
 
-    Layers, not the whole: one layer's program serves all of its kind, so it takes seconds instead of minutes, and
-    costs a step 1 ms of 9. `cache` is where torch keeps programs for the next start; a first one takes 15 s.
+
+def compiled(module: nn.Module, inputs: tuple[Tensor, ...], sizes: tuple[Dim, ...], mark: str, cache: Path) -> Program:
+    """A program that does what the module does, with the same tensors.
+
+    All of it is one function in C++ (torch's AOTInductor): a step of the embedded model takes 4.5 ms, where Python
+    takes 10 to call one operator after another. `inputs` are an example, whose first sizes may vary as `sizes` say;
+    `mark` tells what neither the module's structure nor our code does. The first time takes a minute; `cache` is
+    where programs are kept, and what is there takes a second. Raises CompilationFailed and
+    KernelsUnavailable.
     """
-    from torch._inductor import config as inductor  # takes a second, which a start need not wait for
-
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)  # not in /tmp, where others might write
-    inductor.compile_threads = 1  # no pool of processes, which would stay
-    inductor.size_asserts = inductor.alignment_asserts = False  # 0.5 ms of a step of 10
-    shapes.use_duck_shape = False  # or a number of tokens that equals another size would be taken for it
-    tensors = [tensor for module in model.modules() for tensor in _tensors(module)]
-    twin: PreTrainedModel = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-    for layer in _layers(twin):
-        layer.compile(fullgraph=True, dynamic=True, options={"guard_filter_fn": _needed})
-    return twin
-
-
-def _needed(guards: Sequence[torch._dynamo.types.GuardFilterEntry]) -> list[bool]:
-    """Which guards tell one kind of layer from another; the rest hold by construction, and would take 1 ms a step."""
-    return [guard.guard_type in ("TYPE_MATCH", "CONSTANT_MATCH", "EQUALS_MATCH") for guard in guards]
+    package = cache / f"{_name(module, mark)}.pt2"
+    if not package.is_file():
+        _compile(module, inputs, sizes, package)
+    if not kernels.loaded(SOURCE):
+        torch.ops.load_library(kernels.build(cache, SOURCE))  # type: ignore[no-untyped-call]
+    try:
+        program, tensors = torch.classes.parley.Program(str(package)), _tensors(module)
+        program.load({name: tensors[name].detach() for name in program.constants()})
+        program.run(inputs)
+    except (RuntimeError, KeyError) as error:
+        raise CompilationFailed(str(error)) from error
+    return lambda *arguments: program.run(arguments)
 
 
-def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
-    yield from module.parameters(recurse=False)
-    yield from module.buffers(recurse=False)
-    yield from (value for value in vars(module).values() if isinstance(value, torch.Tensor))
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers, each by all its names."""
+    return dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])
 
 
-def _layers(module: nn.Module) -> Iterator[nn.Module]:
-    for child in module.children():
-        if isinstance(child, nn.ModuleList):
-            yield from child
-        else:
-            yield from _layers(child)
+def _name(module: nn.Module, mark: str) -> str:
+    """Another one for another program."""
+    sources = [source.read_text(encoding="utf-8") for source in sorted(Path(__file__).parent.glob("*.py"))]
+    shapes = [f"{name} {tensor.dtype} {tensor.shape}" for name, tensor in _tensors(module).items()]
+    versions = [str(torch.__version__), transformers.__version__, str(torch.cpu.get_capabilities())]
+    whole = "\n".join([*versions, str(kernels.loaded()), mark, repr(module), *shapes, *sources])
+    return f"step-{hashlib.sha256(whole.encode()).hexdigest()[:16]}"
+
+
+def _compile(module: nn.Module, inputs: tuple[Tensor, ...], sizes: tuple[Dim, ...], package: Path) -> None:
+    """Compile in another process: in this one the compiler would hold the interpreter, and replies, for a minute."""
+    shapes = {id(tensor): _empty(tensor) for tensor in [*inputs, *_tensors(module).values()]}
+    twin = copy.deepcopy((module, inputs), shapes)
+    package.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="unfinished-", dir=package.parent) as folder:
+        made = Path(folder) / package.name
+        paths = {"PYTHONPATH": os.pathsep.join(sys.path), "TORCHINDUCTOR_CACHE_DIR": folder}
+        done = subprocess.run(
+            [sys.executable, "-m", __name__],
+            input=pickle.dumps((*twin, sizes, kernels.loaded(), made)),
+            capture_output=True,
+            env=os.environ | paths,
+        )
+        if done.returncode:
+            *_, lines = done.stderr.decode(errors="replace").rpartition("Traceback")
+            why = (line for line in lines.splitlines()[1:] if not line.startswith(" "))
+            raise CompilationFailed(next(why, f"it ended with {done.returncode}"))
+        made.rename(package)  # whole or not at all: another process may load it at any time
+
+
+def _empty(tensor: Tensor) -> Tensor:
+    """One like it without numbers."""
+    empty = tensor.detach().to("meta")
+    return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+
+
+def _compile_here() -> None:
+    """What the other process does: read a module without its numbers, write the package."""
+    from torch._inductor import aoti_compile_and_package
+
+    os.nice(19)  # replies first
+    warnings.simplefilter("ignore")
+    module, inputs, sizes, library, package = pickle.load(sys.stdin.buffer)
+    if library:
+        kernels.load(library)
+    module.to_empty(device="cpu")
+    inputs = tuple(torch.zeros_like(example, device="cpu") for example in inputs)
+    with torch.no_grad():
+        exported = export(module, inputs, dynamic_shapes=[{0: size} for size in sizes], strict=False)
+    options = {
+        "aot_inductor.package_constants_in_so": False,
+        "aot_inductor.precompile_headers": False,  # ten seconds, and in a folder of /tmp that others can name
+        "always_keep_tensor_constants": True,  # what is small would be compiled in, and has no numbers here
+        "joint_graph_constant_folding": False,
+        "compile_threads": 1,
+    }
+    aoti_compile_and_package(exported, package_path=str(package), inductor_configs=options)
+
+
+if __name__ == "__main__":
+    _compile_here()

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Literal, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.export import Dim
 from transformers import PreTrainedModel
 
 from models import kernels
-from models.compilation import compiled_twin
+from models.compilation import Program, compiled
 from models.kv_cache import ATTENTION, KVCache, Part, Rows, UnsupportedModel
 from models.prefix_cache import PrefixCache
 from models.quantization import Int8Linear
@@ -91,6 +92,34 @@ class Batch:
         self.positions += range(start, start + len(ids))
 
 
+class Forward(nn.Module):
+    """A model's forward over tokens of many sequences in a row, as a function of tensors."""
+
+    def __init__(self, model: PreTrainedModel, native: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.native = native
+
+    def forward(
+        self,
+        ids: Tensor,
+        slots: Tensor,
+        positions: Tensor,
+        last: Tensor,
+        parts: tuple[Part, ...] = (),
+        unattached: KVCache | None = None,
+    ) -> Tensor:
+        """Logits after the `last` of the tokens, (sequences, vocabulary); ids, slots and positions are (tokens,)."""
+        logits: Tensor = self.model(
+            input_ids=ids[None],
+            position_ids=positions[None],
+            rows=Rows(slots, positions, parts, self.native, unattached),
+            use_cache=False,
+            logits_to_keep=last,
+        ).logits
+        return logits[0]
+
+
 class Engine:
     """Runs sequences over one model, each in a slot of the cache. Not thread-safe: one thread owns it.
 
@@ -105,9 +134,10 @@ class Engine:
         self, model: PreTrainedModel, slots: int, context: int, prefill_chunk: int = 32, native: bool = True
     ) -> None:
         self.model = model
-        self.compiled = False
+        self.program: Program | None = None  # does what `forward` does, once it is compiled
         self.device = model.device
-        self.native = native and kernels.loaded() and self.device.type == "cpu"
+        self.native = native and kernels.loaded() is not None and self.device.type == "cpu"
+        self.forward = Forward(model, self.native)
         self.context = context
         self.prefill_chunk = prefill_chunk
         self.quantized = any(isinstance(module, Int8Linear) for module in model.modules())
@@ -189,31 +219,32 @@ class Engine:
                 budget -= count
         return batch
 
-    @torch.inference_mode()
     def compile(self, cache: Path) -> None:
-        """Go on with a compiled model, once it is: 10% more tokens here, far more where operators take longer.
+        """Go on with a compiled program of the model, once there is one; `cache` is where programs are kept.
 
-        For another thread than the one that steps, which meanwhile goes on; `cache` is where torch keeps programs.
+        For another thread than the one that steps, which meanwhile goes on.
         """
-        twin = compiled_twin(self.model, cache)
         batch = Batch()
         batch.add_part(self.cache.scratch, [0] * 13, 0)
-        self._forward(batch, twin)
-        self.model, self.compiled = twin, True
+        batch.last = [3, 7, 12]
+        inputs, tokens, sequences = self._inputs(batch), Dim("tokens", min=2), Dim("sequences", min=1)
+        sizes = (tokens, tokens, tokens, sequences)
+        self.program = compiled(self.forward, inputs, sizes, repr(self.model.config), cache)
 
-    def _forward(self, batch: Batch, model: PreTrainedModel | None = None, unattached: KVCache | None = None) -> Tensor:
-        """Logits after the batch's last tokens, (sequences, vocabulary)."""
-        if len(batch.ids) == 1:  # the compiler would make another program for a single token
+    def _inputs(self, batch: Batch) -> tuple[Tensor, ...]:
+        """What `Forward` takes."""
+        if len(batch.ids) == 1:  # one would be a program of its own
             batch.add_part(self.cache.scratch, [0], 0)
-        slots, positions = (torch.tensor(numbers, device=self.device) for numbers in (batch.slots, batch.positions))
-        logits: Tensor = (model or self.model)(
-            input_ids=torch.tensor([batch.ids], device=self.device),
-            position_ids=positions[None],
-            rows=Rows(slots, positions, tuple(batch.parts), self.native, unattached),
-            use_cache=False,
-            logits_to_keep=torch.tensor(batch.last or [0], device=self.device),
-        ).logits
-        return logits[0]
+        numbers = (batch.ids, batch.slots, batch.positions, batch.last or [0])
+        return tuple(torch.tensor(some, device=self.device) for some in numbers)
+
+    def _forward(self, batch: Batch, unattached: KVCache | None = None) -> Tensor:
+        """Logits after the batch's last tokens, (sequences, vocabulary)."""
+        inputs = self._inputs(batch)
+        if self.program:
+            return self.program(*inputs)
+        logits: Tensor = self.forward(*inputs, tuple(batch.parts), unattached)
+        return logits
 
     def _next(self, sequences: list[Sequence], logits: Tensor) -> list[Token]:
         """Choose the next token of each sequence and let go of those that are finished."""

@@ -1,4 +1,4 @@
-"""The C++ kernels of `kernels.cpp`: compiled once for a machine, then operators `torch.ops.parley.*`."""
+"""Our C++, compiled once for a machine: the operators `torch.ops.parley.*` of `kernels.cpp`."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ class KernelsUnavailable(Exception):
     """The kernels cannot be had on this machine; the message says why."""
 
 
-def library(cache: Path) -> Path:
-    """Where in `cache` the compiled kernels are, or would be: another file for another source, torch or processor."""
+def library(cache: Path, source: Path = SOURCE) -> Path:
+    """Where in `cache` the compiled source is, or would be: another file for another text, torch or processor."""
     cpu = Path("/proc/cpuinfo")
     flags = (
         next((line for line in cpu.read_text().splitlines() if line.startswith("flags")), "") if cpu.exists() else ""
     )
-    mark = "\n".join([SOURCE.read_text(encoding="utf-8"), str(torch.__version__), flags, *FLAGS])
-    return cache / f"kernels-{hashlib.sha256(mark.encode()).hexdigest()[:16]}.so"
+    mark = "\n".join([source.read_text(encoding="utf-8"), str(torch.__version__), flags, *FLAGS])
+    return cache / f"{source.stem}-{hashlib.sha256(mark.encode()).hexdigest()[:16]}.so"
 
 
-def build(cache: Path) -> Path:
-    """Compile the kernels if `cache` has none (ten seconds); return the library. Raises KernelsUnavailable."""
-    path = library(cache)
+def build(cache: Path, source: Path = SOURCE) -> Path:
+    """Compile a source if `cache` has it not (ten seconds); return the library. Raises KernelsUnavailable."""
+    path = library(cache, source)
     if path.is_file():
         return path
     compiler = os.environ.get("CXX", "g++")
@@ -43,7 +43,7 @@ def build(cache: Path) -> Path:
         made = Path(folder) / path.name
         home = Path(torch.__file__).parent
         folders = [f"-I{home}/include", f"-I{home}/include/torch/csrc/api/include", f"-L{home}/lib"]
-        command = [compiler, *FLAGS, *folders, str(SOURCE), "-o", str(made), "-lc10", "-ltorch_cpu"]
+        command = [compiler, *FLAGS, *folders, str(source), "-o", str(made), "-lc10", "-ltorch_cpu"]
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if "error" in line]
@@ -64,9 +64,10 @@ def load(path: Path) -> None:
     torch.library.register_fake("parley::int8_linear", _int8_linear_shape)
 
 
-def loaded() -> bool:
-    """Whether the operators are there."""
-    return hasattr(torch.ops.parley, "attention")
+def loaded(source: Path = SOURCE) -> Path | None:
+    """The library of a source, if it was loaded."""
+    libraries = (Path(library) for library in torch.ops.loaded_libraries)
+    return next((library for library in libraries if library.stem.startswith(f"{source.stem}-")), None)
 
 
 def _attention_shape(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:

@@ -57,7 +57,11 @@ class KVCache:
         heads, width = value.shape[1], -(-value.shape[3] // lanes) * lanes
         keys = self._zeros((self.slots + 1, heads, blocks, key.shape[3], lanes), key)
         values = self._zeros((self.slots + 1, heads, blocks * lanes, width), value)
-        module.cached_keys, module.cached_values = self.modules[module] = (keys, values)
+        module.cached_keys, module.cached_values = (
+            nn.Buffer(keys, persistent=False),
+            nn.Buffer(values, persistent=False),
+        )
+        self.modules[module] = keys, values
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Let a slot begin with the first `length` positions of another."""
@@ -83,7 +87,8 @@ class KVCache:
             # Pages that the system fills in when they are written; torch.zeros writes them all, and numpy's ask for
             # huge ones, of which short sequences in many slots touch gigabytes (5.0 GB after 32 chats, 1.2 so).
             memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
-            return torch.frombuffer(memory, dtype=dtype).view(shape)
+            with torch.inference_mode(False):  # the compiler takes no others
+                return torch.frombuffer(memory, dtype=dtype).view(shape)
         except (RuntimeError, OSError, OverflowError) as error:
             raise CacheTooLarge(
                 f"{like.device} has no room for {self.slots} slots of {self.context} tokens: lower PARLEY_SLOTS "

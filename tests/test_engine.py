@@ -110,11 +110,7 @@ def test_a_seeded_reply_is_the_same_alone_and_among_seven_others(llama: PreTrain
     assert run(engine, [other_seed])[other_seed] != reply
 
 
-@pytest.mark.parametrize("make", [tiny_llama, tiny_qwen3, tiny_gemma3, tiny_gemma2])
-def test_in_int8_a_sequence_has_the_same_logits_to_the_bit_in_any_batch_and_chunks(
-    make: Callable[[], PreTrainedModel],
-) -> None:
-    engine = Engine(int8(make()), slots=8, context=128)
+def expect_the_same_logits_to_the_bit_in_any_batch_and_chunks(engine: Engine) -> None:
     asked = prompts(50, 7, 33, 50, 21)
 
     def logits(size: int, company: int) -> torch.Tensor:
@@ -141,6 +137,13 @@ def test_in_int8_a_sequence_has_the_same_logits_to_the_bit_in_any_batch_and_chun
         assert expected.shape[0] == 50
         for size, company in [(50, 4), (1, 0), (1, 4), (7, 2), (16, 1)]:
             assert torch.equal(logits(size, company), expected)
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_qwen3, tiny_gemma3, tiny_gemma2])
+def test_in_int8_a_sequence_has_the_same_logits_to_the_bit_in_any_batch_and_chunks(
+    make: Callable[[], PreTrainedModel],
+) -> None:
+    expect_the_same_logits_to_the_bit_in_any_batch_and_chunks(Engine(int8(make()), slots=8, context=128))
 
 
 @both_attentions
@@ -199,10 +202,9 @@ def test_a_step_reads_more_of_a_prompt_while_nobody_waits_for_a_token(llama: Pre
     assert late.cached == 8
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
-@pytest.mark.parametrize("make", [tiny_llama, tiny_gemma3])
+@pytest.mark.parametrize("make", [lambda: int8(tiny_gemma3()), tiny_qwen3], ids=["int8", "float32"])
 def test_compiling_in_another_thread_changes_no_reply(make: Callable[[], PreTrainedModel], tmp_path: Path) -> None:
-    engine = Engine(int8(make()), slots=4, context=128, prefill_chunk=16)
+    engine = Engine(make(), slots=8, context=128, prefill_chunk=16)
     asked = prompts(40, 30, 5)
 
     def replies() -> list[list[int]]:
@@ -210,13 +212,15 @@ def test_compiling_in_another_thread_changes_no_reply(make: Callable[[], PreTrai
         made = run(engine, sequences, every=2)
         return [made[sequence] for sequence in sequences]
 
-    model, expected = engine.model, replies()
+    expected = replies()
     compiling = threading.Thread(target=engine.compile, args=[tmp_path])
     compiling.start()
     assert replies() == expected
     compiling.join()
-    assert engine.model is not model
+    assert engine.program is not None
     assert replies() == expected
+    if engine.quantized:
+        expect_the_same_logits_to_the_bit_in_any_batch_and_chunks(engine)
 
 
 def test_running_sequences_get_a_token_in_every_step_while_a_long_prompt_is_read(llama: PreTrainedModel) -> None:
