@@ -15,11 +15,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from models.admission import Admission
 from models.conversations import Message
 from models.detokenizer import UNDECODABLE, Detokenizer, StopStrings
-from models.engine import Engine, Finish, Sequence
+from models.engine import Engine
 from models.engine_thread import EngineThread
 from models.options import InvalidOption, Options
 from models.reply import ContextLengthExceeded, Delta, Done, Event, MessagesRefused, Queued, Started, Usage
 from models.sampling import Sampling
+from models.sequence import Finish, Sequence
 from models.settings import Settings, SettingsError
 
 

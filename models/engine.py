@@ -2,132 +2,34 @@
 
 from __future__ import annotations
 
-import random
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple, cast
+from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.export import Dim
 from transformers import PreTrainedModel
 
 from models import kernels
 from models.compilation import Program, compiled
-from models.kv_cache import ATTENTION, KVCache, Part, Rows, UnsupportedModel
+from models.forward import Batch, Forward
+from models.kv_cache import ATTENTION, KVCache, UnsupportedModel
 from models.prefix_cache import PrefixCache
 from models.quantization import Int8Linear
 from models.sampling import Sampler, Sampling
+from models.sequence import Finish, Sequence, Token
 
-Finish = Literal["stop", "max_output_tokens", "context_length"]
-
-
-@dataclass(eq=False)
-class Sequence:
-    """A prompt and what follows it, and how far the engine has come with it."""
-
-    prompt: list[int]
-    sampling: Sampling
-    max_tokens: int
-    stop_ids: frozenset[int] = frozenset()
-    seed: int | None = None
-    slot: int = field(default=-1, init=False)
-    tokens: list[int] = field(init=False)  # the prompt and what was generated
-    cached: int = field(default=0, init=False)  # tokens whose keys and values are in the slot
-    reused: int = field(default=0, init=False)  # those of them that were there when it began
-    random: random.Random = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.random = random.Random(self.seed)
-        self.tokens = list(self.prompt)
-
-    @property
-    def prefilled(self) -> bool:
-        return self.cached >= len(self.prompt)
-
-    @property
-    def generated(self) -> int:
-        return len(self.tokens) - len(self.prompt)
-
-
-class Token(NamedTuple):
-    """One generated token; `finish` says why it is the last one, if it is."""
-
-    sequence: Sequence
-    id: int
-    finish: Finish | None
-
-
-class Batch:
-    """The tokens of one forward, of many sequences in a row: some decode one token, some read a chunk of prompt."""
-
-    def __init__(self) -> None:
-        self.ids: list[int] = []
-        self.slots: list[int] = []
-        self.positions: list[int] = []
-        self.parts: list[Part] = []
-        self.read: list[tuple[Sequence, int]] = []  # how many tokens of each sequence
-        self.last: list[int] = []  # which tokens give the next token of a sequence
-        self.ending: list[Sequence] = []  # and of which
-
-    def add(self, sequence: Sequence, count: int) -> None:
-        """Read the next tokens of a sequence."""
-        start, end = sequence.cached, sequence.cached + count
-        self.add_part(sequence.slot, sequence.tokens[start:end], start)
-        self.read.append((sequence, count))
-        if end == len(sequence.tokens):
-            self.last.append(len(self.ids) - 1)
-            self.ending.append(sequence)
-
-    def add_part(self, slot: int, ids: list[int], start: int) -> None:
-        """Read tokens into a slot from a position on. Single tokens of neighbouring slots make one part."""
-        before = self.parts[-1] if self.parts else None
-        if before and len(ids) == before.count == 1 and before.slot + before.rows == slot:
-            part = Part(before.slot, before.rows + 1, before.start, 1, max(before.length, start + 1))
-            self.parts[-1] = part
-        else:
-            self.parts.append(Part(slot, 1, len(self.ids), len(ids), start + len(ids)))
-        self.ids += ids
-        self.slots += [slot] * len(ids)
-        self.positions += range(start, start + len(ids))
-
-
-class Forward(nn.Module):
-    """A model's forward over tokens of many sequences in a row, as a function of tensors."""
-
-    def __init__(self, model: PreTrainedModel, native: bool) -> None:
-        super().__init__()
-        self.model = model
-        self.native = native
-
-    def forward(
-        self,
-        ids: Tensor,
-        slots: Tensor,
-        positions: Tensor,
-        last: Tensor,
-        parts: tuple[Part, ...] = (),
-        unattached: KVCache | None = None,
-    ) -> Tensor:
-        """Logits after the `last` of the tokens, (sequences, vocabulary); ids, slots and positions are (tokens,)."""
-        logits: Tensor = self.model(
-            input_ids=ids[None],
-            position_ids=positions[None],
-            rows=Rows(slots, positions, parts, self.native, unattached),
-            use_cache=False,
-            logits_to_keep=last,
-        ).logits
-        return logits[0]
+DEPTH = 2048  # a prompt's token that looks back on so many takes twice as long as its first
 
 
 class Engine:
     """Runs sequences over one model, each in a slot of the cache. Not thread-safe: one thread owns it.
 
     A step is one forward for all sequences: a token for each that decodes and `prefill_chunk` tokens of new
-    prompts at most, sixteen times as many while none decodes. The longer the chunk, the sooner a reply starts and
-    the longer the others wait for their next token. On a CPU our kernels compute the attention, unless
-    `native` is False or they are not loaded. Raises UnsupportedModel where the model's attention cannot be
-    replaced.
+    prompts at most, fewer far into a prompt, sixteen times as many while none decodes. The longer the chunk, the
+    sooner a reply starts and the longer the others wait for their next token. On a CPU our kernels compute the
+    attention, unless `native` is False or they are not loaded. Raises UnsupportedModel where the model's attention
+    cannot be replaced.
     """
 
     def __init__(
@@ -214,9 +116,10 @@ class Engine:
                 batch.add(sequence, 1)
         budget = self.prefill_chunk if batch.ids else 16 * self.prefill_chunk
         for sequence in self.joining:
-            if count := min(budget, len(sequence.prompt) - sequence.cached):
+            depth = 1 + sequence.cached / DEPTH
+            if count := min(int(budget / depth), len(sequence.prompt) - sequence.cached):
                 batch.add(sequence, count)
-                budget -= count
+                budget -= round(count * depth)
         return batch
 
     def compile(self, cache: Path) -> None:

@@ -13,7 +13,8 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from pathlib import Path
 
-from models.engine import Engine, Sequence, Token
+from models.engine import Engine
+from models.sequence import Sequence, Token
 
 logger = logging.getLogger("parley")
 

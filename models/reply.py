@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from models.engine import Finish
+from models.sequence import Finish
 
 
 class MessagesRefused(Exception):

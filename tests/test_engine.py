@@ -17,10 +17,12 @@ from transformers import (
     PreTrainedModel,
 )
 
-from models.engine import Batch, Engine, Sequence
+from models.engine import Engine
+from models.forward import Batch
 from models.kv_cache import UnsupportedModel
 from models.quantization import quantize
 from models.sampling import Sampling
+from models.sequence import Sequence
 from tests.tiny import SHAPE, tiny_gemma3, tiny_llama, tiny_model, tiny_qwen3
 
 
@@ -229,9 +231,28 @@ def test_running_sequences_get_a_token_in_every_step_while_a_long_prompt_is_read
     engine.add(short)
     engine.step()
     engine.add(long)
-    reading = [engine.step() for _ in range(9)]
-    assert all([token.sequence for token in step] == [short] for step in reading)
-    assert {token.sequence for token in engine.step()} == {short, long}
+    reading = []
+    while not long.prefilled:
+        reading.append([token.sequence for token in engine.step()])
+    assert len(reading) >= 10  # chunks of 16 at most
+    assert reading[:-1] == [[short]] * (len(reading) - 1)
+    assert set(reading[-1]) == {short, long}
+
+
+def test_chunks_grow_smaller_far_into_a_prompt_where_each_token_takes_longer(llama: PreTrainedModel) -> None:
+    engine = Engine(llama, slots=2, context=256, prefill_chunk=16)
+    short, long = (Sequence(prompt, Sampling(), 100) for prompt in prompts(4, 200))
+    engine.add(short)
+    engine.step()
+    engine.add(long)
+    chunks = []
+    while not long.prefilled:
+        before = long.cached
+        engine.step()
+        chunks.append(long.cached - before)
+    assert chunks[0] == 16
+    assert chunks[:-1] == sorted(chunks[:-1], reverse=True)
+    assert chunks[-2] < 16
 
 
 def test_one_step_reads_several_short_prompts(llama: PreTrainedModel) -> None:

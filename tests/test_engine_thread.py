@@ -7,9 +7,10 @@ from contextlib import aclosing
 import pytest
 from transformers import PreTrainedModel
 
-from models.engine import Engine, Sequence, Token
+from models.engine import Engine
 from models.engine_thread import EngineFailed, EngineThread
 from models.sampling import Sampling
+from models.sequence import Sequence, Token
 
 pytestmark = pytest.mark.anyio
 

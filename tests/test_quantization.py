@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from models.engine import Batch, Engine
+from models.engine import Engine
+from models.forward import Batch
 from models.quantization import Int8Linear, Share, quantize
 from models.settings import Settings
 from models.weights import load

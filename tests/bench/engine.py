@@ -15,9 +15,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from platformdirs import user_cache_path
 
-from models.engine import Engine, Sequence
+from models.engine import Engine
 from models.engine_thread import keep_memory
 from models.sampling import Sampling
+from models.sequence import Sequence
 from models.settings import Settings
 from models.weights import load
 from tests.bench.load import story
