@@ -6,7 +6,6 @@ import asyncio
 import ctypes
 import gc
 import logging
-import os
 import queue
 import threading
 from collections.abc import AsyncGenerator, Callable
@@ -65,11 +64,8 @@ class EngineThread:
         """Compile the engine's model in a thread of its own while the engine goes on; failing changes nothing."""
 
         def run() -> None:
-            with suppress(OSError, AttributeError):
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)  # replies first
             try:
                 self.engine.compile(cache)
-                _settle()
             except Exception as error:  # whatever torch's compiler, or the system's, stumbles on
                 reason = " ".join(str(error).split())[:300]
                 logger.warning("the model is not compiled, and stays a little slower: %s", reason)

@@ -57,10 +57,8 @@ class KVCache:
         heads, width = value.shape[1], -(-value.shape[3] // lanes) * lanes
         keys = self._zeros((self.slots + 1, heads, blocks, key.shape[3], lanes), key)
         values = self._zeros((self.slots + 1, heads, blocks * lanes, width), value)
-        module.cached_keys, module.cached_values = (
-            nn.Buffer(keys, persistent=False),
-            nn.Buffer(values, persistent=False),
-        )
+        module.register_buffer("cached_keys", keys, persistent=False)
+        module.register_buffer("cached_values", values, persistent=False)
         self.modules[module] = keys, values
 
     def copy(self, source: int, target: int, length: int) -> None:

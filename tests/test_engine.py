@@ -225,12 +225,18 @@ def test_compiling_in_another_thread_changes_no_reply(make: Callable[[], PreTrai
         expect_the_same_logits_to_the_bit_in_any_batch_and_chunks(engine)
 
 
-def test_running_sequences_get_a_token_in_every_step_while_a_long_prompt_is_read(llama: PreTrainedModel) -> None:
-    engine = Engine(llama, slots=2, context=256, prefill_chunk=16)
-    short, long = (Sequence(prompt, Sampling(), 100) for prompt in prompts(4, 160))
-    engine.add(short)
+def joined_by_a_long_prompt(model: PreTrainedModel, length: int) -> tuple[Engine, Sequence, Sequence]:
+    """An engine that reads 16 tokens a step at most, a sequence that decodes in it and one whose prompt waits."""
+    engine = Engine(model, slots=2, context=256, prefill_chunk=16)
+    running, long = (Sequence(prompt, Sampling(), 100) for prompt in prompts(4, length))
+    engine.add(running)
     engine.step()
     engine.add(long)
+    return engine, running, long
+
+
+def test_running_sequences_get_a_token_in_every_step_while_a_long_prompt_is_read(llama: PreTrainedModel) -> None:
+    engine, short, long = joined_by_a_long_prompt(llama, 160)
     reading = []
     while not long.prefilled:
         reading.append([token.sequence for token in engine.step()])
@@ -240,11 +246,7 @@ def test_running_sequences_get_a_token_in_every_step_while_a_long_prompt_is_read
 
 
 def test_chunks_grow_smaller_far_into_a_prompt_where_each_token_takes_longer(llama: PreTrainedModel) -> None:
-    engine = Engine(llama, slots=2, context=256, prefill_chunk=16)
-    short, long = (Sequence(prompt, Sampling(), 100) for prompt in prompts(4, 200))
-    engine.add(short)
-    engine.step()
-    engine.add(long)
+    engine, _, long = joined_by_a_long_prompt(llama, 200)
     chunks = []
     while not long.prefilled:
         before = long.cached

@@ -314,7 +314,7 @@ def test_modules_have_tensors_of_their_own() -> None:
     for module in modules:
         cache.attach(module, tokens, tokens)
     assert len({tensor.data_ptr() for pair in cache.modules.values() for tensor in pair}) == 4
-    assert [torch.equal(cache.modules[module][0], module.cached_keys) for module in modules] == [True, True]
+    assert [cache.modules[module][0] is module.cached_keys for module in modules] == [True, True]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
