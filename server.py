@@ -11,13 +11,15 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 import uvicorn
 from starlette.applications import Starlette
 from starlette.config import Config
-from starlette.endpoints import WebSocketEndpoint
+from starlette.endpoints import HTTPEndpoint, WebSocketEndpoint
 from starlette.middleware import Middleware
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
@@ -27,17 +29,21 @@ from starlette.templating import Jinja2Templates
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
-from models import events, weights
+from models import database, events, weights
 from models.chat import Chat
+from models.conversations import Conversation, Conversations
+from models.item import Item
+from models.listing import Listing, new_title
 from models.outbox import Outbox
 from models.plain import PlainSession
 from models.presence import Presence
 from models.redaction import redacted
+from models.refused import InvalidValue, Refused
+from models.responses import Responses
 from models.session import Session
 from models.settings import PREFIX, Settings, StartError
-from models.throttle import Throttle
 from models.user_commands import users
-from models.users import TICKET_SECONDS, User, Users
+from models.users import TICKET_SECONDS, OriginNotAllowed, User, Users, WrongCredentials
 
 logger = logging.getLogger("parley")
 
@@ -46,6 +52,16 @@ COOKIE = "parley_session"
 FRAME_BYTES = 2**20
 SHUTDOWN_SECONDS = 10  # else one client that does not read could put off the end for ever
 UVICORN_FRAME_BYTES = 4 * FRAME_BYTES  # it drops the connection in mid frame, and 1009 is often lost with it
+
+PRIVATE = {"Cache-Control": "no-store"}
+STATUSES = {  # of refusals, by code or else by type
+    "authentication_error": 401,
+    "conversation_busy": 409,
+    "conversation_not_found": 404,
+    "origin_not_allowed": 403,
+    "rate_limit_error": 429,
+}
+LANGUAGES = json.loads((HERE / "templates" / "languages.json").read_text(encoding="utf-8"))
 
 OpenChat = Callable[[Starlette], AbstractAsyncContextManager[Chat]]
 templates = Jinja2Templates(HERE / "templates")
@@ -62,10 +78,12 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             stack.enter_context(redacted())
             state.settings = settings = state.settings or read_settings()
-            state.users = await stack.enter_async_context(Users.opened(settings))
-            state.presence = Presence(settings.presence)
-            state.throttle = Throttle()
+            opened = await stack.enter_async_context(database.opened(settings))
+            state.users, state.conversations = Users.of(settings, opened), Conversations(opened)
+            state.presence = Presence(settings.presence, settings.sockets_per_user)
             state.chat = await stack.enter_async_context(state.open_chat(app))
+            responses = Responses.running(state.chat, state.conversations, settings)
+            state.responses = await stack.enter_async_context(responses)
             greet(state.url, await state.users.add_first())
             yield
     except (StartError, KeyboardInterrupt) as error:
@@ -116,51 +134,28 @@ class ShortStartErrors:
 # Who is it
 
 
-class Refusal(Exception):
-    """A connection that may not be used; `code` closes a WebSocket, `status` answers HTTP."""
-
-    def __init__(self, code: int, status: int, name: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-        self.status = status
-        self.name = name
-
-
-class WrongCredentials(Refusal):
-    """Credentials that are missing or belong to nobody."""
-
-    def __init__(self) -> None:
-        super().__init__(4401, 401, "invalid_credentials", "authentication failed")
-
-
 async def user_with_secret(connection: HTTPConnection, secret: str) -> User:
-    """The user a secret belongs to; a wrong one counts against the address. Raises Refusal."""
-    state = connection.app.state
+    """The user a secret belongs to. Raises Refused."""
     address = connection.client.host if connection.client else "local"
-    user: User | None = await state.users.find(secret, connection.query_params.get("userid"))
-    if state.throttle.blocked(address):  # asked after the look-up: nobody else's guess comes between this and the count
-        raise Refusal(4429, 429, "too_many_failures", "too many failed logins from your address: wait a minute")
-    if user is None:
-        state.throttle.failed(address)
-        raise WrongCredentials
+    user: User = await connection.app.state.users.log_in(secret, connection.query_params.get("userid"), address)
     return user
 
 
-async def user_of(websocket: WebSocket) -> User:
-    """Whose WebSocket it is: by header, subprotocol, cookie or query, the first that is there. Raises Refusal."""
-    scheme, _, secret = websocket.headers.get("authorization", "").partition(" ")
+async def user_of(connection: HTTPConnection) -> User:
+    """Whose it is: by header, subprotocol, cookie or (a WebSocket's) query, the first there is. Raises Refused."""
+    scheme, _, secret = connection.headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer":
-        return await user_with_secret(websocket, secret.strip().encode("latin-1").decode(errors="replace"))
-    for protocol in websocket.scope["subprotocols"]:
+        return await user_with_secret(connection, secret.strip().encode("latin-1").decode(errors="replace"))
+    for protocol in connection.scope.get("subprotocols", ()):
         if protocol.startswith("bearer."):
-            return await user_with_secret(websocket, unpadded_base64(protocol.removeprefix("bearer.")))
-    if user := await user_of_cookie(websocket):
-        if not same_origin(websocket):
-            raise Refusal(4403, 403, "origin_not_allowed", "this page's origin is not in PARLEY_ORIGINS")
-        if websocket.query_params.get("userid", user.id) == user.id:
+            return await user_with_secret(connection, unpadded_base64(protocol.removeprefix("bearer.")))
+    if user := await user_of_cookie(connection):
+        if connection.scope.get("method") not in ("GET", "HEAD") and not same_origin(connection):
+            raise OriginNotAllowed
+        if connection.query_params.get("userid", user.id) == user.id:
             return user
-    if secret := websocket.query_params.get("secret", ""):
-        return await user_with_secret(websocket, secret)
+    if connection.scope["type"] == "websocket" and (secret := connection.query_params.get("secret", "")):
+        return await user_with_secret(connection, secret)
     raise WrongCredentials
 
 
@@ -188,9 +183,12 @@ def same_origin(connection: HTTPConnection) -> bool:
 
 
 def page(request: Request, user: User | None, error: str | None = None, status: int = 200) -> Response:
-    """The chat for a user, the login form for anybody else."""
-    headers = {"Content-Security-Policy": "default-src 'self'", "Cache-Control": "no-store"}
+    """The chat for a user, the login form for anybody else, in the first of the browser's languages that we have."""
+    wishes = [wish.strip()[:2].lower() for wish in request.headers.get("accept-language", "").split(",")]
+    language = next((wish for wish in wishes if wish in LANGUAGES), "en")
     context = {"user": user and user.id, "error": error, "model": request.app.state.chat.model_name}
+    context |= {"language": language, "words": LANGUAGES[language]}
+    headers = PRIVATE | {"Content-Security-Policy": "default-src 'self'"}
     return templates.TemplateResponse(request, "chat.html", context, status, headers)
 
 
@@ -203,11 +201,11 @@ async def login(request: Request) -> Response:
         secret = str(form.get("secret", ""))
     try:
         if "origin" in request.headers and not same_origin(request):
-            raise Refusal(4403, 403, "origin_not_allowed", "this form came from another site")
+            raise OriginNotAllowed
         user = await user_with_secret(request, secret.strip())
-    except Refusal as refusal:
-        words = "That secret is not right." if isinstance(refusal, WrongCredentials) else str(refusal)
-        return page(request, None, words, refusal.status)
+    except Refused as refused:
+        word = "wrong_secret" if isinstance(refused, WrongCredentials) else f"error_{refused.code}"
+        return page(request, None, word, status_of(refused))
     response = RedirectResponse("./", 303)
     ticket, secure = request.app.state.users.ticket(user), request.url.scheme == "https"
     response.set_cookie(COOKIE, ticket, TICKET_SECONDS, httponly=True, samesite="strict", secure=secure)
@@ -231,6 +229,63 @@ async def ready(request: Request) -> Response:
 
 async def args(request: Request) -> Response:
     return JSONResponse({"args": request.app.state.settings.public() | request.app.state.chat.arguments})
+
+
+async def conversations(request: Request) -> Response:
+    user, listing = await user_of(request), Listing.of(request.query_params)
+    found, has_more = await request.app.state.conversations.latest(user.id, listing)
+    return JSONResponse({"data": [asdict(one) for one in found], "has_more": has_more}, headers=PRIVATE)
+
+
+class ConversationEndpoint(HTTPEndpoint):
+    """`/v1/conversations/{id}`: read it, give it another title, delete it."""
+
+    async def get(self, request: Request) -> Response:
+        conversation, items = await conversation_of(request)
+        return JSONResponse(conversation.public(items), headers=PRIVATE)
+
+    async def patch(self, request: Request) -> Response:
+        user, title = await user_of(request), new_title(await body_of(request))
+        renamed = await request.app.state.conversations.rename(user.id, request.path_params["id"], title)
+        return JSONResponse(asdict(renamed), headers=PRIVATE)
+
+    async def delete(self, request: Request) -> Response:
+        user, id = await user_of(request), request.path_params["id"]
+        await request.app.state.responses.end_in(user.id, id)
+        await request.app.state.conversations.delete(user.id, id)
+        return Response(status_code=204)
+
+
+async def export(request: Request) -> Response:
+    conversation, items = await conversation_of(request)
+    document = conversation.document(items, request.query_params.get("format", "markdown"))
+    headers = PRIVATE | {"Content-Disposition": f'attachment; filename="{document.name}"'}
+    return Response(document.text, headers=headers, media_type=document.media_type)
+
+
+async def conversation_of(request: Request) -> tuple[Conversation, list[Item]]:
+    """The conversation that a path names, where it is the user's. Raises Refused."""
+    user, store, id = await user_of(request), request.app.state.conversations, request.path_params["id"]
+    return await store.find(user.id, id), await store.items(user.id, id)
+
+
+async def body_of(request: Request) -> bytes:
+    """A request's body, no longer than a frame may be. Raises InvalidValue."""
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > FRAME_BYTES:
+            raise InvalidValue(f"the body may have {FRAME_BYTES} bytes", "body")
+    return body
+
+
+def status_of(refused: Refused) -> int:
+    """The HTTP status that says the same; a WebSocket's close code is 4000 more."""
+    return STATUSES.get(refused.code) or STATUSES.get(refused.type, 400)
+
+
+async def refuse(request: Request, refused: Any) -> Response:
+    return JSONResponse({"error": events.error(refused)["error"]}, status_of(refused), PRIVATE)
 
 
 class FreshStaticFiles(StaticFiles):
@@ -271,21 +326,20 @@ class ChatSocket(WebSocketEndpoint):
         self.writing.add_done_callback(self.written)
         try:
             await self.open_session(websocket)
-        except Refusal as refusal:
-            self.refuse(refusal)
+        except Refused as refused:
+            self.refuse(refused)
         except Exception:
             self.give_up()
 
     async def open_session(self, websocket: WebSocket) -> None:
         state = websocket.app.state
         self.user = (await user_of(websocket)).id
-        if state.presence.count(self.user) >= state.settings.sockets_per_user:
-            raise Refusal(4429, 429, "too_many_sockets", "you have too many connections open")
+        state.presence.admit(self.user)
         if self.plain:
-            self.session = PlainSession(state.chat, self.user, self.outbox.put)
+            self.session = PlainSession(state.chat, state.responses, self.user, self.outbox.put)
         else:
             limits = {"frame_bytes": FRAME_BYTES, "responses": state.settings.responses_per_user}
-            self.session = Session(state.chat, self.user, limits, self.send_event)
+            self.session = Session(state.chat, state.responses, self.user, limits, self.outbox)
         state.presence.join(self.user, self.session.presence)
 
     async def on_receive(self, websocket: WebSocket, data: str | bytes) -> None:
@@ -303,24 +357,21 @@ class ChatSocket(WebSocketEndpoint):
     async def on_disconnect(self, websocket: WebSocket, close_code: int) -> None:
         if self.session:
             websocket.app.state.presence.leave(self.user, self.session.presence)
-            await self.session.close()
+            self.session.close()
         self.writing.cancel()
 
-    def refuse(self, refusal: Refusal) -> None:
+    def refuse(self, refused: Refused) -> None:
+        code = 4000 + status_of(refused)
         if self.plain:
-            self.outbox.put(str(refusal))
-            self.outbox.close(1008 if refusal.code in (4401, 4403) else refusal.code, refusal.name)
+            self.outbox.put(str(refused))
+            self.outbox.close(1008 if code in (4401, 4403) else code, refused.code)
         else:
-            kind: events.ErrorType = "rate_limit_error" if refusal.code == 4429 else "authentication_error"
-            self.send_event(events.error(kind, refusal.name, str(refusal)))
-            self.outbox.close(refusal.code, refusal.name)
+            self.outbox.send(events.error(refused))
+            self.outbox.close(code, refused.code)
 
     def give_up(self) -> None:
         logger.exception("a bug in the handling of a WebSocket")
         self.outbox.close(1011, "the server failed")
-
-    def send_event(self, event: events.Json) -> None:
-        self.outbox.put(json.dumps(event, ensure_ascii=False, separators=(",", ":")))
 
     def written(self, writing: asyncio.Task[bool]) -> None:
         """Nothing more can be sent: unless the client is about to answer our close, stop reading too."""
@@ -336,6 +387,9 @@ routes = [
     Route("/health", health),
     Route("/ready", ready),
     Route("/args", args),
+    Route("/v1/conversations", conversations),
+    Route("/v1/conversations/{id}", ConversationEndpoint),
+    Route("/v1/conversations/{id}/export", export),
     WebSocketRoute("/ws", ChatSocket),
     Mount("/static", FreshStaticFiles(directory=HERE / "templates" / "static"), name="static"),
 ]
@@ -343,7 +397,8 @@ routes = [
 
 def create_app(settings: Settings | None = None, open_chat: OpenChat = open_chat) -> Starlette:
     """The app. Settings that are not given are read from the environment when it starts."""
-    app = Starlette(routes=routes, lifespan=lifespan, middleware=[Middleware(ShortStartErrors)])
+    short_errors, handlers = Middleware(ShortStartErrors), {Refused: refuse}
+    app = Starlette(routes=routes, lifespan=lifespan, middleware=[short_errors], exception_handlers=handlers)
     app.state.settings = settings
     app.state.open_chat = open_chat
     app.state.url = None

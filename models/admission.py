@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 
-
-class Refused(Exception):
-    """A reply that cannot even wait; `code` is how the wire names the reason."""
-
-    code: str
+from models.refused import Refused
 
 
 class QueueFull(Refused):
     """As many replies wait as may."""
 
+    type = "rate_limit_error"
     code = "queue_full"
 
 
 class TooManyResponses(Refused):
     """The user has as many replies in flight as one may have."""
 
+    type = "rate_limit_error"
     code = "too_many_responses"
 
 
@@ -57,6 +56,15 @@ class Admission:
         self.per_user = per_user
         self.waiting: deque[Ticket] = deque()
         self.in_flight: Counter[str] = Counter()
+
+    @contextmanager
+    def place(self, user: str) -> Iterator[Ticket]:
+        """A place for as long as the context lasts. Raises TooManyResponses or QueueFull."""
+        ticket = self.enter(user)
+        try:
+            yield ticket
+        finally:
+            self.leave(ticket)
 
     def enter(self, user: str) -> Ticket:
         """A place for one more reply. Raises TooManyResponses or QueueFull; the check and the count are one step."""

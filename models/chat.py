@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+from bisect import bisect_left
 from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, suppress
+from itertools import chain
 from typing import Any
 
 from jinja2 import TemplateError
 from platformdirs import user_cache_path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from models.admission import Admission
-from models.conversations import Message
+from models.admission import Admission, Ticket
 from models.detokenizer import UNDECODABLE, Detokenizer, StopStrings
 from models.engine import Engine
 from models.engine_thread import EngineThread
+from models.item import Message
 from models.options import InvalidOption, Options
 from models.reply import ContextLengthExceeded, Delta, Done, Event, MessagesRefused, Queued, Started, Usage
 from models.sampling import Sampling
@@ -78,25 +80,21 @@ class Chat:
         """How many more sequences the engine could decode at once."""
         return self._engine.free_slots
 
-    async def reply(self, user: str, messages: list[Message], options: Options) -> AsyncGenerator[Event, None]:
-        """Answer the last of the messages: Started, Queued while it waits, Deltas, Done.
+    async def reply(self, ticket: Ticket, messages: list[Message], options: Options) -> AsyncGenerator[Event, None]:
+        """Answer the last of the messages: Started, Queued while the ticket waits, Deltas, Done.
 
-        Close the generator to cancel: the slot is free within a step. Raises Refused, MessagesRefused or
+        Close the generator to cancel: the slot is free within a step. Raises MessagesRefused or
         ContextLengthExceeded before Started, EngineFailed after.
         """
-        ticket = self.admission.enter(user)
-        try:
-            prompt = await self._encode(messages, options.instructions)
-            usage = Usage(input_tokens=len(prompt))
-            yield Started(usage)
-            async for position in ticket.turn():
-                yield Queued(position)
-            sequence = self._sequence(prompt, options)
-            async with aclosing(self._text(sequence, options.stop, usage)) as events:
-                async for event in events:
-                    yield event
-        finally:
-            self.admission.leave(ticket)
+        prompt, left_out = await self._encode(messages, options)
+        usage = Usage(input_tokens=len(prompt))
+        yield Started(usage, left_out)
+        async for position in ticket.turn():
+            yield Queued(position)
+        sequence = self._sequence(prompt, options)
+        async with aclosing(self._text(sequence, options.stop, usage)) as events:
+            async for event in events:
+                yield event
 
     async def _text(self, sequence: Sequence, stop: tuple[str, ...], usage: Usage) -> AsyncGenerator[Event, None]:
         detokenizer, stops = Detokenizer(self._tokenizer), StopStrings(stop)
@@ -115,28 +113,42 @@ class Chat:
                     yield Done(finish)
                     return
 
-    async def _encode(self, messages: list[Message], instructions: str | None) -> list[int]:
-        """The prompt's token ids, fewer than the context holds."""
-        turns = list(messages)
-        if instructions and turns[0]["role"] != "system":
-            turns.insert(0, {"role": "system", "content": instructions})
+    async def _encode(self, messages: list[Message], options: Options) -> tuple[list[int], int]:
+        """The prompt's token ids, fewer than the context holds, and how many messages had no room in it."""
         loop = asyncio.get_running_loop()
         try:
-            prompt = await loop.run_in_executor(self._encoder, self._template, turns)
+            prompt, left_out = await loop.run_in_executor(self._encoder, self._prompt, messages, options)
         except TemplateError as error:
             raise MessagesRefused(f"the model's chat template refuses these messages: {error}") from error
         if not prompt or max(prompt) >= self._engine.vocabulary:
             raise MessagesRefused("the messages come to nothing, or hold a token that the model does not know")
         if len(prompt) >= self.context:
             raise ContextLengthExceeded(
-                f"the messages are {len(prompt)} tokens long or longer, and the context holds {self.context}, the "
-                "reply included: shorten them or start a new conversation"
+                f"the message is {len(prompt)} tokens long or longer, with the system prompt, and the context holds "
+                f"{self.context}, the reply included: shorten it"
             )
-        return prompt
+        return prompt, left_out
 
-    def _template(self, turns: list[Message]) -> list[int]:
+    def _prompt(self, messages: list[Message], options: Options) -> tuple[list[int], int]:
+        """The prompt, and how many messages had to be left out: the oldest turns, to have room for the reply."""
+        system, turns = _turns(messages)
+        if options.instructions and not system:
+            system = [{"role": "system", "content": options.instructions}]
+        prompt = self._template(system, turns)
+        limit = self.context - min(options.max_output_tokens or self.context, self.context // 4)
+        if len(prompt) <= limit:
+            return prompt, 0
+        # More than need be: the prompts of the next turns then begin alike, and are found in the cache.
+        enough = (len(self._template(system, turns[-1:])) + limit) // 2
+        gone = bisect_left(
+            range(len(turns) - 1), True, key=lambda gone: len(self._template(system, turns[gone:])) <= enough
+        )
+        said = [message for message in chain.from_iterable(turns[:gone]) if message["role"] != "system"]
+        return self._template(system, turns[gone:]), len(said)
+
+    def _template(self, system: list[Message], turns: list[list[Message]]) -> list[int]:
         rendered = self._tokenizer.apply_chat_template(
-            turns,  # type: ignore[arg-type]  # a TypedDict is not a dict to mypy
+            _spoken([*system, *chain.from_iterable(turns)]),  # type: ignore[arg-type]  # a TypedDict is not a dict to mypy
             add_generation_prompt=True,
             tokenize=False,
         )
@@ -156,6 +168,31 @@ class Chat:
             self._stop_ids,
             options.seed,
         )
+
+
+def _turns(messages: list[Message]) -> tuple[list[Message], list[list[Message]]]:
+    """The system prompt, and the rest in turns: what a user said, with what was answered."""
+    start = next((place for place, message in enumerate(messages) if message["role"] != "system"), len(messages))
+    turns: list[list[Message]] = []
+    for message in messages[start:]:
+        if message["role"] == "user" or not turns:
+            turns.append([])
+        turns[-1].append(message)
+    return messages[:start], turns
+
+
+def _spoken(messages: list[Message]) -> list[Message]:
+    """The messages without replies that came to nothing; what stands around one becomes one message, since many
+    templates want the roles in turns."""
+    spoken: list[Message] = []
+    silence = False
+    for message in messages:
+        if message["content"] and silence and spoken and spoken[-1]["role"] == message["role"]:
+            spoken[-1] = {"role": message["role"], "content": f"{spoken[-1]['content']}\n\n{message['content']}"}
+        elif message["content"]:
+            spoken.append(message)
+        silence = not message["content"]
+    return spoken
 
 
 def _context(model: PreTrainedModel, settings: Settings) -> int:

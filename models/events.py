@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from models.conversations import Message
+from models.item import Item, Message
 from models.options import InvalidOption, check, text
 from models.presence import Change
+from models.refused import Refused
 
 Json = dict[str, Any]
-ErrorType = Literal["invalid_request_error", "rate_limit_error", "authentication_error", "server_error"]
-Status = Literal["completed", "incomplete", "cancelled", "failed"]
 
 
-class InvalidEvent(Exception):
-    """A frame that is no client event of chat.v1; carries what the `error` event says."""
+class InvalidEvent(Refused):
+    """A frame that is no client event of chat.v1."""
 
     def __init__(self, code: str, message: str, param: str | None = None, event_id: str | None = None) -> None:
         super().__init__(message)
         self.code = code
-        self.message = message
         self.param = param
         self.event_id = event_id
 
@@ -37,12 +35,16 @@ class SessionUpdate:
 
 @dataclass(frozen=True)
 class ResponseCreate:
-    """A request for a reply. `conversation` None is the connection's own, "none" is no conversation at all."""
+    """A request for a reply. `conversation` None is the connection's own, "new" a new one, "none" none at all.
+
+    `after` names the item that the input comes after, where that is not the last; "none" is before the first.
+    """
 
     event_id: str | None
     input: list[Message]
-    conversation: str | None
-    options: Mapping[str, Any]
+    conversation: str | None = None
+    after: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,16 @@ class ResponseCancel:
     response_id: str | None
 
 
-ClientEvent = SessionUpdate | ResponseCreate | ResponseCancel
+@dataclass(frozen=True)
+class ResponseResume:
+    """The wish to be sent what came of a reply after the delta `starting_after`, and what comes from now on."""
+
+    event_id: str | None
+    response_id: str
+    starting_after: int
+
+
+ClientEvent = SessionUpdate | ResponseCreate | ResponseCancel | ResponseResume
 
 
 def parse(frame: str | bytes) -> ClientEvent:
@@ -68,6 +79,8 @@ def parse(frame: str | bytes) -> ClientEvent:
                 return _response_create(event_id, _object(event, "response"))
             case "response.cancel":
                 return ResponseCancel(event_id, _field(event, "response_id", "response_id", None))
+            case "response.resume":
+                return ResponseResume(event_id, _field(event, "response_id", "response_id"), _starting_after(event))
             case unknown:
                 raise InvalidEvent("unknown_type", f"no client event is called {unknown[:64]!r}", "type")
     except InvalidEvent as invalid:
@@ -119,6 +132,13 @@ def _field(values: Json, name: str, param: str, *default: None) -> Any:
     raise InvalidEvent("invalid_value", f"{param} must be a string of at most 256 characters", param)
 
 
+def _starting_after(event: Json) -> int:
+    number = event.get("starting_after", 0)
+    if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+        raise InvalidEvent("invalid_value", "starting_after must be a sequence number, or 0", "starting_after")
+    return number
+
+
 def _options(values: Json, param: str) -> Mapping[str, Any]:
     for name, value in values.items():
         try:
@@ -132,9 +152,11 @@ def _response_create(event_id: str | None, response: Json) -> ResponseCreate:
     if "input" not in response:
         raise InvalidEvent("missing_field", "response.input is missing", "response.input")
     messages = _messages(response.pop("input"))
-    conversation = _field(response, "conversation", "response.conversation", None)
-    response.pop("conversation", None)
-    return ResponseCreate(event_id, messages, conversation, _options(response, "response"))
+    conversation, after = (_field(response, name, f"response.{name}", None) for name in ("conversation", "after"))
+    if after is not None and conversation == "none":
+        raise InvalidEvent("invalid_value", "without a conversation there is nothing to come after", "response.after")
+    options = {name: value for name, value in response.items() if name not in ("conversation", "after")}
+    return ResponseCreate(event_id, messages, conversation, after, _options(options, "response"))
 
 
 def _messages(value: Any) -> list[Message]:
@@ -172,9 +194,12 @@ def session(kind: Literal["created", "updated"], session: Json) -> Json:
     return {"type": f"session.{kind}", "session": session}
 
 
-def response_created(response_id: str, conversation: str | None, event_id: str | None) -> Json:
-    """`response.created`: the request is taken, and a `response.done` will follow."""
-    response = {"id": response_id, "conversation": conversation, "status": "in_progress"}
+def response_created(response_id: str, conversation: str | None, left_out: int, event_id: str | None) -> Json:
+    """`response.created`: the request is taken, and a `response.done` will follow.
+
+    `left_out` of the oldest messages had no room in the context.
+    """
+    response = {"id": response_id, "conversation": conversation, "status": "in_progress", "left_out": left_out}
     return {"type": "response.created", "response": response, "event_id": event_id}
 
 
@@ -193,27 +218,20 @@ def output_text_delta(response_id: str, sequence_number: int, delta: str) -> Jso
     }
 
 
-def response_done(
-    response_id: str,
-    conversation: str | None,
-    status: Status,
-    reason: str,
-    output_text: str,
-    usage: Json,
-    sequence_number: int,
-) -> Json:
+def response_done(conversation: str | None, reply: Item) -> Json:
     """`response.done`: the last event of a reply, whatever became of it."""
     return {
         "type": "response.done",
         "response": {
-            "id": response_id,
+            "id": reply.id,
             "conversation": conversation,
-            "status": status,
-            "status_details": {"reason": reason},
-            "output_text": output_text,
-            "usage": usage,
+            "status": reply.status,
+            "status_details": {"reason": reply.reason},
+            "output_text": reply.content,
+            "usage": reply.usage,
+            "decode_seconds": reply.decode_seconds,
         },
-        "sequence_number": sequence_number,
+        "sequence_number": reply.sequence_number + 1,
     }
 
 
@@ -222,7 +240,13 @@ def presence(change: Change, user: str) -> Json:
     return {"type": f"presence.{change}", "user": user}
 
 
-def error(type: ErrorType, code: str, message: str, *, param: str | None = None, event_id: str | None = None) -> Json:
-    """`error`: what went wrong with the client's event `event_id`; the socket stays open."""
-    details = {"type": type, "code": code, "message": message, "param": param, "event_id": event_id}
+def error(refused: Refused, event_id: str | None = None) -> Json:
+    """`error`: why the client's event `event_id` is not acted on; the socket stays open."""
+    details = {
+        "type": refused.type,
+        "code": refused.code,
+        "message": str(refused),
+        "param": refused.param,
+        "event_id": event_id,
+    }
     return {"type": "error", "error": {name: value for name, value in details.items() if value is not None}}

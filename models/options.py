@@ -37,6 +37,11 @@ class Options:
         """The options as JSON has them."""
         return asdict(self) | {"stop": list(self.stop)}
 
+    def beyond(self, defaults: Options) -> dict[str, Any]:
+        """Those of the options that differ from `defaults`, as JSON has them."""
+        usual = defaults.public()
+        return {name: value for name, value in self.public().items() if value != usual[name]}
+
 
 def check(name: str, value: Any) -> Any:
     """The value of one option as `Options` holds it. Raises InvalidOption."""

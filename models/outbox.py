@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from contextlib import suppress
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 UNSENT_BYTES, UNSENT_SECONDS = 2**20, 30.0
 
@@ -38,6 +39,14 @@ class Outbox:
         self._items: asyncio.Queue[tuple[float, str | Close]] = asyncio.Queue()
         self._unsent = 0
         self._sending: asyncio.Timeout | None = None
+
+    def send(self, event: dict[str, Any]) -> None:
+        """Send an event of chat.v1 after what was put in before."""
+        self.put(json.dumps(event, ensure_ascii=False, separators=(",", ":")))
+
+    async def drained(self) -> None:
+        """Wait until all is sent; for ever where it cannot be."""
+        await self._items.join()
 
     def put(self, text: str) -> None:
         """Send a text after those before it."""
@@ -81,6 +90,7 @@ class Outbox:
                 await self._client.send_text(item)
             self._sending = None
             self._unsent -= len(item.encode())
+            self._items.task_done()
 
     @staticmethod
     def _now() -> float:

@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable
-from contextlib import aclosing
 
-from models.admission import Refused
+from models import events
 from models.chat import Chat
-from models.conversations import Conversation, Message
-from models.engine_thread import EngineFailed
+from models.conversations import Conversations
+from models.events import Json, ResponseCreate
 from models.outbox import Close
 from models.presence import Change
-from models.reply import ContextLengthExceeded, Delta, MessagesRefused
-
-logger = logging.getLogger("parley")
+from models.refused import Refused
+from models.response import Response
+from models.responses import Responses
 
 WAITING = 8  # messages that may wait while a reply streams
 
 
 class PlainSession:
-    """Answers one message after the other. `send` takes a frame's text and does not wait."""
+    """Answers one message after the other. `put` takes a frame's text and does not wait."""
 
-    def __init__(self, chat: Chat, user: str, send: Callable[[str], None]) -> None:
+    def __init__(self, chat: Chat, responses: Responses, user: str, put: Callable[[str], None]) -> None:
         self._chat = chat
+        self._responses = responses
         self._user = user
-        self._send = send
-        self._conversation = Conversation()
+        self._put = put
+        self._conversation = Conversations.new_id()
         self._inbox: asyncio.Queue[str] = asyncio.Queue(WAITING)
         self._notices: list[str] = []
+        self._answering = False
         self._task = asyncio.create_task(self._answer_all())
 
     def receive(self, frame: str | bytes) -> Close | None:
@@ -46,42 +46,41 @@ class PlainSession:
         """Tell who left, between replies."""
         if change == "left":
             self._notices.append(f"Client #{user} left the chat")
-            if not self._conversation.busy:
+            if not self._answering:
                 self._tell_notices()
 
-    async def close(self) -> None:
-        """The client is gone: end its reply."""
+    def close(self) -> None:
+        """The client is gone; its reply goes on for a while."""
         self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        self._responses.leave(self)
+
+    def send(self, event: Json) -> None:
+        """Tell the client what an event of chat.v1 says to it."""
+        match event:
+            case {"type": "response.output_text.delta", "delta": str(delta)}:
+                self._put(delta)
+            case {"type": "response.done", "response": {"status": "failed"}}:
+                self._put("error: the server failed; try again")
+            case {"type": "error", "error": {"message": str(message)}}:
+                self._put(f"error: {message}")
 
     async def _answer_all(self) -> None:
         while True:
             message = await self._inbox.get()
-            self._conversation.busy = True
-            await self._answer({"role": "user", "content": message})
-            self._conversation.busy = False
+            self._answering = True
+            await self._answer(message)
+            self._answering = False
             self._tell_notices()
 
-    async def _answer(self, message: Message) -> None:
-        history = self._conversation.messages
-        pieces: list[str] = []
+    async def _answer(self, message: str) -> None:
+        request = ResponseCreate(None, [{"role": "user", "content": message}])
+        response = Response(self._user, request, self._conversation, True, self._chat.defaults)
         try:
-            async with aclosing(self._chat.reply(self._user, [*history, message], self._chat.defaults)) as reply:
-                async for event in reply:
-                    if isinstance(event, Delta):
-                        pieces.append(event.text)
-                        self._send(event.text)
-        except (Refused, ContextLengthExceeded, MessagesRefused) as error:
-            self._send(f"error: {error}")
-        except EngineFailed as error:
-            logger.error("a plain reply failed: %s", error)
-            self._send("error: the server failed; try again")
-        except Exception:
-            logger.exception("a plain reply failed")
-            self._send("error: the server failed; try again")
-        if pieces:
-            self._conversation.messages += [message, {"role": "assistant", "content": "".join(pieces)}]
+            self._responses.create(response, self)
+        except Refused as refused:
+            return self.send(events.error(refused))
+        await asyncio.wait([response.ending])
 
     def _tell_notices(self) -> None:
         while self._notices:
-            self._send(self._notices.pop(0))
+            self._put(self._notices.pop(0))

@@ -5,20 +5,38 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
+from models.refused import Refused
+
 Change = Literal["joined", "left"]
 Notify = Callable[[Change, str], None]  # what happened, and to which user
 
 
-class Presence:
-    """The connections of each user. Others hear of a user's first one and of the end of the last."""
+class TooManySockets(Refused):
+    """One connection more than a user may have."""
 
-    def __init__(self, announce: bool = True) -> None:
+    type = "rate_limit_error"
+    code = "too_many_sockets"
+
+    def __init__(self) -> None:
+        super().__init__("you have too many connections open")
+
+
+class Presence:
+    """The connections of each user, `per_user` at most. Others hear of a user's first one and of the last one's end."""
+
+    def __init__(self, announce: bool, per_user: int) -> None:
         self._announce = announce
+        self._per_user = per_user
         self._connections: dict[str, list[Notify]] = {}
 
     def count(self, user: str) -> int:
         """How many connections a user has."""
         return len(self._connections.get(user, ()))
+
+    def admit(self, user: str) -> None:
+        """Nothing, where one more connection may join. Raises TooManySockets."""
+        if self.count(user) >= self._per_user:
+            raise TooManySockets
 
     def join(self, user: str, notify: Notify) -> None:
         """Count a connection in; `notify` is called when others come and go."""

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from models.refused import Refused
 from models.sequence import Finish
 
 
-class MessagesRefused(Exception):
+class MessagesRefused(Refused):
     """The model's chat template refuses the messages; the message says why."""
 
+    code = "invalid_value"
+    param = "response.input"
 
-class ContextLengthExceeded(Exception):
-    """The messages leave no room for a reply in the context."""
+
+class ContextLengthExceeded(Refused):
+    """The last message alone leaves no room for a reply in the context."""
+
+    code = "context_length_exceeded"
+    param = "response.input"
 
 
 @dataclass
@@ -30,9 +37,10 @@ class Usage:
 
 @dataclass(frozen=True)
 class Started:
-    """The reply is on its way: what follows is all that can go wrong with it."""
+    """The reply is on its way. `left_out` of the oldest messages are not in its prompt, system prompts not counted."""
 
     usage: Usage
+    left_out: int = 0
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,9 @@ class Settings:
     sockets_per_user: int = 256
     users: Mapping[str, str] = field(default_factory=dict, repr=False)
     data: Path = Path("data")
+    database_url: str | None = field(default=None, repr=False)
+    linger: int = 60
+    replay_bytes: int = 2**24
     origins: tuple[str, ...] = ()
     presence: bool = True
     options: Mapping[str, Any] = field(default_factory=dict)  # the operator's default options
@@ -55,8 +58,8 @@ class Settings:
     def public(self) -> dict[str, Any]:
         """Every setting but the secrets, ready for JSON."""
         values = asdict(self)
-        del values["users"]
-        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+        shown = {name: value for name, value in values.items() if name not in SECRET}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in shown.items()}
 
     @classmethod
     def unknown(cls, variables: Iterable[str]) -> list[str]:
@@ -82,7 +85,7 @@ def _read(lookup: Lookup, name: str, allowed: str, convert: Callable[[str], Any]
     try:
         return convert(value)
     except ValueError:
-        shown = "" if name == "users" else f"={value!r}"  # the users' secrets stand in it
+        shown = "" if name in SECRET else f"={value!r}"
         raise SettingsError(f"{PREFIX}{name.upper()}{shown} is not allowed: it must be {allowed}") from None
 
 
@@ -122,6 +125,10 @@ def _users(value: str) -> dict[str, str]:
     return users
 
 
+def _database_url(value: str) -> str:
+    return _choice(r"(postgres(ql)?(\+asyncpg)?|sqlite(\+aiosqlite)?)://.+")(value)
+
+
 def _origins(value: str) -> tuple[str, ...]:
     return tuple(_choice("https?://[^/?#]+")(origin.strip().rstrip("/")) for origin in value.split(","))
 
@@ -129,6 +136,8 @@ def _origins(value: str) -> tuple[str, ...]:
 def _option(name: str, parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return lambda value: check(name, parse(value))
 
+
+SECRET = ("users", "database_url")  # secrets stand in these
 
 USER_ID = r"[\w.@-]{1,64}"
 
@@ -148,6 +157,9 @@ RULES: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "sockets_per_user": _whole(1, 1_000_000),
     "users": ("id:secret,id:secret, each id and each secret once, ids of letters, digits and . _ @ -", _users),
     "data": ("a folder", _path),
+    "database_url": ("postgresql://user:password@host/database, or sqlite:///path", _database_url),
+    "linger": _whole(0, 86_400),
+    "replay_bytes": _whole(0, 2**40),
     "origins": ("a list of origins, such as https://chat.example.com, with commas between them", _origins),
     "presence": ("true or false", _switch),
 }

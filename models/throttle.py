@@ -6,6 +6,18 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from models.refused import Refused
+
+
+class TooManyFailures(Refused):
+    """Logins that failed too often from one address."""
+
+    type = "rate_limit_error"
+    code = "too_many_failures"
+
+    def __init__(self) -> None:
+        super().__init__("too many failed logins from your address: wait a minute")
+
 
 class Throttle:
     """Says when an address has failed too often: `limit` times within `seconds`."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from models import database
 from models.settings import Settings, StartError
 from models.users import Users
 
@@ -48,8 +49,9 @@ def remove(read_settings: ReadSettings, id: str) -> None:
 
 def _with_users(read_settings: ReadSettings, act: Callable[[Users], Awaitable[Any]]) -> Any:
     async def run() -> Any:
-        async with Users.opened(read_settings()) as users:
-            return await act(users)
+        settings = read_settings()
+        async with database.opened(settings) as opened:
+            return await act(Users.of(settings, opened))
 
     try:
         return asyncio.run(run())

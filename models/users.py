@@ -7,31 +7,45 @@ import os
 import re
 import secrets
 import tempfile
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from itsdangerous import BadSignature, URLSafeTimedSerializer
-from sqlalchemy import Column, LargeBinary, MetaData, String, Table, delete, insert, select
-from sqlalchemy.exc import IntegrityError, SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
-from sqlalchemy.schema import CreateTable
+from sqlalchemy import delete, insert, select
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncEngine
 
+from models.database import DataFolderError, users_table
+from models.refused import Refused
 from models.settings import USER_ID, Settings, StartError
+from models.throttle import Throttle, TooManyFailures
 
 TICKET_SECONDS = 14 * 24 * 3600
 
-users_table = Table(
-    "users",
-    MetaData(),
-    Column("id", String(64), primary_key=True),
-    Column("digest", LargeBinary(32), unique=True, nullable=False),
-)
-
 
 class UsersError(StartError):
-    """A user that cannot be added or removed, or a database that cannot be used; the message says what to do."""
+    """A user that cannot be added or removed, or a key that cannot be used; the message says what to do."""
+
+
+class WrongCredentials(Refused):
+    """Credentials that are missing or belong to nobody."""
+
+    type = "authentication_error"
+    code = "invalid_credentials"
+
+    def __init__(self) -> None:
+        super().__init__("authentication failed")
+
+
+class OriginNotAllowed(Refused):
+    """A browser that shows somebody else's page, with the cookie of ours."""
+
+    type = "authentication_error"
+    code = "origin_not_allowed"
+
+    def __init__(self) -> None:
+        super().__init__("this page's origin is not in PARLEY_ORIGINS")
 
 
 @dataclass(frozen=True)
@@ -51,33 +65,20 @@ class Users:
 
     def __init__(self, database: AsyncEngine, key: bytes, configured: Mapping[str, str]) -> None:
         self._database = database
+        self._throttle = Throttle()
         self._key = key
         self._tickets = URLSafeTimedSerializer(hmac.digest(key, b"tickets", "sha256"))
         self._configured = [User(user, self._digest(secret)) for user, secret in configured.items()]
 
     @classmethod
-    @asynccontextmanager
-    async def opened(cls, settings: Settings) -> AsyncIterator[Users]:
-        """The users under the settings' data folder, made where there is none. Raises UsersError."""
+    def of(cls, settings: Settings, database: AsyncEngine) -> Users:
+        """The users of the settings and of a database, with the key under the data folder. Raises StartError."""
         try:
             settings.data.mkdir(mode=0o700, parents=True, exist_ok=True)
             key = _key(settings.data / "key")
         except OSError as error:
-            raise UsersError(
-                f"PARLEY_DATA={settings.data} cannot be used: {error.strerror}; it must be a folder that can be written"
-            ) from error
-        database = create_async_engine(f"sqlite+aiosqlite:///{settings.data / 'parley.db'}")
-        try:
-            async with database.begin() as connection:
-                await connection.execute(CreateTable(users_table, if_not_exists=True))
-            yield cls(database, key, settings.users)
-        except SQLAlchemyError as error:
-            raise UsersError(
-                f"the database in {settings.data} cannot be used: {error.args[0]}; restore it, or move it away to "
-                "begin anew"
-            ) from error
-        finally:
-            await database.dispose()
+            raise DataFolderError(settings.data, error) from error
+        return cls(database, key, settings.users)
 
     async def find(self, secret: str, user_id: str | None = None) -> User | None:
         """The user with this secret, and with this id where one is given."""
@@ -85,6 +86,16 @@ class Users:
         known = await self._stored(users_table.c.digest == digest)
         matches = [user for user in [*self._configured, *known] if hmac.compare_digest(user.digest, digest)]
         return next((user for user in matches if user_id in (None, user.id)), None)
+
+    async def log_in(self, secret: str, user_id: str | None, address: str) -> User:
+        """As `find`, where a wrong secret counts against an address. Raises WrongCredentials or TooManyFailures."""
+        user = await self.find(secret, user_id)
+        if self._throttle.blocked(address):  # after the look-up: nobody else's guess comes between this and the count
+            raise TooManyFailures
+        if user is None:
+            self._throttle.failed(address)
+            raise WrongCredentials
+        return user
 
     def ticket(self, user: User) -> str:
         """A signed note of who it is, for a session cookie; good while the secret is, two weeks at most."""

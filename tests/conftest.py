@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,9 @@ from starlette.applications import Starlette
 from starlette.testclient import TestClient
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from models import kernels
+from models import database, kernels
+from models.conversations import Conversations
+from models.responses import Responses
 from models.settings import Settings
 from server import create_app
 from tests.scripted import ScriptedChat
@@ -79,6 +81,22 @@ def client(app: Starlette) -> Iterator[TestClient]:
 @pytest.fixture
 def scripted() -> ScriptedChat:
     return ScriptedChat()
+
+
+@pytest.fixture
+async def conversations(settings: Settings) -> AsyncIterator[Conversations]:
+    """The store of an empty database."""
+    async with database.opened(settings) as opened:
+        yield Conversations(opened)
+
+
+@pytest.fixture
+async def responses(
+    scripted: ScriptedChat, conversations: Conversations, settings: Settings
+) -> AsyncIterator[Responses]:
+    """Replies made by the scripted chat, and kept in `conversations`."""
+    async with Responses.running(scripted, conversations, settings) as responses:  # type: ignore[arg-type]
+        yield responses
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from typing import Any
 import anyio
 from starlette.applications import Starlette
 
-from models.admission import Admission
-from models.conversations import Message
+from models.admission import Admission, Ticket
+from models.item import Message
 from models.options import Options
 from models.reply import Delta, Done, Event, Queued, Started, Usage
 
@@ -19,7 +19,8 @@ class ScriptedChat:
     """Stands in for `Chat`: the reply to "say X" is X, and to "wait X" is X and then nothing until `release`.
 
     "queue" waits in second and first place before it answers, "hold X" waits in third until `release` and then is
-    "wait X", "break" fails in the middle. `heard` has every call, `running` counts replies that are being made.
+    "wait X", "break" fails in the middle. `heard` has every call, `running` counts replies that are being made, `idle`
+    is set when the last of them ends.
     """
 
     model_name = "scripted"
@@ -32,6 +33,7 @@ class ScriptedChat:
         self.admission = Admission(slots=100, queue=0, per_user=100)
         self.heard: list[tuple[list[Message], Options]] = []
         self.running = 0
+        self.idle = anyio.Event()
         self._released = anyio.Event()
 
     @asynccontextmanager
@@ -44,9 +46,9 @@ class ScriptedChat:
         self._released.set()
         self._released = anyio.Event()
 
-    async def reply(self, user: str, messages: Sequence[Message], options: Options) -> AsyncGenerator[Event, None]:
-        ticket = self.admission.enter(user)
+    async def reply(self, ticket: Ticket, messages: Sequence[Message], options: Options) -> AsyncGenerator[Event, None]:
         self.running += 1
+        self.idle = anyio.Event()
         self.heard.append((list(messages), options))
         order, _, text = messages[-1]["content"].partition(" ")
         usage = Usage(input_tokens=len(messages))
@@ -68,4 +70,5 @@ class ScriptedChat:
             yield Done("stop")
         finally:
             self.running -= 1
-            self.admission.leave(ticket)
+            if not self.running:
+                self.idle.set()

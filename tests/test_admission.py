@@ -85,6 +85,36 @@ async def test_replies_that_wait_count_for_their_user_and_for_nobody_else() -> N
     assert admission.enter("ann").position == 2
 
 
+async def test_a_place_is_given_back_at_its_end_to_whoever_is_next() -> None:
+    admission = Admission(slots=1, queue=1, per_user=1)
+    with admission.place("ann") as first:
+        waiting = admission.enter("bob")
+        assert (first.user, first.position, waiting.position) == ("ann", 0, 1)
+        assert dict(admission.in_flight) == {"ann": 1, "bob": 1}
+    assert (waiting.position, admission.free) == (0, 0)
+    assert dict(admission.in_flight) == {"bob": 1}
+
+
+@pytest.mark.parametrize("failure", [ValueError, asyncio.CancelledError])
+async def test_a_place_is_given_back_whatever_happens_in_it(failure: type[BaseException]) -> None:
+    admission = Admission(slots=1, queue=0, per_user=1)
+    with pytest.raises(failure):
+        with admission.place("ann"):
+            raise failure
+    assert (admission.free, dict(admission.in_flight)) == (1, {})
+
+
+@pytest.mark.parametrize(("user", "refusal"), [("ann", TooManyResponses), ("bob", QueueFull)])
+async def test_a_place_that_is_refused_is_not_given_back(user: str, refusal: type[Exception]) -> None:
+    admission = Admission(slots=1, queue=0, per_user=1)
+    with admission.place("ann"):
+        with pytest.raises(refusal):
+            with admission.place(user):
+                raise AssertionError("there is no place")
+        assert (admission.free, dict(admission.in_flight)) == (0, {"ann": 1})
+    assert admission.free == 1
+
+
 steps = strategies.lists(strategies.tuples(strategies.sampled_from(["ann", "bob", "leave"]), strategies.integers(0, 9)))
 
 

@@ -4,13 +4,14 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
+from itertools import chain
 
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from models.admission import QueueFull, TooManyResponses
 from models.chat import Chat
-from models.conversations import Message
+from models.item import Message
 from models.options import Options
 from models.reply import ContextLengthExceeded, Delta, Done, Event, MessagesRefused, Queued, Started
 from models.settings import Settings, SettingsError
@@ -47,6 +48,14 @@ async def events(reply: AsyncGenerator[Event, None]) -> list[Event]:
         return [event async for event in reply]
 
 
+async def ask(chat: Chat, messages: list[Message], options: Options, user: str = "ann") -> AsyncGenerator[Event, None]:
+    """A reply that has a place for as long as it is not closed."""
+    with chat.admission.place(user) as ticket:
+        async with aclosing(chat.reply(ticket, messages, options)) as reply:
+            async for event in reply:
+                yield event
+
+
 def text(events: list[Event]) -> str:
     return "".join(event.text for event in events if isinstance(event, Delta))
 
@@ -56,7 +65,7 @@ def say(content: str) -> list[Message]:
 
 
 async def test_the_embedded_model_knows_the_capital_of_france(chat: Chat) -> None:
-    started, *deltas, done = await events(chat.reply("ann", CAPITAL, GREEDY))
+    started, *deltas, done = await events(ask(chat, CAPITAL, GREEDY))
     assert text(deltas) == "The capital of France is Paris."
     assert done == Done("stop")
     assert isinstance(started, Started)
@@ -69,13 +78,13 @@ async def test_it_remembers_what_was_said_before(chat: Chat) -> None:
         {"role": "assistant", "content": "Rex is a lovely name for a dog."},
         {"role": "user", "content": "What is the name of my dog?"},
     ]
-    assert text(await events(chat.reply("ann", history, GREEDY))) == "The name of your dog is Rex."
+    assert text(await events(ask(chat, history, GREEDY))) == "The name of your dog is Rex."
 
 
 async def test_a_seed_gives_the_same_reply_whoever_else_is_chatting(chat: Chat) -> None:
     async def reply(user: str, seed: int) -> str:
         options = Options(temperature=0.9, seed=seed, max_output_tokens=24)
-        return text(await events(chat.reply(user, say("Write a line of a poem."), options)))
+        return text(await events(ask(chat, say("Write a line of a poem."), options, user)))
 
     alone = await reply("ann", 7)
     others = [reply("bob", seed) for seed in (1, 2, 3)]
@@ -83,7 +92,7 @@ async def test_a_seed_gives_the_same_reply_whoever_else_is_chatting(chat: Chat) 
 
 
 async def test_a_stop_string_ends_the_reply_and_does_not_show(chat: Chat) -> None:
-    reply = await events(chat.reply("ann", CAPITAL, replace(GREEDY, stop=("of Fr",))))
+    reply = await events(ask(chat, CAPITAL, replace(GREEDY, stop=("of Fr",))))
     assert text(reply) == "The capital "
     assert reply[-1] == Done("stop")
 
@@ -93,7 +102,7 @@ async def test_instructions_come_first_unless_the_messages_have_their_own(
 ) -> None:
     async def input_tokens(chat: Chat, messages: list[Message], instructions: str | None) -> int:
         options = Options(instructions=instructions, max_output_tokens=1)
-        started = (await events(chat.reply("ann", messages, options)))[0]
+        started = (await events(ask(chat, messages, options)))[0]
         assert isinstance(started, Started)
         return started.usage.input_tokens
 
@@ -108,7 +117,7 @@ async def test_a_reply_cut_anywhere_is_the_beginning_of_the_whole_one_and_shows_
 ) -> None:
     async def reply(chat: Chat, tokens: int) -> str:
         wild = Options(temperature=1.5, top_p=1, repetition_penalty=1, seed=4, max_output_tokens=tokens)
-        return text(await events(chat.reply("ann", say("Hi"), wild)))
+        return text(await events(ask(chat, say("Hi"), wild)))
 
     async with tiny_chat(tokenizer, llama) as chat:
         whole = await reply(chat, 40)
@@ -123,8 +132,67 @@ async def test_messages_that_fill_the_context_are_refused_with_the_numbers(
     async with tiny_chat(tokenizer, llama, context=64) as chat:
         for length in (200, 100_000):
             with pytest.raises(ContextLengthExceeded, match="64"):
-                await events(chat.reply("ann", say("x" * length), GREEDY))
-        assert len(text(await events(chat.reply("ann", say("short"), replace(GREEDY, seed=1))))) > 0
+                await events(ask(chat, say("x" * length), GREEDY))
+        assert len(text(await events(ask(chat, say("short"), replace(GREEDY, seed=1))))) > 0
+
+
+async def test_a_history_that_outgrows_the_context_loses_its_oldest_turns_and_keeps_the_system_prompt(
+    tokenizer: PreTrainedTokenizerBase, llama: PreTrainedModel
+) -> None:
+    system: Message = {"role": "system", "content": "Be brief."}
+    turns = [[*say("x" * 20), Message(role="assistant", content="y" * 20)] for _ in range(40)]
+    options = replace(GREEDY, max_output_tokens=10)
+    async with tiny_chat(tokenizer, llama) as chat:
+        messages = [system, *chain.from_iterable(turns), *say("What now?")]
+        started = (await events(ask(chat, messages, options)))[0]
+        assert isinstance(started, Started)
+        assert started.left_out % 2 == 0
+        assert 0 < started.left_out < 80
+        left = [system, *messages[1 + started.left_out :]]
+        again = (await events(ask(chat, left, options)))[0]
+        assert isinstance(again, Started)  # the system prompt and the latest turns, whole
+        assert (again.usage.input_tokens, again.left_out) == (started.usage.input_tokens, 0)
+        assert started.usage.input_tokens < 256 - 10
+
+
+async def test_the_next_turn_of_a_shortened_history_begins_like_the_last_and_is_found_in_the_cache(
+    tokenizer: PreTrainedTokenizerBase, llama: PreTrainedModel
+) -> None:
+    options, history, seen = replace(GREEDY, max_output_tokens=8), say("x" * 60), list[tuple[int, int]]()
+    async with tiny_chat(tokenizer, llama) as chat:
+        for _ in range(30):
+            started, *rest = await events(ask(chat, history, options))
+            assert isinstance(started, Started)
+            seen.append((started.left_out, started.usage.cached_tokens))
+            history = [*history[started.left_out :], Message(role="assistant", content=text(rest)), *say("go on")]
+    shortened = [left_out for left_out, _ in seen[1:] if left_out]
+    assert 1 < len(shortened) < 10
+    assert all(cached > 0 for left_out, cached in seen[1:] if not left_out)
+
+
+async def test_the_last_message_is_kept_whole_and_refused_where_it_is_too_long_by_itself(
+    tokenizer: PreTrainedTokenizerBase, llama: PreTrainedModel
+) -> None:
+    history = [*say("before"), Message(role="assistant", content="yes")]
+    async with tiny_chat(tokenizer, llama) as chat:
+        started = (await events(ask(chat, [*history, *say("x" * 200)], GREEDY)))[0]
+        assert (isinstance(started, Started) and started.left_out) == 2
+        with pytest.raises(ContextLengthExceeded, match="256"):
+            await events(ask(chat, [*history, *say("x" * 250)], GREEDY))
+
+
+async def test_a_reply_without_text_is_passed_over_and_the_messages_around_it_are_one(
+    tokenizer: PreTrainedTokenizerBase, llama: PreTrainedModel
+) -> None:
+    silent = [*say("one"), Message(role="assistant", content=""), *say("two")]
+    options = replace(GREEDY, max_output_tokens=20)
+    async with tiny_chat(tokenizer, llama) as chat:
+        said = await events(ask(chat, silent, options))
+        assert text(said) == text(await events(ask(chat, say("one\n\ntwo"), options)))
+        joined = (await events(ask(chat, say("one\n\ntwo"), options)))[0]
+        assert isinstance(said[0], Started)
+        assert isinstance(joined, Started)
+        assert said[0].usage.input_tokens == joined.usage.input_tokens
 
 
 async def test_what_the_template_refuses_is_refused_with_its_words(
@@ -132,7 +200,7 @@ async def test_what_the_template_refuses_is_refused_with_its_words(
 ) -> None:
     async with tiny_chat(tokenizer, llama) as chat:
         with pytest.raises(MessagesRefused, match="it cannot begin"):
-            await events(chat.reply("ann", [{"role": "assistant", "content": "Hi"}], GREEDY))
+            await events(ask(chat, [{"role": "assistant", "content": "Hi"}], GREEDY))
 
 
 async def test_messages_that_come_to_nothing_or_hold_an_unknown_token_are_refused(llama: PreTrainedModel) -> None:
@@ -140,17 +208,17 @@ async def test_messages_that_come_to_nothing_or_hold_an_unknown_token_are_refuse
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|image|>"]})  # beyond what the model embeds
     async with tiny_chat(tokenizer, llama) as chat:
         with pytest.raises(MessagesRefused, match="a token that the model does not know"):
-            await events(chat.reply("ann", say("Look: <|image|>"), GREEDY))
+            await events(ask(chat, say("Look: <|image|>"), GREEDY))
         tokenizer.chat_template = ""
         with pytest.raises(MessagesRefused, match="come to nothing"):
-            await events(chat.reply("ann", say("Hi"), GREEDY))
+            await events(ask(chat, say("Hi"), GREEDY))
 
 
 async def test_who_waits_hears_each_new_position_and_gets_the_slot_that_becomes_free(
     tokenizer: PreTrainedTokenizerBase, llama: PreTrainedModel
 ) -> None:
     async with tiny_chat(tokenizer, llama, slots=1) as chat:
-        replies = [chat.reply("ann", say("Hi"), replace(GREEDY, max_output_tokens=20)) for _ in range(3)]
+        replies = [ask(chat, say("Hi"), replace(GREEDY, max_output_tokens=20)) for _ in range(3)]
         for reply in replies:
             await anext(reply)
         first, second, third = (asyncio.create_task(events(reply)) for reply in replies)
@@ -164,16 +232,16 @@ async def test_refusals_cost_nothing_and_places_come_back(
     tokenizer: PreTrainedTokenizerBase, llama: PreTrainedModel
 ) -> None:
     async with tiny_chat(tokenizer, llama, slots=1, queue=1, responses_per_user=2) as chat:
-        running = [chat.reply("ann", say("Hi"), GREEDY) for _ in range(2)]
+        running = [ask(chat, say("Hi"), GREEDY) for _ in range(2)]
         for reply in running:
             await anext(reply)
         with pytest.raises(TooManyResponses):
-            await anext(chat.reply("ann", say("Hi"), GREEDY))
+            await anext(ask(chat, say("Hi"), GREEDY))
         with pytest.raises(QueueFull):
-            await anext(chat.reply("bob", say("Hi"), GREEDY))
+            await anext(ask(chat, say("Hi"), GREEDY, "bob"))
         for reply in running:
             await reply.aclose()
-        assert text(await events(chat.reply("bob", say("Hi"), replace(GREEDY, max_output_tokens=9))))
+        assert text(await events(ask(chat, say("Hi"), replace(GREEDY, max_output_tokens=9), "bob")))
         assert (chat.admission.free, dict(chat.admission.in_flight)) == (1, {})
 
 
@@ -182,10 +250,10 @@ async def test_closing_a_reply_frees_its_slot_for_the_next(
     tokenizer: PreTrainedTokenizerBase, llama: PreTrainedModel, deltas: int
 ) -> None:
     async with tiny_chat(tokenizer, llama, slots=1, context=512) as chat:
-        async with aclosing(chat.reply("ann", say("Hi"), replace(GREEDY, max_output_tokens=400))) as reply:
+        async with aclosing(ask(chat, say("Hi"), replace(GREEDY, max_output_tokens=400))) as reply:
             for _ in range(1 + deltas):
                 await anext(reply)
-        next_reply = await events(chat.reply("bob", say("Hi"), replace(GREEDY, max_output_tokens=9)))
+        next_reply = await events(ask(chat, say("Hi"), replace(GREEDY, max_output_tokens=9), "bob"))
         assert not any(isinstance(event, Queued) for event in next_reply)
         assert isinstance(next_reply[-1], Done)
     assert chat.free_slots == 1

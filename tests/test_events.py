@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given, settings, strategies
 
 from models import events
-from models.conversations import Message
-from models.events import InvalidEvent, ResponseCancel, ResponseCreate, SessionUpdate, parse
+from models.admission import QueueFull
+from models.events import InvalidEvent, ResponseCancel, ResponseCreate, ResponseResume, SessionUpdate, parse
+from models.item import Item, Message
 from models.options import CHECKS
+from models.refused import InvalidValue
 
 ANN_SAYS: list[Message] = [{"role": "user", "content": "Hello"}]
 
@@ -28,10 +30,16 @@ def update(**options: Any) -> dict[str, Any]:
     [
         ({"type": "session.update", "session": {}}, SessionUpdate(None, {})),
         (update(temperature=0, stop="END"), SessionUpdate("event_1", {"temperature": 0, "stop": "END"})),
-        ({"type": "response.create", "response": {"input": "Hello"}}, ResponseCreate(None, ANN_SAYS, None, {})),
-        (create(input=ANN_SAYS, conversation="none"), ResponseCreate("event_1", ANN_SAYS, "none", {})),
-        (create(conversation=None), ResponseCreate("event_1", ANN_SAYS, None, {})),
-        (create(conversation="conv_1", seed=7), ResponseCreate("event_1", ANN_SAYS, "conv_1", {"seed": 7})),
+        ({"type": "response.create", "response": {"input": "Hello"}}, ResponseCreate(None, ANN_SAYS)),
+        (create(input=ANN_SAYS, conversation="none"), ResponseCreate("event_1", ANN_SAYS, "none")),
+        (create(conversation=None), ResponseCreate("event_1", ANN_SAYS)),
+        (create(conversation="conv_1", seed=7), ResponseCreate("event_1", ANN_SAYS, "conv_1", None, {"seed": 7})),
+        (create(after="item_1"), ResponseCreate("event_1", ANN_SAYS, None, "item_1")),
+        ({"type": "response.resume", "response_id": "resp_1"}, ResponseResume(None, "resp_1", 0)),
+        (
+            {"type": "response.resume", "event_id": "event_1", "response_id": "resp_1", "starting_after": 3},
+            ResponseResume("event_1", "resp_1", 3),
+        ),
         ({"type": "response.cancel"}, ResponseCancel(None, None)),
         ({"type": "response.cancel", "response_id": "resp_1"}, ResponseCancel(None, "resp_1")),
         ({"type": "response.cancel", "event_id": "广州", "response_id": None}, ResponseCancel("广州", None)),
@@ -75,8 +83,8 @@ def test_what_is_no_json_object_is_told(frame: str | bytes) -> None:
         parse(frame)
     error = raised.value
     assert (error.code, error.param, error.event_id) == ("invalid_json", None, None)
-    assert error.message.startswith("the frame is n")
-    assert len(error.message) < 300
+    assert str(error).startswith("the frame is n")
+    assert len(str(error)) < 300
 
 
 @pytest.mark.parametrize(
@@ -113,7 +121,20 @@ def test_what_is_no_json_object_is_told(frame: str | bytes) -> None:
         (create(conversation=1), "invalid_value", "response.conversation"),
         (create(conversation={}), "invalid_value", "response.conversation"),
         (create(conversation="c" * 257), "invalid_value", "response.conversation"),
+        (create(after=1), "invalid_value", "response.after"),
+        (create(after="a" * 257), "invalid_value", "response.after"),
+        (create(after="item_1", conversation="none"), "invalid_value", "response.after"),
         ({"type": "response.cancel", "response_id": 1}, "invalid_value", "response_id"),
+        ({"type": "response.resume"}, "missing_field", "response_id"),
+        ({"type": "response.resume", "response_id": None}, "invalid_value", "response_id"),
+        *(
+            (
+                {"type": "response.resume", "response_id": "r", "starting_after": number},
+                "invalid_value",
+                "starting_after",
+            )
+            for number in (-1, 1.5, "1", True, None, [])
+        ),
         ({"type": "response.cancel", "response_id": "\udfff"}, "invalid_value", "response_id"),
     ],
 )
@@ -122,7 +143,7 @@ def test_a_wrong_field_is_told_with_its_name_and_the_events_id(event: dict[str, 
         parse(json.dumps(event | {"event_id": "event_1"}))
     error = raised.value
     assert (error.code, error.param, error.event_id) == (code, param, "event_1")
-    assert error.message
+    assert str(error)
 
 
 @pytest.mark.parametrize("text", ["", " ", "\ud800"])
@@ -170,9 +191,7 @@ def answered(frame: str | bytes) -> events.Json:
     try:
         return dataclasses.asdict(parse(frame))
     except InvalidEvent as invalid:
-        return events.error(
-            "invalid_request_error", invalid.code, invalid.message, param=invalid.param, event_id=invalid.event_id
-        )
+        return events.error(invalid, invalid.event_id)
 
 
 @settings(max_examples=400, deadline=None)
@@ -189,10 +208,11 @@ def test_an_option_whose_name_cannot_be_sent_is_told_in_words_that_can(event: di
     with pytest.raises(InvalidEvent) as raised:
         parse(json.dumps(event))
     assert raised.value.code == "invalid_value"
-    f"{raised.value.message} {raised.value.param}".encode()
+    f"{raised.value} {raised.value.param}".encode()
 
 
 USAGE = {"input_tokens": 3, "cached_tokens": 0, "output_tokens": 2, "total_tokens": 5}
+REPLY = Item("r", "assistant", "Hi", 7.0, "completed", "stop", USAGE, {}, 0, "1 1", 0.5)
 
 
 @pytest.mark.parametrize(
@@ -202,10 +222,10 @@ USAGE = {"input_tokens": 3, "cached_tokens": 0, "output_tokens": 2, "total_token
         (events.session("updated", {"id": "s"}), {"type": "session.updated", "session": {"id": "s"}}),
         (events.response_queued("r", 2), {"type": "response.queued", "response_id": "r", "position": 2}),
         (
-            events.response_created("r", "c", "e"),
+            events.response_created("r", "c", 4, "e"),
             {
                 "type": "response.created",
-                "response": {"id": "r", "conversation": "c", "status": "in_progress"},
+                "response": {"id": "r", "conversation": "c", "status": "in_progress", "left_out": 4},
                 "event_id": "e",
             },
         ),
@@ -214,7 +234,7 @@ USAGE = {"input_tokens": 3, "cached_tokens": 0, "output_tokens": 2, "total_token
             {"type": "response.output_text.delta", "response_id": "r", "sequence_number": 1, "delta": "Hi"},
         ),
         (
-            events.response_done("r", None, "completed", "stop", "Hi", USAGE, 2),
+            events.response_done(None, REPLY),
             {
                 "type": "response.done",
                 "response": {
@@ -224,18 +244,19 @@ USAGE = {"input_tokens": 3, "cached_tokens": 0, "output_tokens": 2, "total_token
                     "status_details": {"reason": "stop"},
                     "output_text": "Hi",
                     "usage": USAGE,
+                    "decode_seconds": 0.5,
                 },
-                "sequence_number": 2,
+                "sequence_number": 3,
             },
         ),
         (events.presence("joined", "ann"), {"type": "presence.joined", "user": "ann"}),
         (events.presence("left", "ann"), {"type": "presence.left", "user": "ann"}),
         (
-            events.error("server_error", "server_error", "sorry"),
-            {"type": "error", "error": {"type": "server_error", "code": "server_error", "message": "sorry"}},
+            events.error(QueueFull("sorry")),
+            {"type": "error", "error": {"type": "rate_limit_error", "code": "queue_full", "message": "sorry"}},
         ),
         (
-            events.error("invalid_request_error", "invalid_value", "no", param="type", event_id="e"),
+            events.error(InvalidValue("no", "type"), "e"),
             {
                 "type": "error",
                 "error": {

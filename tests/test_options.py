@@ -111,6 +111,30 @@ def test_the_public_form_survives_json_and_sets_the_same_options() -> None:
     assert Options().updated(json.loads(json.dumps(options.public()))) == options
 
 
+USUAL = Options(temperature=1.5, stop=("END",), seed=3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "beyond"),
+    [
+        ({}, {}),
+        ({"temperature": 1.5, "stop": ["END"], "seed": 3}, {}),
+        ({"temperature": 0.45}, {"temperature": 0.45}),
+        ({"stop": ["a", "b"]}, {"stop": ["a", "b"]}),
+        ({"stop": []}, {"stop": []}),
+        ({"seed": None, "instructions": ""}, {"seed": None, "instructions": ""}),
+        ({"top_k": 7, "max_output_tokens": 9}, {"top_k": 7, "max_output_tokens": 9}),
+    ],
+)
+def test_what_differs_from_the_usual_options_is_told_as_json_has_it_and_makes_them_again(
+    changes: dict[str, Any], beyond: dict[str, Any]
+) -> None:
+    options = USUAL.updated(changes)
+    told = json.loads(json.dumps(options.beyond(USUAL)))
+    assert told == beyond
+    assert USUAL.updated(told) == options
+
+
 @pytest.mark.parametrize("value", ["", "广州", "\u0000", "👩\u200d👩\u200d👧"])
 def test_text_that_utf8_can_hold_passes(value: str) -> None:
     assert text(value) == value

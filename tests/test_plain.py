@@ -5,7 +5,10 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from models.conversations import Conversations
+from models.listing import Listing
 from models.plain import WAITING, PlainSession
+from models.responses import Responses
 from tests.scripted import ScriptedChat
 
 pytestmark = pytest.mark.anyio
@@ -14,9 +17,9 @@ pytestmark = pytest.mark.anyio
 class Wire:
     """A plain session and what it sent."""
 
-    def __init__(self, chat: ScriptedChat) -> None:
+    def __init__(self, chat: ScriptedChat, responses: Responses) -> None:
         self.sent: asyncio.Queue[str] = asyncio.Queue()
-        self.session = PlainSession(chat, "ann", self.sent.put_nowait)  # type: ignore[arg-type]
+        self.session = PlainSession(chat, responses, "ann", self.sent.put_nowait)  # type: ignore[arg-type]
 
     async def text(self, length: int) -> str:
         """The next so many characters."""
@@ -27,10 +30,10 @@ class Wire:
 
 
 @pytest.fixture
-async def wire(scripted: ScriptedChat) -> AsyncIterator[Wire]:
-    wire = Wire(scripted)
+async def wire(scripted: ScriptedChat, responses: Responses) -> AsyncIterator[Wire]:
+    wire = Wire(scripted, responses)
     yield wire
-    await wire.session.close()
+    wire.session.close()
 
 
 async def test_messages_are_answered_in_pieces_and_in_order(wire: Wire, scripted: ScriptedChat) -> None:
@@ -78,8 +81,22 @@ async def test_a_refusal_is_said(wire: Wire, scripted: ScriptedChat) -> None:
     assert (await wire.sent.get()).startswith("error: 0 replies are in flight")
 
 
-async def test_closing_ends_the_reply(wire: Wire, scripted: ScriptedChat) -> None:
+async def test_the_conversation_is_kept(wire: Wire, scripted: ScriptedChat, conversations: Conversations) -> None:
+    wire.session.receive("say one")
+    await wire.text(3)
+    wire.session.receive("say two")
+    await wire.text(3)
+    wire.session.presence("left", "bob")
+    assert (await wire.sent.get()).endswith("left the chat")  # so the reply has ended
+    (conversation,), _ = await conversations.latest("ann", Listing(10, None, ""))
+    items = await conversations.items("ann", conversation.id)
+    assert [item.content for item in items] == ["say one", "one", "say two", "two"]
+
+
+async def test_a_reply_goes_on_for_a_while_when_the_client_has_gone(
+    wire: Wire, scripted: ScriptedChat, conversations: Conversations
+) -> None:
     wire.session.receive("wait on")
     await wire.text(2)
-    await wire.session.close()
-    assert scripted.running == 0
+    wire.session.close()
+    assert scripted.running == 1

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from models.presence import Change, Presence
+from models.presence import Change, Presence, TooManySockets
 
 News = list[tuple[Change, str]]
 
@@ -24,7 +24,7 @@ def joined(presence: Presence, user: str) -> Connection:
 
 
 def test_every_other_connection_hears_of_a_users_first_one_and_of_the_end_of_the_last() -> None:
-    presence = Presence()
+    presence = Presence(announce=True, per_user=9)
     watchers = [joined(presence, "ann"), joined(presence, "ann"), joined(presence, "bob")]
     for watcher in watchers:
         watcher.news.clear()
@@ -36,7 +36,7 @@ def test_every_other_connection_hears_of_a_users_first_one_and_of_the_end_of_the
 
 
 def test_a_user_hears_nothing_about_herself() -> None:
-    presence = Presence()
+    presence = Presence(announce=True, per_user=9)
     first, second = joined(presence, "ann"), joined(presence, "ann")
     presence.leave("ann", first.notify)
     presence.leave("ann", second.notify)
@@ -44,7 +44,7 @@ def test_a_user_hears_nothing_about_herself() -> None:
 
 
 def test_a_connection_that_left_hears_nothing_more() -> None:
-    presence = Presence()
+    presence = Presence(announce=True, per_user=9)
     gone, still = joined(presence, "ann"), joined(presence, "ann")
     presence.leave("ann", gone.notify)
     joined(presence, "bob")
@@ -52,7 +52,7 @@ def test_a_connection_that_left_hears_nothing_more() -> None:
 
 
 def test_whoever_comes_back_joins_anew() -> None:
-    presence = Presence()
+    presence = Presence(announce=True, per_user=9)
     ann = joined(presence, "ann")
     presence.leave("bob", joined(presence, "bob").notify)
     joined(presence, "bob")
@@ -61,7 +61,7 @@ def test_whoever_comes_back_joins_anew() -> None:
 
 @pytest.mark.parametrize("announce", [True, False])
 def test_connections_are_counted_whether_or_not_they_are_announced(announce: bool) -> None:
-    presence = Presence(announce)
+    presence = Presence(announce, per_user=9)
     first, _ = joined(presence, "ann"), joined(presence, "ann")
     assert (presence.count("ann"), presence.count("bob")) == (2, 0)
     presence.leave("ann", first.notify)
@@ -69,7 +69,28 @@ def test_connections_are_counted_whether_or_not_they_are_announced(announce: boo
 
 
 def test_nobody_is_told_where_announcing_is_off() -> None:
-    presence = Presence(announce=False)
+    presence = Presence(announce=False, per_user=9)
     ann = joined(presence, "ann")
     presence.leave("bob", joined(presence, "bob").notify)
     assert ann.news == []
+
+
+@pytest.mark.parametrize("per_user", [1, 3])
+def test_a_user_may_have_so_many_connections_and_each_that_ends_makes_room(per_user: int) -> None:
+    presence = Presence(announce=True, per_user=per_user)
+    for _ in range(per_user):
+        presence.admit("ann")
+        last = joined(presence, "ann")
+    with pytest.raises(TooManySockets, match="too many connections") as raised:
+        presence.admit("ann")
+    assert (raised.value.type, raised.value.code) == ("rate_limit_error", "too_many_sockets")
+    presence.admit("bob")
+    presence.leave("ann", last.notify)
+    presence.admit("ann")
+
+
+def test_being_admitted_counts_nobody_in() -> None:
+    presence = Presence(announce=True, per_user=1)
+    for _ in range(3):
+        presence.admit("ann")
+    assert presence.count("ann") == 0

@@ -283,3 +283,112 @@ def test_a_session_ends_with_its_user(settings: Settings, scripted: ScriptedChat
         assert 'id="composer"' in client.get("/").text
         client.portal.call(app.state.users.remove, "eve")
         assert 'name="secret"' in client.get("/").text
+
+
+# Conversations over HTTP
+
+
+def converse(client: TestClient, *inputs: str, conversation: str = "new") -> str:
+    """Have ann say this, wait for the replies, and return the conversation's id."""
+    with client.websocket_connect("/ws", ["chat.v1"], headers=bearer()) as socket:
+        socket.receive_json()
+        for said in inputs:
+            request = {"input": said, "conversation": conversation}
+            socket.send_json({"type": "response.create", "response": request})
+            conversation = until_done(socket)[-1]["response"]["conversation"]
+    return conversation
+
+
+def test_conversations_are_listed_the_latest_first_in_pages(scripted_client: TestClient) -> None:
+    made = [converse(scripted_client, f"say {number}") for number in range(5)]
+    found: list[str] = []
+    more = {"limit": "2"}
+    while True:
+        page = scripted_client.get("/v1/conversations", params=more, headers=bearer()).json()
+        found += [one["id"] for one in page["data"]]
+        if not page["has_more"]:
+            break
+        more["after"] = found[-1]
+    assert found == made[::-1]
+    assert page["data"][0].keys() == {"id", "title", "created", "updated"}
+
+
+def test_conversations_are_found_by_what_was_said(scripted_client: TestClient) -> None:
+    converse(scripted_client, "say one")
+    wanted = converse(scripted_client, "say the needle is here", "say two")
+    answer = scripted_client.get("/v1/conversations", params={"query": "NEEDLE"}, headers=bearer())
+    assert [one["id"] for one in answer.json()["data"]] == [wanted]
+
+
+def test_a_conversation_is_read_with_its_items(scripted_client: TestClient) -> None:
+    id = converse(scripted_client, "say one", "say two")
+    answer = scripted_client.get(f"/v1/conversations/{id}", headers=bearer())
+    assert answer.headers["cache-control"] == "no-store"
+    conversation = answer.json()
+    assert (conversation["id"], conversation["title"]) == (id, "say one")
+    said = [(item["role"], item["content"]) for item in conversation["items"]]
+    assert said == [("user", "say one"), ("assistant", "one"), ("user", "say two"), ("assistant", "two")]
+    reply = conversation["items"][-1]
+    assert (reply["status"], reply["status_details"], reply["sequence_number"]) == ("completed", {"reason": "stop"}, 1)
+
+
+def test_a_conversation_gets_another_title(scripted_client: TestClient) -> None:
+    path = f"/v1/conversations/{converse(scripted_client, 'say one')}"
+    answer = scripted_client.patch(path, json={"title": " Numbers\n 数字 "}, headers=bearer())
+    assert (answer.status_code, answer.json()["title"]) == (200, "Numbers 数字")
+    for body in (b"", b"{", b"[]", b'{"title": 7}', b'{"title": " "}', b'{"title": "\\ud800"}', b"x" * FRAME_BYTES * 2):
+        answer = scripted_client.patch(path, content=body, headers=bearer())
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_value")
+    assert scripted_client.get(path, headers=bearer()).json()["title"] == "Numbers 数字"
+
+
+def test_a_conversation_is_deleted_and_its_reply_with_it(scripted_client: TestClient, scripted: ScriptedChat) -> None:
+    with scripted_client.websocket_connect("/ws", ["chat.v1"], headers=bearer()) as socket:
+        id = socket.receive_json()["session"]["conversation"]
+        socket.send_json({"type": "response.create", "response": {"input": "wait here"}})
+        assert [socket.receive_json()["type"] for _ in range(2)] == ["response.created", "response.output_text.delta"]
+        assert scripted_client.delete(f"/v1/conversations/{id}", headers=bearer()).status_code == 204
+        assert until_done(socket)[-1]["response"]["status"] == "cancelled"
+    assert scripted.running == 0
+    answer = scripted_client.get(f"/v1/conversations/{id}", headers=bearer())
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "conversation_not_found")
+    assert scripted_client.get("/v1/conversations", headers=bearer()).json()["data"] == []
+
+
+def test_a_conversation_is_exported(scripted_client: TestClient) -> None:
+    id = converse(scripted_client, "say **one**")
+    path = f"/v1/conversations/{id}/export"
+    answer = scripted_client.get(path, headers=bearer())
+    assert answer.text == "# say **one**\n\n**User**\n\nsay **one**\n\n**Assistant**\n\n**one**\n"
+    assert answer.headers["content-type"].startswith("text/markdown")
+    assert answer.headers["content-disposition"] == f'attachment; filename="{id}.md"'
+    answer = scripted_client.get(path, params={"format": "json"}, headers=bearer())
+    assert answer.json() == scripted_client.get(f"/v1/conversations/{id}", headers=bearer()).json()
+    assert answer.headers["content-disposition"] == f'attachment; filename="{id}.json"'
+    answer = scripted_client.get(path, params={"format": "pdf"}, headers=bearer())
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "format")
+
+
+@pytest.mark.parametrize("method", ["GET", "PATCH", "DELETE"])
+def test_conversations_need_credentials_and_changes_by_cookie_the_page(
+    scripted_client: TestClient, method: str
+) -> None:
+    id = converse(scripted_client, "say one")
+    path = f"/v1/conversations/{id}"
+    for url in (path, f"{path}?userid=ann&secret={ANN}"):  # a secret in a URL is for WebSockets only
+        answer = scripted_client.request(method, url)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_credentials")
+    log_in(scripted_client)
+    answer = scripted_client.request(method, path, headers={"Origin": "http://evil.example"})
+    assert answer.status_code == (200 if method == "GET" else 403)  # which a browser does not show to another origin
+    answer = scripted_client.request(method, path, headers={"Origin": "http://testserver"}, json={"title": "one"})
+    assert answer.status_code == (204 if method == "DELETE" else 200)
+
+
+@pytest.mark.parametrize(
+    ("wish", "language"),
+    [("", "en"), ("zh-CN,zh;q=0.9,en;q=0.8", "zh"), ("de-DE, en;q=0.9, zh;q=0.8", "en"), ("fr", "en")],
+)
+def test_the_page_speaks_the_browsers_language(client: TestClient, wish: str, language: str) -> None:
+    page = client.get("/", headers={"Accept-Language": wish}).text
+    assert ("登录" in page) == (language == "zh")

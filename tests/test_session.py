@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from models.events import Json
-from models.session import Session
+from models.responses import Responses
+from models.session import RESUMES, Session
 from tests.scripted import ScriptedChat
 
 pytestmark = pytest.mark.anyio
@@ -17,9 +18,15 @@ pytestmark = pytest.mark.anyio
 class Wire:
     """A session and what it sent."""
 
-    def __init__(self, chat: ScriptedChat) -> None:
+    def __init__(self, chat: ScriptedChat, responses: Responses, user: str = "ann") -> None:
         self.sent: asyncio.Queue[Json] = asyncio.Queue()
-        self.session = Session(chat, "ann", {}, self.sent.put_nowait)  # type: ignore[arg-type]
+        self.session = Session(chat, responses, user, {}, self)  # type: ignore[arg-type]
+
+    def send(self, event: Json) -> None:
+        self.sent.put_nowait(event)
+
+    async def drained(self) -> None:
+        """All that was sent is as good as read."""
 
     def tell(self, type: str, **fields: Any) -> None:
         self.session.receive(json.dumps({"type": type, **fields}))
@@ -40,11 +47,11 @@ class Wire:
 
 
 @pytest.fixture
-async def wire(scripted: ScriptedChat) -> AsyncIterator[Wire]:
-    wire = Wire(scripted)
+async def wire(scripted: ScriptedChat, responses: Responses) -> AsyncIterator[Wire]:
+    wire = Wire(scripted, responses)
     assert (await wire.sent.get())["type"] == "session.created"
     yield wire
-    await wire.session.close()
+    wire.session.close()
 
 
 async def test_a_reply_is_created_numbered_and_done(wire: Wire) -> None:
@@ -183,9 +190,64 @@ async def test_the_twentieth_bad_frame_in_a_row_closes_and_a_good_one_starts_the
     assert closes == [None] * 19 + [(4400, "20 bad frames in a row")]
 
 
-async def test_closing_ends_all_replies(wire: Wire, scripted: ScriptedChat) -> None:
-    for _ in range(3):
-        wire.ask("wait on", conversation="none")
-        await wire.until("response.output_text.delta")
-    await wire.session.close()
-    assert scripted.running == 0
+async def test_replies_outlive_the_connection(wire: Wire, scripted: ScriptedChat, responses: Responses) -> None:
+    wire.ask("wait on")
+    reply = (await wire.until("response.output_text.delta"))[-1]["response_id"]
+    wire.session.close()
+    other = Wire(scripted, responses)
+    other.tell("response.resume", response_id=reply)
+    assert (await other.until("response.output_text.delta"))[-1]["delta"] == "on"
+    scripted.release()
+    assert (await other.until("response.done"))[-1]["response"]["status"] == "completed"
+
+
+async def test_another_connection_may_cancel_by_id_and_not_by_all(
+    wire: Wire, scripted: ScriptedChat, responses: Responses
+) -> None:
+    wire.ask("wait on")
+    reply = (await wire.until("response.output_text.delta"))[-1]["response_id"]
+    other = Wire(scripted, responses)
+    other.tell("response.cancel")
+    assert scripted.running == 1
+    other.tell("response.cancel", response_id=reply)
+    assert (await wire.until("response.done"))[-1]["response"]["status"] == "cancelled"
+
+
+async def test_a_new_conversation_is_begun_each_time_and_goes_on_by_its_id(wire: Wire, scripted: ScriptedChat) -> None:
+    wire.ask("say one", conversation="new")
+    first = (await wire.until("response.done"))[-1]["response"]["conversation"]
+    wire.ask("say two", conversation="new")
+    second = (await wire.until("response.done"))[-1]["response"]["conversation"]
+    assert first != second
+    wire.ask("say three", conversation=first)
+    await wire.until("response.done")
+    assert [turn["content"] for turn in scripted.heard[-1][0]] == ["say one", "one", "say three"]
+
+
+async def test_a_conversation_goes_on_from_another_connection(
+    wire: Wire, scripted: ScriptedChat, responses: Responses
+) -> None:
+    wire.ask("say one")
+    own = (await wire.until("response.done"))[-1]["response"]["conversation"]
+    other = Wire(scripted, responses)
+    other.ask("say two", conversation=own)
+    await other.until("response.done")
+    assert [turn["content"] for turn in scripted.heard[-1][0]] == ["say one", "one", "say two"]
+    stranger = Wire(scripted, responses, "bob")
+    stranger.ask("say three", conversation=own)
+    assert (await stranger.error())["code"] == "conversation_not_found"
+
+
+async def test_resuming_what_is_not_there_is_an_error_of_the_request(wire: Wire) -> None:
+    wire.tell("response.resume", response_id="resp_nobody", event_id="mine")
+    error = await wire.error()
+    assert (error["code"], error["event_id"]) == ("response_not_found", "mine")
+
+
+async def test_seventeen_resumptions_at_once_are_one_too_many(wire: Wire) -> None:
+    for number in range(RESUMES + 1):
+        wire.tell("response.resume", response_id="resp_nobody", event_id=str(number))
+    errors = [await wire.error() for _ in range(RESUMES + 1)]
+    assert {error["event_id"]: error["code"] for error in errors} == {
+        str(number): "response_not_found" if number < RESUMES else "too_many_responses" for number in range(RESUMES + 1)
+    }

@@ -37,6 +37,14 @@ def test_an_empty_environment_gives_the_defaults() -> None:
         ("SOCKETS_PER_USER", "3", "sockets_per_user", 3),
         ("USERS", "ann:a:b, bob:广州", "users", {"ann": "a:b", "bob": "广州"}),
         ("DATA", "/var/lib/parley", "data", Path("/var/lib/parley")),
+        ("DATABASE_URL", "postgresql://a:b@host/db", "database_url", "postgresql://a:b@host/db"),
+        ("DATABASE_URL", "postgres://host/db?ssl=require", "database_url", "postgres://host/db?ssl=require"),
+        ("DATABASE_URL", "postgresql+asyncpg:///db", "database_url", "postgresql+asyncpg:///db"),
+        ("DATABASE_URL", "sqlite:///parley.db", "database_url", "sqlite:///parley.db"),
+        ("LINGER", "0", "linger", 0),
+        ("LINGER", "86400", "linger", 86_400),
+        ("REPLAY_BYTES", "0", "replay_bytes", 0),
+        ("REPLAY_BYTES", "1099511627776", "replay_bytes", 2**40),
         (
             "ORIGINS",
             "https://a.example/, http://b.example:8080",
@@ -71,6 +79,12 @@ def test_a_variable_sets_its_field_and_nothing_else(name: str, value: str, field
         ("QUEUE", "-1", "a whole number from 0 to"),
         ("RESPONSES_PER_USER", "1.5", "a whole number"),
         ("SOCKETS_PER_USER", "0", "a whole number"),
+        ("LINGER", "-1", "a whole number from 0 to 86400"),
+        ("LINGER", "86401", "a whole number from 0 to 86400"),
+        ("LINGER", "1m", "a whole number"),
+        ("REPLAY_BYTES", "-1", "a whole number from 0 to"),
+        ("REPLAY_BYTES", "1099511627777", "a whole number from 0 to"),
+        ("REPLAY_BYTES", "16M", "a whole number"),
         ("ORIGINS", "chat.example.com", "http"),
         ("ORIGINS", "https://chat.example.com,", "http"),
         ("PRESENCE", "2", "true or false"),
@@ -102,14 +116,37 @@ def test_bad_users_are_told_without_their_secrets(users: str) -> None:
     assert "hunter" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "hunter2",
+        "ann:hunter2@host/db",
+        "mysql://ann:hunter2@host/db",
+        "postgresql:ann:hunter2@host/db",
+        " postgresql://ann:hunter2@host/db",
+        "https://ann:hunter2@host/db",
+        "postgresql+://ann:hunter2@host/db",
+        "postgresql://",
+        "sqlite:hunter2.db",
+    ],
+)
+def test_a_bad_database_url_is_told_without_the_password(url: str) -> None:
+    with pytest.raises(SettingsError, match=r"^PARLEY_DATABASE_URL is not allowed: it must be postgresql://") as raised:
+        read(DATABASE_URL=url)
+    assert "hunter" not in str(raised.value)
+
+
+@pytest.mark.parametrize("secret", [{"USERS": "ann:hunter2"}, {"DATABASE_URL": "postgresql://ann:hunter2@host/db"}])
 @pytest.mark.parametrize("shown", [repr, str, lambda settings: json.dumps(settings.public())])
-def test_secrets_are_left_out_wherever_settings_are_shown(shown: Callable[[Settings], str]) -> None:
-    assert "hunter2" not in shown(read(USERS="ann:hunter2"))
+def test_secrets_are_left_out_wherever_settings_are_shown(
+    shown: Callable[[Settings], str], secret: dict[str, str]
+) -> None:
+    assert "hunter2" not in shown(read(**secret))
 
 
 def test_the_public_form_is_ready_for_json_and_has_every_other_setting() -> None:
     public = json.loads(json.dumps(read(DATA="/data", CHAT_TEMPLATE="a.jinja", ORIGINS="http://a").public()))
-    assert public.keys() == {field.name for field in dataclasses.fields(Settings)} - {"users"}
+    assert public.keys() == {field.name for field in dataclasses.fields(Settings)} - {"users", "database_url"}
     assert (public["data"], public["chat_template"], public["origins"]) == ("/data", "a.jinja", ["http://a"])
 
 

@@ -5,7 +5,7 @@ import weakref
 
 from hypothesis import given, settings, strategies
 
-from models.throttle import Throttle
+from models.throttle import Throttle, TooManyFailures
 
 
 class Clock:
@@ -44,6 +44,12 @@ def test_a_block_ends_when_its_first_failure_is_too_old() -> None:
     assert not throttle.blocked("10.0.0.1")
     throttle.failed("10.0.0.1")
     assert throttle.blocked("10.0.0.1")
+
+
+def test_whoever_has_to_wait_is_told_so_and_nothing_else() -> None:
+    refused = TooManyFailures()
+    assert (refused.type, refused.code, refused.param) == ("rate_limit_error", "too_many_failures", None)
+    assert str(refused) == "too many failed logins from your address: wait a minute"
 
 
 class Address(str):

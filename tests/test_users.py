@@ -4,29 +4,46 @@ import asyncio
 import stat
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from models import database
+from models.database import DataFolderError, users_table
 from models.settings import Settings
-from models.users import User, Users, UsersError
+from models.throttle import TooManyFailures
+from models.users import User, Users, UsersError, WrongCredentials
 
 pytestmark = pytest.mark.anyio
+pytest_plugins = ["tests.databases"]
 
-ANN = "ann's secret"  # configured, as bob is
+ANN, BOB = "ann's secret", "bob's secret"  # configured
 SECRET = "carla's secret 广州"
 
 
 @pytest.fixture
+def settings(empty_database: Settings) -> Settings:
+    """Two users, ann and bob, and an empty database of either kind."""
+    return replace(empty_database, users={"ann": ANN, "bob": BOB})
+
+
+@asynccontextmanager
+async def opened(settings: Settings) -> AsyncIterator[Users]:
+    async with database.opened(settings) as engine:
+        yield Users.of(settings, engine)
+
+
+@pytest.fixture
 async def users(settings: Settings) -> AsyncIterator[Users]:
-    async with Users.opened(settings) as users:
+    async with opened(settings) as users:
         yield users
 
 
 @pytest.fixture
-async def nobody(tmp_path: Path) -> AsyncIterator[Users]:
-    async with Users.opened(Settings(data=tmp_path / "data")) as users:
+async def nobody(empty_database: Settings) -> AsyncIterator[Users]:
+    async with opened(empty_database) as users:
         yield users
 
 
@@ -71,10 +88,10 @@ async def test_configured_users_stand_beside_stored_ones_in_order(users: Users) 
 
 
 async def test_users_are_there_when_the_database_is_opened_again(settings: Settings) -> None:
-    async with Users.opened(settings) as users:
+    async with opened(settings) as users:
         await users.add("carla", SECRET)
         ticket = users.ticket(User("carla", (await users.all())[-1].digest))
-    async with Users.opened(replace(settings, users={})) as users:
+    async with opened(replace(settings, users={})) as users:
         assert await ids(users) == ["carla"]
         assert await found(users, SECRET) == "carla"
         assert await users.of_ticket(ticket)
@@ -160,14 +177,14 @@ async def test_a_ticket_is_good_for_its_user_until_the_secret_changes(users: Use
 
 
 async def test_a_ticket_dies_with_a_configured_secret_and_with_the_key(settings: Settings) -> None:
-    async with Users.opened(settings) as users:
+    async with opened(settings) as users:
         ann = await users.find(ANN)
         assert ann
         ticket = users.ticket(ann)
-    async with Users.opened(replace(settings, users={"ann": "a new secret"})) as users:
+    async with opened(replace(settings, users={"ann": "a new secret"})) as users:
         assert await users.of_ticket(ticket) is None
     (settings.data / "key").unlink()
-    async with Users.opened(settings) as users:
+    async with opened(settings) as users:
         assert await users.of_ticket(ticket) is None
 
 
@@ -175,14 +192,16 @@ async def test_a_key_that_was_cut_is_refused(settings: Settings) -> None:
     settings.data.mkdir()
     (settings.data / "key").write_bytes(b"")
     with pytest.raises(UsersError, match="32 bytes"):
-        async with Users.opened(settings):
+        async with opened(settings):
             pass
 
 
-async def test_no_secret_lies_in_the_data_folder(users: Users, settings: Settings) -> None:
+async def test_no_secret_lies_in_the_data_folder_or_the_database(users: Users, settings: Settings) -> None:
     kept = [ANN, await users.add("carla", SECRET), await users.add("dora")]
-    stored = b"".join(path.read_bytes() for path in settings.data.iterdir())
+    async with database.opened(settings) as engine, engine.connect() as connection:
+        stored = repr((await connection.execute(users_table.select())).all()).encode()
     assert b"carla" in stored
+    stored += b"".join(path.read_bytes() for path in settings.data.iterdir())
     assert not any(secret.encode() in stored for secret in kept)
 
 
@@ -191,7 +210,7 @@ async def test_only_the_owner_can_read_the_key_and_the_folder(settings: Settings
     assert stat.S_IMODE(settings.data.stat().st_mode) == 0o700
     assert stat.S_IMODE((settings.data / "key").stat().st_mode) == 0o600
     assert len((settings.data / "key").read_bytes()) == 32
-    assert {path.name for path in settings.data.iterdir()} == {"key", "parley.db"}
+    assert {path.name for path in settings.data.iterdir()} - {"parley.db", "parley.db-wal", "parley.db-shm"} == {"key"}
 
 
 def all_at_once(settings: Settings, act: Callable[[Users], Awaitable[object]], workers: int = 6) -> list[object]:
@@ -200,7 +219,7 @@ def all_at_once(settings: Settings, act: Callable[[Users], Awaitable[object]], w
 
     async def work() -> object:
         barrier.wait()
-        async with Users.opened(settings) as users:
+        async with opened(settings) as users:
             return await act(users)
 
     threads = [threading.Thread(target=lambda: results.append(asyncio.run(work()))) for _ in range(workers)]
@@ -216,17 +235,17 @@ async def digest(users: Users) -> bytes:
     return (await users.all())[0].digest
 
 
-def test_workers_that_make_the_key_at_once_get_the_same_one(settings: Settings) -> None:
-    before = all_at_once(settings, digest, workers=1)
+async def test_workers_that_make_the_key_at_once_get_the_same_one(settings: Settings) -> None:
+    before = await asyncio.to_thread(all_at_once, settings, digest, workers=1)
     (settings.data / "key").unlink()
-    digests = all_at_once(settings, digest)
+    digests = await asyncio.to_thread(all_at_once, settings, digest)
     assert len(digests) == 6
     assert len(set(digests)) == 1
     assert digests[0] not in before
 
 
-def test_workers_that_start_at_once_on_an_empty_folder_add_one_first_user(settings: Settings) -> None:
-    results = all_at_once(replace(settings, users={}), Users.add_first)
+async def test_workers_that_start_at_once_on_an_empty_folder_add_one_first_user(empty_database: Settings) -> None:
+    results = await asyncio.to_thread(all_at_once, empty_database, Users.add_first)
     assert len(results) == 6
     assert sum(secret is not None for secret in results) == 1
 
@@ -243,37 +262,65 @@ class OutrunUsers(Users):
         return users
 
 
-async def test_a_worker_that_is_outrun_adds_no_first_user(nobody: Users, tmp_path: Path) -> None:
-    async with OutrunUsers.opened(Settings(data=tmp_path / "data")) as outrun:
+async def test_a_worker_that_is_outrun_adds_no_first_user(nobody: Users, empty_database: Settings) -> None:
+    async with database.opened(empty_database) as engine:
+        outrun = OutrunUsers.of(empty_database, engine)
         assert isinstance(outrun, OutrunUsers)
         outrun.rival = nobody
         assert await outrun.add_first() is None
         assert await ids(nobody) == ["admin"]
 
 
-@pytest.fixture
-async def threads_end() -> AsyncIterator[None]:
-    """aiosqlite does not wait for the thread of a connection that it could not open; the event loop must."""
-    before = set(threading.enumerate())
-    yield
-    for thread in set(threading.enumerate()) - before:
-        await asyncio.to_thread(thread.join)
-
-
-@pytest.mark.usefixtures("threads_end")
-@pytest.mark.parametrize("obstacle", ["data", "data/key", "data/parley.db"])
+@pytest.mark.parametrize("obstacle", ["data", "data/key"])
 async def test_a_folder_that_cannot_be_used_is_told_by_name(tmp_path: Path, obstacle: str) -> None:
     if obstacle == "data":
-        (tmp_path / "data").write_text("a file, no folder")
+        (tmp_path / "other-data").write_text("a file, no folder")
     else:
-        (tmp_path / obstacle).mkdir(parents=True)
-    with pytest.raises(UsersError, match=f"{tmp_path / 'data'} cannot be used"):
-        async with Users.opened(Settings(data=tmp_path / "data")):
-            pass
+        (tmp_path / "other-data" / "key").mkdir(parents=True)
+    async with database.opened(Settings(data=tmp_path / "data")) as engine:
+        with pytest.raises(
+            DataFolderError, match=f"PARLEY_DATA={tmp_path / 'other-data'} cannot be used: .* be written"
+        ):
+            Users.of(Settings(data=tmp_path / "other-data"), engine)
 
 
-async def test_a_file_that_is_no_database_is_told_by_name(tmp_path: Path) -> None:
-    (tmp_path / "parley.db").write_bytes(b"not a database, but long enough to be taken for one" * 100)
-    with pytest.raises(UsersError, match=f"the database in {tmp_path} cannot be used: .*not a database"):
-        async with Users.opened(Settings(data=tmp_path)):
-            pass
+# Logging in
+
+
+@pytest.mark.parametrize("user_id", [None, "ann"])
+async def test_whoever_knows_the_secret_logs_in(users: Users, user_id: str | None) -> None:
+    assert await users.log_in(ANN, user_id, "10.0.0.1") == await users.find(ANN)
+    assert await users.log_in(await users.add("carla", SECRET), None, "10.0.0.1") == await users.find(SECRET)
+
+
+@pytest.mark.parametrize(("secret", "user_id"), [("wrong", None), ("", None), (ANN, "bob"), (ANN, ""), (BOB, "ann")])
+async def test_a_wrong_secret_or_somebody_elses_is_refused(users: Users, secret: str, user_id: str | None) -> None:
+    with pytest.raises(WrongCredentials, match="authentication failed") as raised:
+        await users.log_in(secret, user_id, "10.0.0.1")
+    assert (raised.value.type, raised.value.code) == ("authentication_error", "invalid_credentials")
+
+
+async def fail(users: Users, address: str, times: int) -> list[type[BaseException]]:
+    """How each of some wrong logins that come at once is refused."""
+    guesses = (users.log_in(f"guess {number}", None, address) for number in range(times))
+    return sorted((type(refused) for refused in await asyncio.gather(*guesses, return_exceptions=True)), key=str)
+
+
+async def test_an_address_that_failed_ten_times_has_to_wait_even_with_the_right_secret(users: Users) -> None:
+    assert await fail(users, "10.0.0.1", 9) == [WrongCredentials] * 9
+    assert await users.log_in(ANN, None, "10.0.0.1")
+    assert await fail(users, "10.0.0.1", 1) == [WrongCredentials]
+    with pytest.raises(TooManyFailures, match="wait a minute") as raised:
+        await users.log_in(ANN, None, "10.0.0.1")
+    assert (raised.value.type, raised.value.code) == ("rate_limit_error", "too_many_failures")
+    assert await users.log_in(ANN, None, "10.0.0.2")
+
+
+async def test_guesses_that_come_at_once_are_no_more_than_those_in_turn(users: Users) -> None:
+    assert await fail(users, "10.0.0.1", 30) == [TooManyFailures] * 20 + [WrongCredentials] * 10
+
+
+async def test_right_secrets_do_not_count_however_many(users: Users) -> None:
+    for _ in range(11):
+        await users.log_in(ANN, None, "10.0.0.1")
+    assert await fail(users, "10.0.0.1", 1) == [WrongCredentials]

@@ -1,0 +1,153 @@
+"""A reply that is being made, and those who follow it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from models import events
+from models.events import Json, ResponseCreate
+from models.item import Item, Status
+from models.options import Options
+from models.refused import Refused
+from models.reply import Delta, Done, Queued, Usage
+
+BATCH = 256  # deltas that are replayed before the reader has to have read them
+
+
+class Listener(Protocol):
+    """Who is told of a reply."""
+
+    def send(self, event: Json) -> None:
+        """Take an event, without waiting."""
+
+
+class Reader(Listener, Protocol):
+    """A listener that can be sent much at once."""
+
+    async def drained(self) -> None:
+        """Wait until it has read all it was sent."""
+
+
+@dataclass(eq=False)
+class Response:
+    """A reply as the wire has it. `conversation` None is none at all, `begins` one that need not be there yet."""
+
+    user: str
+    request: ResponseCreate
+    conversation: str | None
+    begins: bool
+    options: Options
+    chosen: Mapping[str, Any] = field(default_factory=dict)  # the options that are not the usual ones
+    id: str = field(default_factory=lambda: f"resp_{uuid.uuid4().hex}")
+    created: float = field(default_factory=time.time)
+    status: Status = "in_progress"
+    reason: str | None = None
+    usage: Usage = field(default_factory=lambda: Usage(0))
+    left_out: int = 0
+    deltas: list[str] = field(default_factory=list)
+    listeners: dict[Listener, bool] = field(default_factory=dict)  # and whether they have heard all so far
+    announced: bool = False
+    finished: bool = False
+    cancelled_as: tuple[Status, str] = ("failed", "server_shutdown")
+    making: asyncio.Task[None] = field(init=False)
+    ending: asyncio.Task[None] = field(init=False)
+    keeping: asyncio.Task[None] | None = None
+    _unheard: asyncio.TimerHandle | None = None
+    _position: int = 0
+    _first_at: float = 0.0
+    _last_at: float = 0.0
+
+    @property
+    def item(self) -> Item:
+        """The reply as it is kept, as far as it has come."""
+        return Item(
+            self.id,
+            "assistant",
+            "".join(self.deltas),
+            self.created,
+            self.status,
+            self.reason,
+            self.usage.public(),
+            self.chosen,
+            self.left_out,
+            " ".join(str(len(delta)) for delta in self.deltas),
+            self._last_at - self._first_at,
+        )
+
+    def announce(self) -> None:
+        """Tell that the reply is on its way; once."""
+        if not self.announced:
+            self.announced = True
+            self._tell(events.response_created(self.id, self.conversation, self.left_out, self.request.event_id))
+
+    def take(self, event: Queued | Delta | Done) -> None:
+        """Take what comes of the reply, and tell it."""
+        match event:
+            case Queued(position):
+                self._position = position
+                self._tell(events.response_queued(self.id, position))
+            case Delta(text):
+                self._last_at = asyncio.get_running_loop().time()
+                self._first_at = self._first_at or self._last_at
+                self._position = 0
+                self.deltas.append(text)
+                self._tell(events.output_text_delta(self.id, len(self.deltas), text))
+            case Done(reason):
+                self.status, self.reason = "completed" if reason == "stop" else "incomplete", reason
+
+    def cancel(self, status: Status, reason: str) -> None:
+        """End the reply as soon as may be; nothing where it has ended."""
+        if not self.making.cancelling():
+            self.cancelled_as = status, reason
+            self.making.cancel()
+
+    def end_unheard(self, seconds: float) -> None:
+        """End the reply after some time, unless somebody listens by then."""
+
+        def end() -> None:
+            if not self.listeners:
+                self.cancel("cancelled", "client_disconnected")
+
+        if self._unheard:
+            self._unheard.cancel()
+        self._unheard = asyncio.get_running_loop().call_later(seconds, end)
+
+    def refuse(self, refused: Refused) -> None:
+        """Tell why there is no reply."""
+        self._tell(events.error(refused, self.request.event_id))
+
+    def finish(self) -> None:
+        """Tell that this was all."""
+        self.announce()
+        self.finished = True
+        self._tell(events.response_done(self.conversation, self.item))
+
+    async def follow(self, reader: Reader, starting_after: int) -> None:
+        """Send a reader what came after a delta, then have it hear what comes."""
+        self.listeners[reader] = False
+        await replay(reader, self.id, self.deltas, starting_after)
+        if self.finished:
+            return reader.send(events.response_done(self.conversation, self.item))
+        if self._position:
+            reader.send(events.response_queued(self.id, self._position))
+        self.listeners[reader] = True
+
+    def _tell(self, event: Json) -> None:
+        for listener, heard_all in self.listeners.items():
+            if heard_all:
+                listener.send(event)
+
+
+async def replay(reader: Reader, response_id: str, deltas: Sequence[str], starting_after: int) -> None:
+    """Send a reader the deltas after a number, those too that are added meanwhile."""
+    while batch := deltas[starting_after : starting_after + BATCH]:
+        for delta in batch:
+            starting_after += 1
+            reader.send(events.output_text_delta(response_id, starting_after, delta))
+        if len(batch) == BATCH:
+            await reader.drained()
