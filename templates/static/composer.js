@@ -1,9 +1,10 @@
-/** Where a message is written: the text, kept as a draft, and the button that sends it or stops the reply. */
+/** Where a message is written: a draft for each conversation, and the button that sends it or stops the reply. */
 export class Composer {
   constructor(user, { onSend, onStop }) {
     for (const id of ['composer', 'message', 'send', 'stop']) this[id] = document.getElementById(id);
-    this.draftKey = `parley.draft.${user}`;
-    this.open = false;
+    this.drafts = `parley.draft.${user}.`;
+    this.draftKey = this.keyOf(null);
+    this.ready = false;
     this.busy = false;
     this.composer.addEventListener('submit', (event) => {
       event.preventDefault();
@@ -14,7 +15,6 @@ export class Composer {
     this.stop.addEventListener('click', onStop);
     // A tap leaves the focus where it is, so that stopping does not bring up a phone's keyboard.
     this.stop.addEventListener('pointerdown', (event) => event.preventDefault());
-    this.write(sessionStorage.getItem(this.draftKey) ?? '');
   }
 
   get text() {
@@ -30,20 +30,45 @@ export class Composer {
     this.refresh();
   }
 
+  /** Gives a text back that was not sent: to a draft, or before whatever has been written since. */
+  giveBack(text, conversation) {
+    const key = this.keyOf(conversation);
+    if (key !== this.draftKey) return this.keepDraft(text, key);
+    this.write([text, this.text].filter((part) => part.trim()).join('\n\n'));
+    this.focus();
+  }
+
   focus() {
     this.message.focus();
   }
 
-  /** Open: the server takes messages. Busy: a reply is being made. */
-  show(open, busy) {
-    this.open = open;
+  /** Shows the draft for a conversation; null is one that is yet to be made. */
+  open(conversation) {
+    this.draftKey = this.keyOf(conversation);
+    this.write(sessionStorage.getItem(this.draftKey) ?? '');
+  }
+
+  /** The new conversation has an id now, and so has the draft for it. */
+  named(conversation) {
+    sessionStorage.removeItem(this.draftKey);
+    this.draftKey = this.keyOf(conversation);
+    this.keepDraft(this.text);
+  }
+
+  keyOf(conversation) {
+    return this.drafts + (conversation ?? 'new');
+  }
+
+  /** Ready: the server takes messages. Busy: a reply is being made. */
+  show(ready, busy) {
+    this.ready = ready;
     this.busy = busy;
     this.refresh();
   }
 
   refresh() {
     const stopFocused = document.activeElement === this.stop;
-    this.send.disabled = !this.open || !this.text.trim();
+    this.send.disabled = !this.ready || !this.text.trim();
     this.send.hidden = this.busy;
     this.stop.hidden = !this.busy;
     if (stopFocused && this.stop.hidden) this.focus();
@@ -56,16 +81,19 @@ export class Composer {
     this.composer.requestSubmit();
   }
 
-  // For the reload when the session is gone; a text too large for the storage is too large for the server too.
-  keepDraft(text) {
+  // A text too large for the storage is too large for the server too.
+  keepDraft(text, key = this.draftKey) {
     try {
-      sessionStorage.setItem(this.draftKey, text);
+      if (text) sessionStorage.setItem(key, text);
+      else sessionStorage.removeItem(key);
     } catch {
-      this.forgetDraft();
+      sessionStorage.removeItem(key);
     }
   }
 
-  forgetDraft() {
-    sessionStorage.removeItem(this.draftKey);
+  forgetDrafts() {
+    for (const key of Object.keys(sessionStorage)) {
+      if (key.startsWith(this.drafts)) sessionStorage.removeItem(key);
+    }
   }
 }

@@ -1,12 +1,14 @@
-// What a close code means to the reader. Codes not listed, and 1006 above all: we are offline.
+import { say } from './words.js';
+
+// What a close code means to the reader, as keys of words. Codes not listed, and 1006 above all: we are offline.
 const CLOSURES = {
-  1009: { why: 'Disconnected', error: 'That message is too long for the server.' },
-  1011: { why: 'Server error' },
-  1012: { why: 'Server restarting' },
-  1013: { why: 'Connection too slow' },
-  4401: { why: 'Session refused', final: true, error: 'The server refuses this session. Log out, then log in again.' },
-  4403: { why: 'Not allowed', final: true, error: 'The server takes no chats from this address (see PARLEY_ORIGINS).' },
-  4429: { why: 'Too many connections', seconds: 60 },
+  1009: { why: 'disconnected', error: 'message_too_long' },
+  1011: { why: 'server_error' },
+  1012: { why: 'server_restarting' },
+  1013: { why: 'too_slow' },
+  4401: { why: 'session_refused', final: true, error: 'invalid_credentials' },
+  4403: { why: 'not_allowed', final: true, error: 'origin_not_allowed' },
+  4429: { why: 'too_many_connections', seconds: 60 },
 };
 
 /** A socket that comes back by itself, and says what it is doing. */
@@ -20,16 +22,10 @@ export class Connection {
   open() {
     clearTimeout(this.timer);
     this.hurriable = false;
-    this.report('connecting', 'Connecting…');
+    this.report('connecting', say('connecting'));
     this.socket = new WebSocket(this.url, ['chat.v1']);
     this.socket.onmessage = (message) => this.receive(JSON.parse(message.data));
     this.socket.onclose = (closure) => this.closed(closure.code);
-  }
-
-  reopen() {
-    this.socket.onmessage = this.socket.onclose = null;
-    this.socket.close();
-    this.open();
   }
 
   send(event) {
@@ -42,27 +38,27 @@ export class Connection {
   receive(event) {
     if (event.type === 'session.created') {
       this.failures = 0;
-      this.report('open', 'Connected');
+      this.report('open', say('connected'));
     }
     this.onEvent(event);
   }
 
   closed(code) {
-    const closure = CLOSURES[code] ?? { why: 'Offline' };
-    this.report('closed', closure.why);
+    const closure = CLOSURES[code] ?? { why: 'offline' };
+    this.report('closed', say(closure.why));
     this.onClose(code, closure);
     if (closure.final) return;
     // Random from the first try on: a restarted server must not meet all its pages in the same instant.
     const seconds = closure.seconds ?? 1 + Math.random() * Math.min(29, 2 ** this.failures++);
     this.hurriable = !closure.seconds;
-    this.wait(closure.why, Date.now() + seconds * 1000);
+    this.wait(say(closure.why), Date.now() + seconds * 1000);
   }
 
   // Counts towards a moment, not down by ticks: a tab in the background gets few ticks.
   wait(why, moment) {
     const left = moment - Date.now();
     if (left <= 0) return this.open();
-    this.report('closed', `${why}, retrying in ${Math.ceil(left / 1000)} s`);
+    this.report('closed', say('retrying', { why, seconds: Math.ceil(left / 1000) }));
     this.timer = setTimeout(() => this.wait(why, moment), Math.min(left, 1000));
   }
 

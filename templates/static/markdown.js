@@ -1,6 +1,9 @@
 // Markdown to elements, with nothing in it that runs, loads or leads into this server.
 
+import { copyButton } from './clipboard.js';
+import { element } from './elements.js';
 import MarkdownIt from './vendor/markdown-it.min.js';
+import { say } from './words.js';
 
 const markdown = createMarkdown();
 
@@ -29,8 +32,31 @@ function createMarkdown() {
   return parser;
 }
 
-export function renderMarkdown(text) {
+/** The elements of a Markdown text; `onCopy` hears of code blocks that were copied. */
+export function renderMarkdown(text, onCopy) {
   const template = document.createElement('template');
   template.innerHTML = markdown.render(text);
+  for (const pre of template.content.querySelectorAll('pre')) frameCode(pre, onCopy);
+  for (const table of template.content.querySelectorAll('.table')) makeScrollable(table, say('table'));
   return template.content;
+}
+
+function frameCode(pre, onCopy) {
+  const code = pre.firstElementChild;
+  const frame = element('div', 'code');
+  const bar = element('div', 'bar');
+  bar.append(
+    element('span', 'language', code.className.replace('language-', '')),
+    copyButton('copy_code', () => code.textContent, onCopy),
+  );
+  makeScrollable(pre, say('code'));
+  pre.replaceWith(frame);
+  frame.append(bar, pre);
+}
+
+/** What is too wide scrolls, so it has to be within the keyboard's reach. */
+function makeScrollable(part, label) {
+  part.tabIndex = 0;
+  part.setAttribute('role', 'group');
+  part.setAttribute('aria-label', label);
 }

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import pytest
-from playwright.sync_api import Browser, ConsoleMessage, Error, Page
+from playwright.sync_api import Browser, ConsoleMessage, Page, WebError
 
-from tests.browser.chromium import PATH, launched, log_in
+from tests.browser.chromium import PATH, launched
+from tests.browser.proxy import Proxy
+from tests.browser.steps import log_in
 from tests.conftest import ANN
 from tests.serving import Served
 
-OpenPage = Callable[[], Page]
+
+class OpenPage(Protocol):
+    def __call__(self, **options: Any) -> Page: ...
 
 
 # For a module and no longer: while Playwright runs, no asyncio test can.
@@ -32,14 +37,14 @@ def open_page(browser: Browser) -> Iterator[OpenPage]:
         if "Content Security Policy" in message.text:
             wrong.append(message.text)
 
-    def failed(error: Error) -> None:
-        wrong.append(str(error))
+    def failed(error: WebError) -> None:
+        wrong.append(str(error.error))
 
-    def open_page() -> Page:
-        page = browser.new_page()
-        page.on("console", told)
-        page.on("pageerror", failed)
-        return page
+    def open_page(**options: Any) -> Page:
+        context = browser.new_context(**options)
+        context.on("console", told)
+        context.on("weberror", failed)
+        return context.new_page()
 
     yield open_page
     for context in browser.contexts:
@@ -57,3 +62,10 @@ def chat(scripted_server: Served, page: Page) -> Page:
     """The page with ann logged in."""
     log_in(page, scripted_server.url, ANN)
     return page
+
+
+@pytest.fixture
+def proxy(scripted_server: Served) -> Iterator[Proxy]:
+    """A way to the server that can be cut."""
+    with Proxy.to(scripted_server.port) as proxy:
+        yield proxy

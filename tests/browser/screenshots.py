@@ -7,20 +7,23 @@ import tempfile
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, ViewportSize, expect
 
-from models.conversations import Message
+from models.admission import Ticket
+from models.item import Message
 from models.options import Options
 from models.reply import Event
 from models.settings import EMBEDDED, Settings
 from server import create_app
-from tests.browser.chromium import launched, log_in, send
+from tests.browser.chromium import launched
+from tests.browser.steps import PHONE, entry, log_in, send
 from tests.scripted import ScriptedChat
 from tests.serving import serve
 
 PICTURES = Path(__file__).parent / "pictures"
 SECRET = "the photographer's"
 PIECES_A_SECOND = 20
+DESKTOP: ViewportSize = {"width": 1280, "height": 880}
 
 # What the embedded model said, greedily, when it was asked.
 CONVERSATION = {
@@ -46,37 +49,68 @@ If it's not divisible by 2, it returns `False`. Otherwise, it returns `True`, in
 }
 
 
+# Only the list shows them.
+EARLIER = [
+    "Translate a menu from French",
+    "Names for a small grey cat",
+    "How do tides work?",
+    "A birthday poem for my grandmother",
+    "Explain recursion to a ten-year-old",
+    "What to cook with leeks and potatoes",
+    "Packing list for a week by the sea",
+    "Why is the sky blue?",
+]
+
+
 class RecordedChat(ScriptedChat):
     """Says what the embedded model said, about as fast as it did."""
 
     model_name = EMBEDDED
 
-    async def reply(self, user: str, messages: Sequence[Message], options: Options) -> AsyncGenerator[Event, None]:
-        said = CONVERSATION[messages[-1]["content"]]
-        async for event in super().reply(user, [{"role": "user", "content": f"say {said}"}], options):
+    async def reply(self, ticket: Ticket, messages: Sequence[Message], options: Options) -> AsyncGenerator[Event, None]:
+        said = CONVERSATION.get(messages[-1]["content"])
+        async for event in super().reply(ticket, [{"role": "user", "content": f"say {said}"}], options):
             yield event
-            await asyncio.sleep(1 / PIECES_A_SECOND)
+            if said:
+                await asyncio.sleep(1 / PIECES_A_SECOND)
 
 
 def main() -> None:
-    """Hold the conversation once, and look at it in three ways."""
+    """Hold the conversations once, and look at them in four ways."""
     PICTURES.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as data, launched() as browser:
         settings = Settings(users={"ann": SECRET}, data=Path(data))
         with serve(create_app(settings, RecordedChat().opened)) as served:
-            page = browser.new_page(viewport={"width": 1200, "height": 800})
+            page = browser.new_page(viewport=DESKTOP)
             log_in(page, served.url, SECRET)
-            converse(page)
+            for question in reversed(EARLIER):
+                converse(page, question)
+            converse(page, *CONVERSATION)
+            expect(entry(page, next(iter(CONVERSATION)))).to_be_visible()
+            page.mouse.move(0, 0)
             take(page, "chat-light")
             page.emulate_media(color_scheme="dark")
             take(page, "chat-dark")
-            page.emulate_media(color_scheme="light")
-            page.set_viewport_size({"width": 390, "height": 844})
-            take(page, "chat-phone")
+            phone = browser.new_page(
+                viewport=PHONE,
+                device_scale_factor=2,
+                is_mobile=True,
+                has_touch=True,
+                reduced_motion="reduce",
+                storage_state=page.context.storage_state(),
+            )
+            phone.goto(page.url)
+            expect(phone.locator(".assistant").last.locator("pre")).to_be_visible()
+            phone.locator("#message").blur()
+            take(phone, "chat-phone")
+            phone.get_by_role("button", name="Conversations").tap()
+            take(phone, "list-phone")
 
 
-def converse(page: Page) -> None:
-    for count, question in enumerate(CONVERSATION, start=1):
+def converse(page: Page, *questions: str) -> None:
+    """Ask the questions in a new conversation."""
+    page.get_by_role("button", name="New chat").click()
+    for count, question in enumerate(questions, start=1):
         send(page, question)
         expect(page.locator(".assistant[data-status=completed]")).to_have_count(count, timeout=60_000)
 

@@ -1,0 +1,68 @@
+import { say } from './words.js';
+
+const PAUSE_SECONDS = 1;
+// A full stop counts once something follows, and not behind a digit: "3.5", and "1." before an item.
+const END = /\n|[。！？…]+[”’」』）]*|(?<!\d)[.!?]+["'”’)*_]*(?=\s)/;
+
+/** Says what happens to those who listen: words of the page, and a reply sentence by sentence as it is finished. */
+export class Announcer {
+  constructor() {
+    this.region = document.getElementById('announcer');
+    this.waiting = [];
+    this.forget();
+  }
+
+  /** Another reply, of which `text` was there before: that is not said, nor what is left of the last reply. */
+  forget(text = '') {
+    this.pending = '';
+    this.inCode = Boolean(text.match(/^\s*(```|~~~)/gm)?.length % 2);
+    this.atLineStart = !text || text.endsWith('\n');
+  }
+
+  say(text) {
+    this.waiting.push(text);
+    if (!this.timer) this.speak();
+  }
+
+  // A live region that changes too often is read in pieces, or not at all.
+  speak() {
+    this.timer = null;
+    if (!this.waiting.length) return;
+    this.region.textContent = this.waiting.join(' ');
+    this.waiting = [];
+    this.timer = setTimeout(() => this.speak(), PAUSE_SECONDS * 1000);
+  }
+
+  /** More of the reply. */
+  read(text) {
+    this.pending += text;
+    for (let end = END.exec(this.pending); end; end = END.exec(this.pending)) {
+      const length = end.index + end[0].length;
+      this.sentence(this.pending.slice(0, length));
+      this.pending = this.pending.slice(length);
+    }
+  }
+
+  /** The reply is finished: the last sentence may lack its end. */
+  finish() {
+    this.sentence(this.pending);
+    this.forget();
+  }
+
+  sentence(text) {
+    const fence = this.atLineStart && /^\s*(```|~~~)/.test(text);
+    this.atLineStart = text.endsWith('\n');
+    if (fence) {
+      this.inCode = !this.inCode;
+      if (this.inCode) this.say(say('code_skipped'));
+    } else if (!this.inCode && /[\p{L}\p{N}]/u.test(text)) {
+      this.say(spoken(text));
+    }
+  }
+}
+
+/** A sentence without its Markdown. */
+function spoken(text) {
+  const bare = text.trim().replace(/^(#+|[-*+>]|\d+\.)\s+/, '');
+  return bare.replace(/!?\[([^\]]*)\]\([^)]*\)/g, '$1').replace(/[*`|]+/g, '');
+}

@@ -1,0 +1,44 @@
+// The conversations of this user over HTTP. What fails raises ApiError, or TypeError where there is no network.
+
+import { logInAgain } from './login.js';
+
+const CONVERSATIONS = 'v1/conversations'; // relative: the app may lie under a path
+
+export class ApiError extends Error {
+  constructor(status, { code, message }) {
+    super(message);
+    Object.assign(this, { status, code });
+  }
+}
+
+async function request(path, options) {
+  const response = await fetch(path, { headers: { Accept: 'application/json' }, ...options });
+  if (response.status === 401) logInAgain();
+  if (response.status === 204) return null;
+  const answer = await response.json().catch(() => ({}));
+  if (!response.ok) throw new ApiError(response.status, answer.error ?? { message: response.statusText });
+  return answer;
+}
+
+const address = (id) => `${CONVERSATIONS}/${encodeURIComponent(id)}`;
+
+export function listConversations(parameters) {
+  return request(`${CONVERSATIONS}?${new URLSearchParams(parameters)}`);
+}
+
+export function getConversation(id) {
+  return request(address(id));
+}
+
+export function renameConversation(id, title) {
+  const headers = { 'Content-Type': 'application/json' };
+  return request(address(id), { method: 'PATCH', headers, body: JSON.stringify({ title }) });
+}
+
+export function deleteConversation(id) {
+  return request(address(id), { method: 'DELETE' });
+}
+
+export function exportAddress(id, format) {
+  return `${address(id)}/export?format=${format}`;
+}

@@ -1,0 +1,93 @@
+import { element } from './elements.js';
+import { say } from './words.js';
+
+const FORMATTED_AT_ONCE = 8;
+
+/** The messages in their order, and the place of the reader among them. */
+export class Log {
+  constructor() {
+    for (const id of ['log', 'messages', 'jump']) this[id] = document.getElementById(id);
+    this.list = [];
+    this.pinned = true;
+    this.owners = new WeakMap();
+    this.divider = element('p', 'divider', say('left_out'));
+    this.watcher = new IntersectionObserver((entries) => this.seen(entries), { root: this.log, rootMargin: '100%' });
+    const resized = new ResizeObserver(() => this.follow());
+    resized.observe(this.log);
+    resized.observe(this.messages);
+    this.jump.addEventListener('click', () => this.follow(true));
+    this.log.addEventListener('scroll', () => this.scrolled());
+  }
+
+  get last() {
+    return this.list.at(-1);
+  }
+
+  clear() {
+    this.watcher.disconnect();
+    this.list = [];
+    this.messages.replaceChildren();
+  }
+
+  show(messages) {
+    this.clear();
+    this.append(...messages);
+    for (const message of messages.slice(-FORMATTED_AT_ONCE)) this.meet(message);
+  }
+
+  append(...messages) {
+    this.list.push(...messages);
+    this.messages.append(...messages.map((message) => message.article));
+    for (const message of messages) {
+      this.owners.set(message.article, message);
+      this.watcher.observe(message.article);
+    }
+  }
+
+  /** Takes a message and what follows it out of the log, and returns them. */
+  cut(message) {
+    const messages = this.list.splice(this.list.indexOf(message));
+    for (const { article } of messages) article.remove();
+    return messages;
+  }
+
+  before(message) {
+    return this.list[this.list.indexOf(message) - 1];
+  }
+
+  /** Draws the line between the oldest `count` messages, system prompts not counted, and those the model still sees. */
+  divide(count) {
+    const said = this.list.filter((message) => message.role !== 'system');
+    if (count) said[count]?.article.before(this.divider);
+    else this.divider.remove();
+  }
+
+  mark({ loading, busy }) {
+    this.log.ariaBusy = loading;
+    this.messages.classList.toggle('busy', busy);
+  }
+
+  seen(entries) {
+    for (const { target, isIntersecting } of entries) {
+      if (isIntersecting) this.meet(this.owners.get(target));
+    }
+  }
+
+  meet(message) {
+    this.watcher.unobserve(message.article);
+    message.seen();
+  }
+
+  scrolled() {
+    // No more slack than rounding needs, or a finger that scrolls up slowly would be pulled back down.
+    this.pinned = this.log.scrollHeight - this.log.scrollTop - this.log.clientHeight <= 2;
+    this.jump.hidden = this.pinned;
+  }
+
+  /** Keeps the end in sight, unless the reader has scrolled away from it. */
+  follow(always = false) {
+    if (always) this.pinned = true;
+    if (this.pinned) this.log.scrollTop = this.log.scrollHeight;
+    this.jump.hidden = this.pinned;
+  }
+}

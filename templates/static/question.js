@@ -1,0 +1,53 @@
+import { button, fromTemplate } from './elements.js';
+import { Message } from './message.js';
+import { say } from './words.js';
+
+/** What the user said; it can be edited, and asked again as `onAsk` does it. */
+export class Question extends Message {
+  constructor(text, id, onAsk) {
+    super('user', say('you'), text, id);
+    this.onAsk = onAsk;
+  }
+
+  seen() {
+    this.editButton ??= this.article.appendChild(button('edit', () => this.edit()));
+  }
+
+  edit(text = this.text) {
+    this.editor?.remove();
+    this.editor = fromTemplate('editor');
+    const area = this.editor.querySelector('textarea');
+    this.editor.addEventListener('submit', (event) => {
+      event.preventDefault();
+      this.save(area.value.trimEnd());
+    });
+    this.editor.addEventListener('keydown', (event) => this.pressed(event));
+    this.editor.querySelector('.cancel').addEventListener('click', () => this.endEdit());
+    this.status = 'editing';
+    this.article.append(this.editor);
+    area.value = text;
+    area.focus();
+  }
+
+  save(text) {
+    if (text.trim() && this.onAsk(this, text)) this.endEdit();
+  }
+
+  endEdit() {
+    delete this.article.dataset.status;
+    this.editor.remove();
+    this.editor = null;
+    this.editButton?.focus();
+  }
+
+  pressed(event) {
+    if (event.isComposing || event.keyCode === 229) return;
+    if (event.key === 'Enter' && !event.shiftKey) {
+      event.preventDefault();
+      this.editor.requestSubmit();
+    } else if (event.key === 'Escape') {
+      event.stopPropagation();
+      this.endEdit();
+    }
+  }
+}

@@ -1,0 +1,192 @@
+"""The page for everybody: axe-core finds nothing, and the keyboard is enough."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-untyped]
+from playwright.sync_api import Page, ViewportSize, expect
+
+from tests.browser.conftest import OpenPage
+from tests.browser.steps import DESKTOP, PHONE, converse, entry, expect_reply, last_reply, log_in, send
+from tests.conftest import ANN
+from tests.scripted import ScriptedChat
+from tests.serving import Served
+
+FORMATTED = (
+    """\
+# A heading
+
+Some **bold** words, `code` and [a link](https://example.com/).
+
+> A quotation
+
+| a | b |
+|---|---|
+| 1 | 2 |
+
+```python
+print("hello")
+```
+"""
+    + f"""
+| {"| ".join(["heading"] * 20)}|
+| {"| ".join(["---"] * 20)}|
+| {"| ".join(["cell"] * 20)}|
+
+    {"a long line of code " * 20}
+"""
+)
+
+
+def expect_accessible(page: Page) -> None:
+    # What fades in has less contrast meanwhile.
+    page.evaluate("Promise.allSettled(document.getAnimations().map(animation => animation.finished))")
+    results = Axe().run(page)
+    assert not results.response["violations"], results.generate_report()
+
+
+def empty(page: Page) -> None:
+    """Nothing said yet."""
+
+
+def formatted(page: Page) -> None:
+    send(page, f"say {FORMATTED}")
+    expect(last_reply(page)).to_have_attribute("data-status", "completed")
+
+
+def failed(page: Page) -> None:
+    send(page, "break in the middle")
+    expect_reply(page, "in the middle", "failed")
+
+
+def streaming(page: Page) -> None:
+    send(page, "wait for more")
+    expect_reply(page, "for more", "in_progress")
+
+
+def editing(page: Page) -> None:
+    formatted(page)
+    page.get_by_role("button", name="Edit").click()
+    expect(page.get_by_label("Edit message")).to_be_focused()
+
+
+def options(page: Page) -> None:
+    page.get_by_role("button", name="Options").click()
+    expect(page.get_by_role("dialog", name="Options")).to_be_visible()
+
+
+def listed(page: Page) -> None:
+    """The list of conversations, in the drawer on a phone."""
+    converse(page, "say one")
+    if page.viewport_size == PHONE:
+        page.get_by_role("button", name="Conversations").click()
+    expect(entry(page, "say one")).to_be_visible()
+
+
+def menu(page: Page) -> None:
+    listed(page)
+    entry(page, "say one").hover()
+    entry(page, "say one").get_by_role("button").click()
+    expect(page.get_by_role("button", name="Rename")).to_be_focused()
+
+
+def renaming(page: Page) -> None:
+    menu(page)
+    page.get_by_role("button", name="Rename").click()
+    expect(page.get_by_label("New title")).to_be_focused()
+
+
+def deleting(page: Page) -> None:
+    menu(page)
+    page.get_by_role("button", name="Delete").click()
+    expect(page.get_by_role("alertdialog")).to_be_visible()
+
+
+STATES = [empty, formatted, failed, streaming, editing, options, listed, menu, renaming, deleting]
+
+
+@pytest.fixture(params=[DESKTOP, PHONE], ids=["desktop", "phone"])
+def viewport(request: pytest.FixtureRequest) -> ViewportSize:
+    size: ViewportSize = request.param
+    return size
+
+
+@pytest.mark.parametrize("state", STATES, ids=lambda state: state.__name__)
+def test_axe_finds_nothing(chat: Page, viewport: ViewportSize, state: Callable[[Page], None]) -> None:
+    chat.set_viewport_size(viewport)
+    state(chat)
+    schemes: list[Literal["light", "dark"]] = ["light", "dark"]
+    for colors in schemes:
+        chat.emulate_media(color_scheme=colors)
+        expect_accessible(chat)
+
+
+def test_axe_finds_nothing_on_the_login_form(scripted_server: Served, page: Page, viewport: ViewportSize) -> None:
+    page.set_viewport_size(viewport)
+    page.goto(scripted_server.url)
+    page.get_by_label("Secret").fill("no secret")
+    page.get_by_label("Secret").press("Enter")
+    expect(page.get_by_role("alert")).to_be_visible()
+    expect_accessible(page)
+    page.emulate_media(color_scheme="dark")
+    expect_accessible(page)
+
+
+def test_the_keyboard_alone_is_enough(scripted_server: Served, page: Page, scripted: ScriptedChat) -> None:
+    def tab_to(name: str) -> None:
+        for _ in range(30):
+            page.keyboard.press("Tab")
+            focused = page.evaluate("document.activeElement.ariaLabel || document.activeElement.textContent.trim()")
+            if focused == name:
+                return
+        raise AssertionError(f"Tab does not lead to {name}")
+
+    log_in(page, scripted_server.url, ANN)
+    page.keyboard.type("say one")
+    page.keyboard.press("Enter")
+    expect_reply(page, "one")
+    tab_to("Manage “say one”")
+    page.keyboard.press("Enter")
+    page.keyboard.press("Enter")
+    page.keyboard.type("Numbers")
+    page.keyboard.press("Enter")
+    tab_to("Options")
+    page.keyboard.press("Enter")
+    page.keyboard.press("Escape")
+    tab_to("Edit")
+    page.keyboard.press("Enter")
+    page.keyboard.type(" and two")
+    page.keyboard.press("Enter")
+    expect_reply(page, "one and two")
+    tab_to("New chat")
+    page.keyboard.press("Enter")
+    expect(page.locator("#message")).to_be_focused()
+    tab_to("Numbers")
+    page.keyboard.press("Enter")
+    expect_reply(page, "one and two")
+
+
+def test_nothing_moves_for_those_who_want_no_motion(chat: Page) -> None:
+    chat.emulate_media(reduced_motion="reduce")
+    chat.get_by_role("button", name="Options").click()
+    expect(chat.get_by_role("dialog", name="Options")).to_be_visible()
+    chat.keyboard.press("Escape")
+    send(chat, "hold on")
+    expect(last_reply(chat)).to_have_attribute("data-status", "in_progress")
+    assert chat.evaluate("document.getAnimations().length") == 0
+
+
+def test_on_a_touch_screen_targets_are_large(scripted_server: Served, open_page: OpenPage) -> None:
+    page = open_page(has_touch=True, is_mobile=True, viewport=PHONE)
+    log_in(page, scripted_server.url, ANN)
+    converse(page, "say one")
+    shown = page.locator("button:visible, #entries a:visible")
+    for is_list in (False, True):
+        if is_list:
+            page.get_by_role("button", name="Conversations").click()
+            expect(entry(page, "say one")).to_be_visible()
+        sizes = shown.evaluate_all("all => all.map(one => [one.offsetWidth, one.offsetHeight, one.outerHTML])")
+        assert [html for width, height, html in sizes if min(width, height) < 40] == []
