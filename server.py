@@ -258,15 +258,18 @@ class ConversationEndpoint(HTTPEndpoint):
 
 async def export(request: Request) -> Response:
     conversation, items = await conversation_of(request)
-    document = conversation.document(items, request.query_params.get("format", "markdown"))
+    format = request.query_params.get("format", "markdown")
+    document = await asyncio.to_thread(conversation.document, items, format)
     headers = PRIVATE | {"Content-Disposition": f'attachment; filename="{document.name}"'}
     return Response(document.text, headers=headers, media_type=document.media_type)
 
 
 async def conversation_of(request: Request) -> tuple[Conversation, list[Item]]:
     """The conversation that a path names, where it is the user's. Raises Refused."""
-    user, store, id = await user_of(request), request.app.state.conversations, request.path_params["id"]
-    return await store.find(user.id, id), await store.items(user.id, id)
+    user = await user_of(request)
+    read: tuple[Conversation, list[Item]]
+    read = await request.app.state.conversations.read(user.id, request.path_params["id"])
+    return read
 
 
 async def body_of(request: Request) -> bytes:

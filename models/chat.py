@@ -87,6 +87,7 @@ class Chat:
         ContextLengthExceeded before Started, EngineFailed after.
         """
         prompt, left_out = await self._encode(messages, options)
+        del messages  # a reply may wait long, and a history be large
         usage = Usage(input_tokens=len(prompt))
         yield Started(usage, left_out)
         async for position in ticket.turn():
@@ -143,8 +144,7 @@ class Chat:
         gone = bisect_left(
             range(len(turns) - 1), True, key=lambda gone: len(self._template(system, turns[gone:])) <= enough
         )
-        said = [message for message in chain.from_iterable(turns[:gone]) if message["role"] != "system"]
-        return self._template(system, turns[gone:]), len(said)
+        return self._template(system, turns[gone:]), sum(map(len, turns[:gone]))
 
     def _template(self, system: list[Message], turns: list[list[Message]]) -> list[int]:
         rendered = self._tokenizer.apply_chat_template(
@@ -171,11 +171,11 @@ class Chat:
 
 
 def _turns(messages: list[Message]) -> tuple[list[Message], list[list[Message]]]:
-    """The system prompt, and the rest in turns: what a user said, with what was answered."""
+    """The system prompt, and the rest in turns: what a user said and the answer, after what the system said before."""
     start = next((place for place, message in enumerate(messages) if message["role"] != "system"), len(messages))
     turns: list[list[Message]] = []
     for message in messages[start:]:
-        if message["role"] == "user" or not turns:
+        if not turns or (message["role"] != "assistant" and turns[-1][-1]["role"] != "system"):
             turns.append([])
         turns[-1].append(message)
     return messages[:start], turns

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 import uuid
@@ -69,6 +70,7 @@ class Conversations:
 
     def __init__(self, database: AsyncEngine) -> None:
         self._database = database
+        self._browsing = asyncio.Semaphore(4)  # so that replies find a connection, however much is read beside them
 
     @staticmethod
     def new_id() -> str:
@@ -89,7 +91,7 @@ class Conversations:
             said = exists().where(items.c.conversation_id == conversations.c.id, _has(items.c.content, listing.query))
             chosen = chosen.where(or_(_has(conversations.c.title, listing.query), said))
         chosen = chosen.order_by(conversations.c.updated.desc(), conversations.c.id.desc()).limit(listing.limit + 1)
-        async with self._database.connect() as connection:
+        async with self._browsing, self._database.connect() as connection:
             found = [Conversation(*row) for row in await connection.execute(chosen)]
         return found[: listing.limit], len(found) > listing.limit
 
@@ -100,6 +102,11 @@ class Conversations:
         if row is None:
             raise ConversationNotFound
         return Conversation(*row)
+
+    async def read(self, user: str, id: str) -> tuple[Conversation, list[Item]]:
+        """One conversation and what was said in it. Raises ConversationNotFound."""
+        async with self._browsing:
+            return await self.find(user, id), await self.items(user, id)
 
     async def items(self, user: str, id: str) -> list[Item]:
         """What was said in a conversation, in order; nothing where there is no such conversation."""
@@ -133,12 +140,14 @@ class Conversations:
     async def add(self, user: str, id: str, position: int, new: Sequence[Item]) -> None:
         """Put items into a conversation at a position; what was there, and behind it, is dropped.
 
-        A conversation that is not there begins with them.
+        A conversation that is not there begins with them at position 0. Raises ConversationNotFound.
         """
         now = time.time()
         rows = [asdict(item) | {"conversation_id": id, "position": place} for place, item in enumerate(new, position)]
         async with self._database.begin() as connection:
             touched = await connection.execute(update(conversations).where(_theirs(user, id)).values(updated=now))
+            if not touched.rowcount and position:
+                raise ConversationNotFound
             if not touched.rowcount:
                 summary = {"id": id, "user_id": user, "title": title(new), "created": now, "updated": now}
                 await connection.execute(insert(conversations).values(summary))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy import JSON, Dialect, Double, Integer, LargeBinary, TypeDecorator, UnicodeText, column, make_url, table
 from sqlalchemy.engine import URL
@@ -84,6 +85,11 @@ MIGRATIONS = (
     ),
 )
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "sqlite": {"connect_args": {"timeout": 30}},  # seconds to wait for another process that writes, such as a backup
+    "postgresql": {"pool_pre_ping": True},  # it may have been restarted
+}
+
 # One process at a time migrates.
 LOCKS = {"sqlite": "BEGIN IMMEDIATE", "postgresql": "SELECT pg_advisory_xact_lock(7777)"}
 
@@ -93,7 +99,7 @@ async def opened(settings: Settings) -> AsyncIterator[AsyncEngine]:
     """The settings' database, brought up to date, made where there is none. Raises DatabaseError."""
     url = _url(settings)
     try:
-        engine = create_async_engine(url, pool_pre_ping=url.get_backend_name() == "postgresql")
+        engine = create_async_engine(url, hide_parameters=True, **OPTIONS[url.get_backend_name()])
         try:
             await _prepare(engine)
             yield engine

@@ -14,6 +14,8 @@ from models.refused import Refused
 
 Json = dict[str, Any]
 
+MESSAGES = 1000  # in one request
+
 
 class InvalidEvent(Refused):
     """A frame that is no client event of chat.v1."""
@@ -166,6 +168,8 @@ def _messages(value: Any) -> list[Message]:
         raise InvalidEvent(
             "invalid_value", "response.input must be a string or a list of {role, content}, not empty", "response.input"
         )
+    if len(value) > MESSAGES:
+        raise InvalidEvent("invalid_value", f"response.input may have {MESSAGES} messages", "response.input")
     return [_message(turn, f"response.input[{index}]") for index, turn in enumerate(value)]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import takewhile
 from typing import Any, Literal, TypedDict
 
 from models.refused import Refused
@@ -34,7 +34,7 @@ class ItemNotFound(Refused):
 class Item:
     """A message as it is kept. All that stands after `created` belongs to replies that were made here.
 
-    `left_out` is how many of the oldest messages the model did not see, system prompts not counted; `cuts` are the
+    `left_out` is how many of the oldest messages behind the system prompt the model did not see; `cuts` are the
     lengths of the deltas that the content came in; `decode_seconds` went by between the first and the last of them.
     """
 
@@ -94,16 +94,22 @@ def up_to(items: Sequence[Item], id: str) -> Sequence[Item]:
 
 
 def left_out(items: Sequence[Item]) -> int:
-    """How many of the oldest messages the model did not see any more when it made the last reply."""
-    return next((item.left_out for item in reversed(items) if item.left_out is not None), 0)
+    """How many of the oldest messages behind the system prompt the model does not see any more."""
+    unseen = next((item.left_out for item in reversed(items) if item.left_out is not None), 0)
+    # What the system said at the cut would pass for its prompt.
+    return unseen + len(_system(items[len(_system(items)) + unseen :]))
 
 
 def messages(items: Sequence[Item]) -> list[Message]:
-    """What the model sees of the items, system prompts always."""
-    unseen, place = left_out(items), count()
-    return [
-        {"role": item.role, "content": item.content} for item in items if item.role == "system" or next(place) >= unseen
-    ]
+    """What the model sees of the items: the system prompt that they begin with, and those that are not left out."""
+    prompt = _system(items)
+    seen = [*prompt, *items[len(prompt) + left_out(items) :]]
+    return [{"role": item.role, "content": item.content} for item in seen]
+
+
+def _system(items: Sequence[Item]) -> list[Item]:
+    """What the system says at the beginning of the items."""
+    return list(takewhile(lambda item: item.role == "system", items))
 
 
 def title(items: Sequence[Item]) -> str:

@@ -15,6 +15,16 @@ class Refused(Exception):
     param: str | None = None
 
 
+class ServerFailed(Refused):
+    """What failed, and not by the client's fault."""
+
+    type = "server_error"
+    code = "server_error"
+
+    def __init__(self) -> None:
+        super().__init__("the server failed; try again")
+
+
 class InvalidValue(Refused):
     """A value that is not allowed."""
 

@@ -37,7 +37,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Started:
-    """The reply is on its way. `left_out` of the oldest messages are not in its prompt, system prompts not counted."""
+    """The reply is on its way. `left_out` of the oldest messages behind the system prompt had no room."""
 
     usage: Usage
     left_out: int = 0

@@ -53,11 +53,10 @@ class Response:
     listeners: dict[Listener, bool] = field(default_factory=dict)  # and whether they have heard all so far
     announced: bool = False
     finished: bool = False
-    cancelled_as: tuple[Status, str] = ("failed", "server_shutdown")
+    cancelled_as: tuple[Status, str] | None = None
     making: asyncio.Task[None] = field(init=False)
     ending: asyncio.Task[None] = field(init=False)
-    keeping: asyncio.Task[None] | None = None
-    _unheard: asyncio.TimerHandle | None = None
+    unheard: asyncio.TimerHandle | None = None
     _position: int = 0
     _first_at: float = 0.0
     _last_at: float = 0.0
@@ -80,10 +79,11 @@ class Response:
         )
 
     def announce(self) -> None:
-        """Tell that the reply is on its way; once."""
-        if not self.announced:
-            self.announced = True
-            self._tell(events.response_created(self.id, self.conversation, self.left_out, self.request.event_id))
+        """Tell that the reply is on its way, and that the message is kept."""
+        self.announced = True
+        self._tell(events.response_created(self.id, self.conversation, self.left_out, self.request.event_id))
+        if self.cancelled_as:
+            self.making.cancel()
 
     def take(self, event: Queued | Delta | Done) -> None:
         """Take what comes of the reply, and tell it."""
@@ -101,21 +101,10 @@ class Response:
                 self.status, self.reason = "completed" if reason == "stop" else "incomplete", reason
 
     def cancel(self, status: Status, reason: str) -> None:
-        """End the reply as soon as may be; nothing where it has ended."""
-        if not self.making.cancelling():
-            self.cancelled_as = status, reason
+        """End the reply, once it is announced: until then its message is not kept."""
+        self.cancelled_as = self.cancelled_as or (status, reason)
+        if self.announced:
             self.making.cancel()
-
-    def end_unheard(self, seconds: float) -> None:
-        """End the reply after some time, unless somebody listens by then."""
-
-        def end() -> None:
-            if not self.listeners:
-                self.cancel("cancelled", "client_disconnected")
-
-        if self._unheard:
-            self._unheard.cancel()
-        self._unheard = asyncio.get_running_loop().call_later(seconds, end)
 
     def refuse(self, refused: Refused) -> None:
         """Tell why there is no reply."""
@@ -123,7 +112,6 @@ class Response:
 
     def finish(self) -> None:
         """Tell that this was all."""
-        self.announce()
         self.finished = True
         self._tell(events.response_done(self.conversation, self.item))
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
+from itertools import chain
 
 from models import events
 from models.chat import Chat
 from models.conversations import ConversationNotFound, Conversations
 from models.engine_thread import EngineFailed
+from models.held import HeldReplies
 from models.item import Item, left_out, messages, up_to
-from models.refused import Refused
+from models.refused import Refused, ServerFailed
 from models.reply import Started
 from models.response import Listener, Reader, Response, replay
 from models.settings import Settings
@@ -39,26 +40,26 @@ class ResponseNotFound(Refused):
 class Responses:
     """Makes replies, each in tasks of its own, whoever listens, and has conversations keep them as they grow.
 
-    A reply that nobody listens to for `linger` seconds is ended. One outside of conversations can be followed for as
-    long after its end, while all of these take `replay_bytes` at most.
+    A reply that nobody listens to for `linger` seconds is ended. One of no conversation can be followed for as long
+    after its end, while all of those take `replay_bytes` at most.
     """
 
     def __init__(self, chat: Chat, conversations: Conversations, settings: Settings) -> None:
         self._chat = chat
         self._conversations = conversations
         self._linger = settings.linger
-        self._replay_bytes = settings.replay_bytes
         self._live: dict[str, Response] = {}
-        self._ended: dict[str, tuple[str, Item]] = {}  # with whose they are; those outside of conversations
+        self._held = HeldReplies(settings.replay_bytes)
         self._writing = asyncio.Lock()
+        self._written = True  # when it was last tried
 
     @classmethod
     @asynccontextmanager
     async def running(cls, chat: Chat, conversations: Conversations, settings: Settings) -> AsyncIterator[Responses]:
         """Responses that are written down as they grow, and end with the context."""
-        if unfinished := await conversations.end_unfinished():
+        if count := await conversations.end_unfinished():
             logger.warning(
-                "%d replies had been cut off when the server ended; they are kept as far as they went", unfinished
+                "%d replies had been cut off when the server ended; they are kept as far as they went", count
             )
         responses = cls(chat, conversations, settings)
         writing = asyncio.create_task(responses._write_along())
@@ -67,6 +68,7 @@ class Responses:
         finally:
             await responses._end_all()
             writing.cancel()
+            await asyncio.wait([writing])
 
     def create(self, response: Response, listener: Listener) -> None:
         """Begin to make a reply, and have a listener told of it. Raises ConversationBusy."""
@@ -83,12 +85,10 @@ class Responses:
         response = self._live.get(id)
         if response and response.user == user:
             return await response.follow(reader, starting_after)
-        owner, reply = self._ended.get(id, ("", None))
-        conversation = None
-        if reply is None or owner != user:
-            conversation, reply = await self._conversations.reply(user, id) or (None, None)
-        if reply is None:
+        found = self._held.find(user, id) or await self._conversations.reply(user, id)
+        if found is None:
             raise ResponseNotFound("there is no such reply, or it is no longer kept")
+        conversation, reply = found
         await replay(reader, id, reply.deltas, starting_after)
         reader.send(events.response_done(conversation, reply))
 
@@ -96,7 +96,14 @@ class Responses:
         """Tell a listener nothing more, since it has gone."""
         for response in self._live.values():
             if response.listeners.pop(listener, None) is not None and not response.listeners:
-                response.end_unheard(self._linger)
+                if response.unheard:
+                    response.unheard.cancel()
+                response.unheard = asyncio.get_running_loop().call_later(self._linger, self._end_unheard, response.id)
+
+    def _end_unheard(self, id: str) -> None:
+        response = self._live.get(id)
+        if response and not response.listeners:
+            response.cancel("cancelled", "client_disconnected")
 
     def cancel(self, user: str, id: str) -> None:
         """End a reply. Raises ResponseNotFound."""
@@ -126,12 +133,15 @@ class Responses:
     async def _make(self, response: Response) -> None:
         with self._chat.admission.place(response.user) as ticket:
             before = await self._before(response)
+            position, response.left_out = len(before), left_out(before)
             turns = [*messages(before), *response.request.input]
             async with aclosing(self._chat.reply(ticket, turns, response.options)) as reply:
+                del before, turns  # a reply may wait long, and a history be large
                 async for event in reply:
                     if isinstance(event, Started):
-                        response.usage, response.left_out = event.usage, left_out(before) + event.left_out
-                        await self._keep(response, len(before))
+                        response.usage = event.usage
+                        response.left_out += event.left_out
+                        await self._keep(response, position)
                         response.announce()
                     else:
                         response.take(event)
@@ -149,52 +159,49 @@ class Responses:
         """Have the input kept, and the reply, of which there is nothing yet."""
         if response.conversation is not None:
             said = [Item.said(message, response.created) for message in response.request.input]
-            adding = self._conversations.add(response.user, response.conversation, position, [*said, response.item])
-            response.keeping = asyncio.create_task(adding)
-            await asyncio.shield(response.keeping)  # a cancel that came now could leave a reply that nobody ends
+            await self._conversations.add(response.user, response.conversation, position, [*said, response.item])
 
     async def _end(self, response: Response) -> None:
-        """Wait for a reply's end, whatever that is: what was announced is finished, and what cannot be is refused."""
+        """Wait for a reply's end, whatever that is: what was announced is finished, what was not is refused."""
         await asyncio.wait([response.making])
         try:
             response.making.result()
         except asyncio.CancelledError:
-            response.status, response.reason = response.cancelled_as
-        except Refused as refused:
-            del self._live[response.id]
-            return response.refuse(refused)
+            response.status, response.reason = response.cancelled_as or ("failed", "server_shutdown")
         except Exception as error:
+            if not isinstance(error, Refused):
+                logger.error("%s failed", response.id, exc_info=None if isinstance(error, EngineFailed) else error)
+            if not response.announced:
+                del self._live[response.id]
+                return response.refuse(error if isinstance(error, Refused) else ServerFailed())
             response.status, response.reason = "failed", "server_error"
-            logger.error("%s failed", response.id, exc_info=None if isinstance(error, EngineFailed) else error)
-        if response.keeping:
-            await asyncio.wait([response.keeping])
-            await self._write([response])
-        elif response.conversation is None:
-            self._hold(response)
+        if response.conversation is None:
+            asyncio.get_running_loop().call_later(self._linger, self._held.drop, response.id)
+        if response.conversation is None or not await self._write([], [response]):
+            self._held.hold(response.user, response.conversation, response.item)
         del self._live[response.id]
         response.finish()
-
-    def _hold(self, response: Response) -> None:
-        """Keep a reply for a while that no conversation keeps; the oldest go first."""
-        self._ended[response.id] = response.user, response.item
-        asyncio.get_running_loop().call_later(self._linger, self._ended.pop, response.id, None)
-        sizes = [sys.getsizeof(reply.content) + sys.getsizeof(reply.cuts) for _, reply in self._ended.values()]
-        while sum(sizes) > self._replay_bytes:
-            del self._ended[next(iter(self._ended))], sizes[0]
 
     async def _write_along(self) -> None:
         while True:
             await asyncio.sleep(WRITE_SECONDS)
-            if growing := [live for live in self._live.values() if live.deltas and live.keeping]:
-                await self._write(growing)
+            unwritten = self._held.unwritten
+            growing = [live for live in self._live.values() if live.deltas and live.conversation is not None]
+            if (unwritten or growing) and await self._write(unwritten, growing):
+                for reply in unwritten:
+                    self._held.drop(reply.id)
 
-    async def _write(self, responses: Sequence[Response]) -> None:
-        """Have replies written down as they are now: one at a time, so that no earlier state comes later."""
+    async def _write(self, ended: Sequence[Item], growing: Sequence[Response]) -> bool:
+        """Have replies written down as they are now; one such at a time, so that no earlier state comes later."""
         try:
             async with self._writing:
-                await self._conversations.write(response.item for response in responses)
+                await self._conversations.write(chain(ended, (response.item for response in growing)))
+            self._written = True
         except Exception:
-            logger.exception("replies could not be written down")
+            if self._written:
+                logger.exception("replies cannot be written down; it is tried again and again")
+            self._written = False
+        return self._written
 
     async def _end_all(self) -> None:
         for response in self._live.values():

@@ -13,7 +13,7 @@ from models.conversations import Conversations
 from models.events import ClientEvent, InvalidEvent, Json, ResponseCancel, ResponseCreate, ResponseResume, SessionUpdate
 from models.outbox import Close
 from models.presence import Change
-from models.refused import Refused
+from models.refused import Refused, ServerFailed
 from models.response import Reader, Response
 from models.responses import Responses
 
@@ -21,16 +21,6 @@ logger = logging.getLogger("parley")
 
 BAD_FRAMES = 20  # in a row
 RESUMES = 16  # that may wait for one another
-
-
-class ServerFailed(Refused):
-    """What a client asked for failed, and not by its fault."""
-
-    type = "server_error"
-    code = "server_error"
-
-    def __init__(self) -> None:
-        super().__init__("the server failed; try again")
 
 
 class Session:

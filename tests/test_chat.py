@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from models.admission import QueueFull, TooManyResponses
 from models.chat import Chat
-from models.item import Message
+from models.item import Item, Message, left_out, messages
 from models.options import Options
 from models.reply import ContextLengthExceeded, Delta, Done, Event, MessagesRefused, Queued, Started
 from models.settings import Settings, SettingsError
@@ -168,6 +168,24 @@ async def test_the_next_turn_of_a_shortened_history_begins_like_the_last_and_is_
     shortened = [left_out for left_out, _ in seen[1:] if left_out]
     assert 1 < len(shortened) < 10
     assert all(cached > 0 for left_out, cached in seen[1:] if not left_out)
+
+
+async def test_a_word_of_the_systems_in_every_turn_never_fills_the_context_nor_takes_the_instructions_place(
+    tokenizer: PreTrainedTokenizerBase, llama: PreTrainedModel
+) -> None:
+    options, items = replace(GREEDY, instructions="Be brief.", max_output_tokens=4), list[Item]()
+    asked: list[Message] = [{"role": "system", "content": "n" * 30}, *say("x" * 30)]
+    async with tiny_chat(tokenizer, llama) as chat:
+        await events(ask(chat, say("first"), options))
+        items += [Item("a", "user", "first", 1.0), Item("b", "assistant", "yes", 1.0, left_out=0)]
+        for turn in range(20):
+            started, *rest = await events(ask(chat, [*messages(items), *asked], options))
+            assert isinstance(started, Started)
+            unseen = left_out(items) + started.left_out
+            items += [Item.said(message, 1.0) for message in asked]
+            items.append(Item(f"{turn}", "assistant", text(rest), 1.0, left_out=unseen))
+            assert messages(items)[0]["role"] == "user"
+    assert left_out(items) > 30
 
 
 async def test_the_last_message_is_kept_whole_and_refused_where_it_is_too_long_by_itself(

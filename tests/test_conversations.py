@@ -215,8 +215,10 @@ async def test_what_is_no_reply_or_somebody_elses_is_not_found(anns: Conversatio
 
 async def test_nothing_can_be_added_to_somebody_elses_conversation(anns: Conversations) -> None:
     before = await everything(anns, "ann", "conv_1")
-    with pytest.raises(IntegrityError):
+    with pytest.raises(ConversationNotFound):
         await anns.add("bob", "conv_1", 1, [said("item_9", "I was here")])
+    with pytest.raises(IntegrityError):
+        await anns.add("bob", "conv_1", 0, [said("item_9", "I was here")])
     assert await everything(anns, "ann", "conv_1") == before
     assert await listed(anns, "bob") == []
 

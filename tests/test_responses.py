@@ -161,24 +161,32 @@ async def test_deltas_do_not_wait_for_the_disk(
     await client.until("response.done")
 
 
-async def test_a_reply_that_cannot_be_written_down_is_told_all_the_same(
+async def test_a_reply_that_cannot_be_written_down_is_told_all_the_same_and_written_later(
     responses: Responses, conversations: SlowConversations, client: Client, caplog: pytest.LogCaptureFixture
 ) -> None:
     responses.create(asked("wait here"), client)
     await client.until("response.created")
     conversations.broken = True
-    responses.cancel("ann", (await client.until("response.output_text.delta"))[-1]["response_id"])
-    done = (await client.until("response.done"))[-1]["response"]
-    assert (done["status"], done["output_text"]) == ("cancelled", "here")
-    assert "could not be written down" in caplog.text
+    reply = (await client.until("response.output_text.delta"))[-1]["response_id"]
+    responses.cancel("ann", reply)
+    done = (await client.until("response.done"))[-1]
+    assert (done["response"]["status"], done["response"]["output_text"]) == ("cancelled", "here")
+    assert "replies cannot be written down" in caplog.text
+    await responses.follow("ann", reply, 1, client)
+    assert await client.heard.get() == done
+    conversations.broken = False
+    conversations.written.clear()
+    await conversations.written.wait()
+    assert [item.status for item in await conversations.items("ann", "conv_1")] == [None, "cancelled"]
 
 
-async def test_a_message_that_cannot_be_kept_fails_and_the_next_is_answered(
+async def test_a_message_that_cannot_be_kept_is_refused_and_the_next_is_answered(
     responses: Responses, conversations: SlowConversations, client: Client, caplog: pytest.LogCaptureFixture
 ) -> None:
     conversations.broken = True
     responses.create(asked("say one"), client)
-    assert (await client.until("response.done"))[-1]["response"]["status_details"] == {"reason": "server_error"}
+    (event,) = await client.until("error")
+    assert (event["error"]["code"], event["error"]["event_id"]) == ("server_error", "mine")
     conversations.broken = False
     await answered(responses, asked("say two"))
     assert await said(conversations) == ["say two", "two"]
@@ -188,12 +196,13 @@ async def test_a_cancel_while_the_message_is_being_kept_leaves_no_reply_without_
     responses: Responses, conversations: SlowConversations, client: Client, scripted: ScriptedChat
 ) -> None:
     conversations.adding.clear()
-    responses.create(asked("say one"), client)
+    responses.create(asked("wait one"), client)
     await conversations.asked.wait()
     responses.cancel_all(client)
-    await scripted.idle.wait()
     conversations.adding.set()
-    await client.until("response.done")
+    created, *_, done = await client.until("response.done")
+    assert (created["type"], done["response"]["status"]) == ("response.created", "cancelled")
+    assert scripted.running == 0
     assert [item.status for item in await conversations.items("ann", "conv_1")] == [None, "cancelled"]
 
 
@@ -259,10 +268,11 @@ async def test_a_conversation_is_busy_until_its_reply_is_done_and_no_longer(
     responses: Responses, client: Client, scripted: ScriptedChat
 ) -> None:
     responses.create(asked("wait one"), client)
+    await client.until("response.output_text.delta")
     with pytest.raises(ConversationBusy):
         responses.create(asked("say two"), client)
-    responses.create(asked("say three", "conv_1", user="bob"), client)  # to bob, conv_1 is another conversation
-    await client.until("response.done")
+    responses.create(replace(asked("say three", user="bob"), begins=False), client)
+    assert (await client.until("error"))[-1]["error"]["code"] == "conversation_not_found"  # not busy, to bob
     scripted.release()
     await client.until("response.done")
     responses.create(asked("say four"), client)

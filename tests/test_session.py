@@ -138,17 +138,17 @@ async def test_cancel_ends_the_reply_with_what_was_said_so_far(wire: Wire, scrip
     assert [turn["content"] for turn in scripted.heard[-1][0]] == ["wait some", "some", "say more"]
 
 
-async def test_a_reply_cancelled_before_it_began_is_created_and_done_and_leaves_no_trace(
+async def test_a_reply_cancelled_before_it_began_is_created_and_done_and_its_message_kept(
     wire: Wire, scripted: ScriptedChat
 ) -> None:
-    wire.ask("say one", event_id="mine")
+    wire.ask("wait one", event_id="mine")
     wire.tell("response.cancel")
-    created, done = await wire.until("response.done")
+    created, *_, done = await wire.until("response.done")
     assert (created["type"], created["event_id"]) == ("response.created", "mine")
     assert done["response"]["status"] == "cancelled"
     wire.ask("say two")
     await wire.until("response.done")
-    assert [turn["content"] for turn in scripted.heard[-1][0]] == ["say two"]
+    assert [turn["content"] for turn in scripted.heard[-1][0]] == ["wait one", "one", "say two"]
 
 
 async def test_cancelling_what_does_not_run_is_an_error_by_id_and_nothing_otherwise(wire: Wire) -> None:
