@@ -108,7 +108,7 @@ class Chat:
                     rest = stops.push(detokenizer.flush()) + stops.flush()
                     piece += rest if token.finish == "stop" else rest.rstrip(UNDECODABLE)
                 if piece:
-                    yield Delta(piece)
+                    yield Delta(piece.replace("\0", UNDECODABLE))  # as it is stored: PostgreSQL has no U+0000
                 finish: Finish | None = "stop" if stops.found else token.finish
                 if finish:
                     yield Done(finish)
