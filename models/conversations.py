@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, and_, delete, exists, insert, or_, select, tuple_, update
+from sqlalchemy import ColumnElement, and_, bindparam, delete, exists, insert, or_, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from models.database import conversations_table as conversations, items_table as items
@@ -71,6 +71,8 @@ class Conversations:
     def __init__(self, database: AsyncEngine) -> None:
         self._database = database
         self._browsing = asyncio.Semaphore(4)  # so that replies find a connection, however much is read beside them
+        # SQLite has one writer at a time, and the others look every few milliseconds whether it has finished.
+        self._writing = asyncio.Semaphore(1 if database.dialect.name == "sqlite" else 4)
 
     @staticmethod
     def new_id() -> str:
@@ -126,13 +128,13 @@ class Conversations:
 
     async def rename(self, user: str, id: str, title: str) -> Conversation:
         """Give a conversation another title. Raises ConversationNotFound."""
-        async with self._database.begin() as connection:
+        async with self._writing, self._database.begin() as connection:
             await connection.execute(update(conversations).where(_theirs(user, id)).values(title=title))
         return await self.find(user, id)
 
     async def delete(self, user: str, id: str) -> None:
         """Delete a conversation and what was said in it. Raises ConversationNotFound."""
-        async with self._database.begin() as connection:
+        async with self._writing, self._database.begin() as connection:
             if not (await connection.execute(delete(conversations).where(_theirs(user, id)))).rowcount:
                 raise ConversationNotFound
             await connection.execute(delete(items).where(items.c.conversation_id == id))
@@ -144,28 +146,29 @@ class Conversations:
         """
         now = time.time()
         rows = [asdict(item) | {"conversation_id": id, "position": place} for place, item in enumerate(new, position)]
-        async with self._database.begin() as connection:
+        async with self._writing, self._database.begin() as connection:
             touched = await connection.execute(update(conversations).where(_theirs(user, id)).values(updated=now))
-            if not touched.rowcount and position:
+            if touched.rowcount:
+                dropped = and_(items.c.conversation_id == id, items.c.position >= position)
+                await connection.execute(delete(items).where(dropped))
+            elif position:
                 raise ConversationNotFound
-            if not touched.rowcount:
+            else:
                 summary = {"id": id, "user_id": user, "title": title(new), "created": now, "updated": now}
                 await connection.execute(insert(conversations).values(summary))
-            dropped = and_(items.c.conversation_id == id, items.c.position >= position)
-            await connection.execute(delete(items).where(dropped))
             await connection.execute(insert(items), rows)
 
     async def write(self, replies: Iterable[Item]) -> None:
         """Write down how far replies have come, or how they ended; those that were deleted stay so."""
-        async with self._database.begin() as connection:
-            for reply in replies:
-                grown = {name: getattr(reply, name) for name in GROWING}
-                await connection.execute(update(items).where(items.c.id == reply.id).values(grown))
+        async with self._writing, self._database.begin() as connection:
+            rows = [{"reply": reply.id} | {name: getattr(reply, name) for name in GROWING} for reply in replies]
+            if rows:
+                await connection.execute(update(items).where(items.c.id == bindparam("reply")), rows)
 
     async def end_unfinished(self) -> int:
         """Mark as failed the replies whose process has ended before them; returns how many there were."""
         ended = {"status": "failed", "reason": "server_error"}
-        async with self._database.begin() as connection:
+        async with self._writing, self._database.begin() as connection:
             unfinished = update(items).where(items.c.status == "in_progress").values(ended)
             return int((await connection.execute(unfinished)).rowcount)
 

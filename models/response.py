@@ -57,6 +57,7 @@ class Response:
     making: asyncio.Task[None] = field(init=False)
     ending: asyncio.Task[None] = field(init=False)
     unheard: asyncio.TimerHandle | None = None
+    _cuts: list[str] = field(default_factory=list)
     _position: int = 0
     _first_at: float = 0.0
     _last_at: float = 0.0
@@ -74,7 +75,7 @@ class Response:
             self.usage.public(),
             self.chosen,
             self.left_out,
-            " ".join(str(len(delta)) for delta in self.deltas),
+            " ".join(self._cuts),
             self._last_at - self._first_at,
         )
 
@@ -96,6 +97,7 @@ class Response:
                 self._first_at = self._first_at or self._last_at
                 self._position = 0
                 self.deltas.append(text)
+                self._cuts.append(str(len(text)))
                 self._tell(events.output_text_delta(self.id, len(self.deltas), text))
             case Done(reason):
                 self.status, self.reason = "completed" if reason == "stop" else "incomplete", reason

@@ -148,7 +148,7 @@ class Responses:
 
     async def _before(self, response: Response) -> Sequence[Item]:
         """What was said before a reply's input."""
-        if response.conversation is None:
+        if response.conversation is None or response.request.conversation == "new":
             return []
         items = await self._conversations.items(response.user, response.conversation)
         if not items and not response.begins:
