@@ -23,9 +23,7 @@ class ConversationNotFound(Refused):
     """A conversation that is not there, or is somebody else's."""
 
     code = "conversation_not_found"
-
-    def __init__(self) -> None:
-        super().__init__("there is no such conversation")
+    message = "there is no such conversation"
 
 
 class Document(NamedTuple):
@@ -63,6 +61,7 @@ class Conversation:
 SUMMARY = [conversations.c[field.name] for field in fields(Conversation)]
 GROWING = ("content", "status", "reason", "usage", "cuts", "decode_seconds")
 ITEM = [items.c[field.name] for field in fields(Item)]
+JOINED = items.join(conversations, conversations.c.id == items.c.conversation_id)
 
 
 class Conversations:
@@ -112,15 +111,13 @@ class Conversations:
 
     async def items(self, user: str, id: str) -> list[Item]:
         """What was said in a conversation, in order; nothing where there is no such conversation."""
-        joined = items.join(conversations, conversations.c.id == items.c.conversation_id)
-        chosen = select(*ITEM).select_from(joined).where(_theirs(user, id)).order_by(items.c.position)
+        chosen = select(*ITEM).select_from(JOINED).where(_theirs(user, id)).order_by(items.c.position)
         async with self._database.connect() as connection:
             return [Item(*row) for row in await connection.execute(chosen)]
 
     async def reply(self, user: str, id: str) -> tuple[str, Item] | None:
         """A reply and the id of the conversation it is in."""
-        joined = items.join(conversations, conversations.c.id == items.c.conversation_id)
-        chosen = select(conversations.c.id, *ITEM).select_from(joined)
+        chosen = select(conversations.c.id, *ITEM).select_from(JOINED)
         chosen = chosen.where(conversations.c.user_id == user, items.c.id == id, items.c.status.is_not(None))
         async with self._database.connect() as connection:
             row = (await connection.execute(chosen)).one_or_none()

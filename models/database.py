@@ -141,12 +141,8 @@ async def _prepare(engine: AsyncEngine) -> None:
     try:
         async with engine.begin() as connection:
             await _migrate(connection)
-    except (
-        OSError,
-        TypeError,
-        ValueError,
-        OverflowError,
-    ) as error:  # asyncpg's, of a server that is not there or a URL it cannot use
+    # asyncpg's, of a server that is not there, or of a URL that it cannot use
+    except (OSError, TypeError, ValueError, OverflowError) as error:
         raise DatabaseError(_trouble(engine.url, str(error))) from error
 
 

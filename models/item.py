@@ -28,6 +28,7 @@ class ItemNotFound(Refused):
 
     code = "item_not_found"
     param = "response.after"
+    message = "there is no such item in the conversation"
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def up_to(items: Sequence[Item], id: str) -> Sequence[Item]:
     """The items up to the one with an id; none for "none". Raises ItemNotFound."""
     ends = [end for end, item in enumerate(items, start=1) if item.id == id]
     if not ends and id != "none":
-        raise ItemNotFound("there is no such item in the conversation")
+        raise ItemNotFound
     return items[: ends[0]] if ends else []
 
 

@@ -16,9 +16,7 @@ class TooManySockets(Refused):
 
     type = "rate_limit_error"
     code = "too_many_sockets"
-
-    def __init__(self) -> None:
-        super().__init__("you have too many connections open")
+    message = "you have too many connections open"
 
 
 class Presence:

@@ -13,6 +13,10 @@ class Refused(Exception):
     type: ErrorType = "invalid_request_error"
     code: str
     param: str | None = None
+    message: str  # where it is always the same
+
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(message or self.message)
 
 
 class ServerFailed(Refused):
@@ -20,9 +24,7 @@ class ServerFailed(Refused):
 
     type = "server_error"
     code = "server_error"
-
-    def __init__(self) -> None:
-        super().__init__("the server failed; try again")
+    message = "the server failed; try again"
 
 
 class InvalidValue(Refused):

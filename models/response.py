@@ -102,7 +102,7 @@ class Response:
             case Done(reason):
                 self.status, self.reason = "completed" if reason == "stop" else "incomplete", reason
 
-    def cancel(self, status: Status, reason: str) -> None:
+    def cancel(self, status: Status = "cancelled", reason: str = "client_cancelled") -> None:
         """End the reply, once it is announced: until then its message is not kept."""
         self.cancelled_as = self.cancelled_as or (status, reason)
         if self.announced:

@@ -28,6 +28,7 @@ class ConversationBusy(Refused):
     """A reply is being made in the conversation already."""
 
     code = "conversation_busy"
+    message = "a reply is being made in this conversation: wait for its end, or cancel it"
 
 
 class ResponseNotFound(Refused):
@@ -73,7 +74,7 @@ class Responses:
     def create(self, response: Response, listener: Listener) -> None:
         """Begin to make a reply, and have a listener told of it. Raises ConversationBusy."""
         if self._in(response.user, response.conversation):
-            raise ConversationBusy("a reply is being made in this conversation: wait for its end, or cancel it")
+            raise ConversationBusy
         response.chosen = response.options.beyond(self._chat.defaults)
         response.listeners[listener] = True
         response.making = asyncio.create_task(self._make(response))
@@ -110,18 +111,18 @@ class Responses:
         response = self._live.get(id)
         if response is None or response.user != user:
             raise ResponseNotFound("no such reply is being made")
-        response.cancel("cancelled", "client_cancelled")
+        response.cancel()
 
     def cancel_all(self, listener: Listener) -> None:
         """End all replies that a listener is told of."""
         for response in self._live.values():
             if listener in response.listeners:
-                response.cancel("cancelled", "client_cancelled")
+                response.cancel()
 
     async def end_in(self, user: str, conversation: str) -> None:
         """End the reply that is being made in a conversation, if there is one, and wait until it is."""
         for response in self._in(user, conversation):
-            response.cancel("cancelled", "client_cancelled")
+            response.cancel()
             await asyncio.wait([response.ending])
 
     def _in(self, user: str, conversation: str | None) -> list[Response]:

@@ -14,9 +14,7 @@ class TooManyFailures(Refused):
 
     type = "rate_limit_error"
     code = "too_many_failures"
-
-    def __init__(self) -> None:
-        super().__init__("too many failed logins from your address: wait a minute")
+    message = "too many failed logins from your address: wait a minute"
 
 
 class Throttle:

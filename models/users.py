@@ -33,9 +33,7 @@ class WrongCredentials(Refused):
 
     type = "authentication_error"
     code = "invalid_credentials"
-
-    def __init__(self) -> None:
-        super().__init__("authentication failed")
+    message = "authentication failed"
 
 
 class OriginNotAllowed(Refused):
@@ -43,9 +41,7 @@ class OriginNotAllowed(Refused):
 
     type = "authentication_error"
     code = "origin_not_allowed"
-
-    def __init__(self) -> None:
-        super().__init__("this page's origin is not in PARLEY_ORIGINS")
+    message = "this page's origin is not in PARLEY_ORIGINS"
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,14 @@ async def answered(responses: Responses, response: Response) -> None:
     await client.until("response.done")
 
 
+async def begun(responses: Responses, client: Client, input: str) -> Response:
+    """A reply that has said something and goes on."""
+    response = asked(input)
+    responses.create(response, client)
+    await client.until("response.output_text.delta")
+    return response
+
+
 # What is kept
 
 
@@ -210,8 +218,7 @@ async def test_replies_that_the_server_ends_are_kept_as_failed(
     scripted: ScriptedChat, conversations: SlowConversations, settings: Settings, client: Client
 ) -> None:
     async with Responses.running(scripted, conversations, settings) as responses:  # type: ignore[arg-type]
-        responses.create(asked("wait half"), client)
-        await client.until("response.output_text.delta")
+        await begun(responses, client, "wait half")
     _, reply = await conversations.items("ann", "conv_1")
     assert (reply.content, reply.status, reply.reason) == ("half", "failed", "server_shutdown")
     assert scripted.running == 0
@@ -267,8 +274,7 @@ async def test_asking_after_what_is_not_there_loses_nothing(
 async def test_a_conversation_is_busy_until_its_reply_is_done_and_no_longer(
     responses: Responses, client: Client, scripted: ScriptedChat
 ) -> None:
-    responses.create(asked("wait one"), client)
-    await client.until("response.output_text.delta")
+    await begun(responses, client, "wait one")
     with pytest.raises(ConversationBusy):
         responses.create(asked("say two"), client)
     responses.create(replace(asked("say three", user="bob"), begins=False), client)
@@ -290,8 +296,7 @@ async def test_a_conversation_that_has_to_be_there_is_not_found_where_it_is_some
 async def test_the_reply_in_a_conversation_can_be_ended_and_waited_for(
     responses: Responses, conversations: SlowConversations, client: Client, scripted: ScriptedChat
 ) -> None:
-    responses.create(asked("wait one"), client)
-    await client.until("response.output_text.delta")
+    await begun(responses, client, "wait one")
     await responses.end_in("bob", "conv_1")
     assert scripted.running == 1
     await responses.end_in("ann", "conv_1")
@@ -402,9 +407,7 @@ async def test_without_linger_a_reply_ends_when_nobody_listens(
     scripted: ScriptedChat, conversations: SlowConversations, settings: Settings, client: Client
 ) -> None:
     async with running(scripted, conversations, settings, linger=0) as responses:
-        response, other = asked("wait here"), Client()
-        responses.create(response, client)
-        await client.until("response.output_text.delta")
+        response, other = await begun(responses, client, "wait here"), Client()
         await responses.follow("ann", response.id, 0, other)
         responses.leave(client)
         responses.leave(other)
@@ -418,9 +421,7 @@ async def test_who_comes_back_in_time_finds_the_reply_going_on(
     scripted: ScriptedChat, conversations: SlowConversations, settings: Settings, client: Client
 ) -> None:
     async with running(scripted, conversations, settings, linger=0) as responses:
-        response, other = asked("wait here"), Client()
-        responses.create(response, client)
-        await client.until("response.output_text.delta")
+        response, other = await begun(responses, client, "wait here"), Client()
         responses.leave(client)
         await responses.follow("ann", response.id, 0, other)  # before the event loop looks at its timers again
         await asyncio.sleep(0)
