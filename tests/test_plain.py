@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import pytest
 
@@ -9,6 +10,7 @@ from models.conversations import Conversations
 from models.listing import Listing
 from models.plain import WAITING, PlainSession
 from models.responses import Responses
+from models.settings import Settings
 from tests.scripted import ScriptedChat
 
 pytestmark = pytest.mark.anyio
@@ -100,3 +102,16 @@ async def test_a_reply_goes_on_for_a_while_when_the_client_has_gone(
     await wire.text(2)
     wire.session.close()
     assert scripted.running == 1
+
+
+async def test_without_linger_closing_ends_the_reply(
+    scripted: ScriptedChat, conversations: Conversations, settings: Settings
+) -> None:
+    settings = replace(settings, linger=0)
+    async with Responses.running(scripted, conversations, settings) as responses:  # type: ignore[arg-type]
+        wire = Wire(scripted, responses)
+        wire.session.receive("wait on")
+        await wire.text(2)
+        wire.session.close()
+        await scripted.idle.wait()
+        assert scripted.running == 0

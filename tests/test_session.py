@@ -3,13 +3,16 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from models.conversations import Conversations
 from models.events import Json
 from models.responses import Responses
 from models.session import RESUMES, Session
+from models.settings import Settings
 from tests.scripted import ScriptedChat
 
 pytestmark = pytest.mark.anyio
@@ -199,6 +202,20 @@ async def test_replies_outlive_the_connection(wire: Wire, scripted: ScriptedChat
     assert (await other.until("response.output_text.delta"))[-1]["delta"] == "on"
     scripted.release()
     assert (await other.until("response.done"))[-1]["response"]["status"] == "completed"
+
+
+async def test_without_linger_closing_ends_all_replies(
+    scripted: ScriptedChat, conversations: Conversations, settings: Settings
+) -> None:
+    settings = replace(settings, linger=0)
+    async with Responses.running(scripted, conversations, settings) as responses:  # type: ignore[arg-type]
+        wire = Wire(scripted, responses)
+        for _ in range(3):
+            wire.ask("wait on", conversation="none")
+            await wire.until("response.output_text.delta")
+        wire.session.close()
+        await scripted.idle.wait()
+        assert scripted.running == 0
 
 
 async def test_another_connection_may_cancel_by_id_and_not_by_all(
