@@ -11,8 +11,10 @@ from tests.serving import Served
 
 COLLECT = """() => {
     window.told = [];
-    const region = document.getElementById('announcer');
-    new MutationObserver(() => window.told.push(region.textContent)).observe(region, { childList: true });
+    const collect = (changes) => {
+        for (const { target } of changes) if (target.id === 'announcer') window.told.push(target.textContent);
+    };
+    new MutationObserver(collect).observe(document, { childList: true, subtree: true });
 }"""
 KEPT = """async (text) => {
     const conversation = await fetch(`v1/conversations/${location.hash.slice(1)}`);
@@ -65,7 +67,7 @@ def test_the_log_itself_is_not_live(chat: Page) -> None:
 def test_what_was_read_before_a_reload_is_not_read_again(
     chat: Page, scripted: ScriptedChat, scripted_server: Served
 ) -> None:
-    chat.add_init_script(f"document.addEventListener('DOMContentLoaded', {COLLECT})")
+    chat.add_init_script(f"({COLLECT})()")
     send(chat, "wait One sentence. ```\nOne more")
     expect_reply(chat, "One sentence. ```\nOne more", "in_progress")
     chat.wait_for_function(KEPT, arg="more")
