@@ -260,6 +260,8 @@ def test_others_hear_who_joined_and_left_unless_presence_is_off(settings: Settin
             client.websocket_connect("/ws", headers=bearer()) as plain,
         ):
             ann.receive_json()
+            plain.send_text("say here")
+            assert plain.receive_text() == "here"  # whoever is answered has joined
             with (
                 client.websocket_connect("/ws", headers=bearer(BOB)),
                 client.websocket_connect("/ws", headers=bearer(BOB)),
@@ -269,8 +271,11 @@ def test_others_hear_who_joined_and_left_unless_presence_is_off(settings: Settin
             assert plain.receive_text() == "Client #bob left the chat"
     with TestClient(create_app(replace(settings, presence=False), scripted.opened)) as client:
         with client.websocket_connect("/ws", headers=bearer()) as ann:
-            with client.websocket_connect("/ws", headers=bearer(BOB)):
-                pass
+            ann.send_text("say here")
+            assert ann.receive_text() == "here"
+            with client.websocket_connect("/ws", headers=bearer(BOB)) as bob:
+                bob.send_text("say here")
+                assert bob.receive_text() == "here"
             ann.send_text("say yes")
             assert ann.receive_text() == "yes"
 
