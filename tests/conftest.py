@@ -17,7 +17,7 @@ from models.conversations import Conversations
 from models.responses import Responses
 from models.settings import Settings
 from server import create_app
-from tests.scripted import ScriptedChat
+from tests.scripted import ScriptedChat, running
 from tests.serving import Served, serve
 from tests.tiny import opens_tiny, tiny_llama, tiny_tokenizer
 
@@ -95,7 +95,7 @@ async def responses(
     scripted: ScriptedChat, conversations: Conversations, settings: Settings
 ) -> AsyncIterator[Responses]:
     """Replies made by the scripted chat, and kept in `conversations`."""
-    async with Responses.running(scripted, conversations, settings) as responses:  # type: ignore[arg-type]
+    async with running(scripted, conversations, settings) as responses:
         yield responses
 
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import anyio
 from starlette.applications import Starlette
 
 from models.admission import Admission, Ticket
+from models.conversations import Conversations
 from models.item import Message
 from models.options import Options
 from models.reply import Delta, Done, Event, Queued, Started, Usage
+from models.responses import Responses
+from models.settings import Settings
 
 
 class ScriptedChat:
@@ -72,3 +76,12 @@ class ScriptedChat:
             self.running -= 1
             if not self.running:
                 self.idle.set()
+
+
+@asynccontextmanager
+async def running(
+    scripted: ScriptedChat, conversations: Conversations, settings: Settings, **changes: int
+) -> AsyncIterator[Responses]:
+    """The replies of a scripted chat, with some settings changed."""
+    async with Responses.running(scripted, conversations, replace(settings, **changes)) as responses:  # type: ignore
+        yield responses

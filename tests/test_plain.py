@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import replace
 
 import pytest
 
@@ -11,7 +10,7 @@ from models.listing import Listing
 from models.plain import WAITING, PlainSession
 from models.responses import Responses
 from models.settings import Settings
-from tests.scripted import ScriptedChat
+from tests.scripted import ScriptedChat, running
 
 pytestmark = pytest.mark.anyio
 
@@ -107,8 +106,7 @@ async def test_a_reply_goes_on_for_a_while_when_the_client_has_gone(
 async def test_without_linger_closing_ends_the_reply(
     scripted: ScriptedChat, conversations: Conversations, settings: Settings
 ) -> None:
-    settings = replace(settings, linger=0)
-    async with Responses.running(scripted, conversations, settings) as responses:  # type: ignore[arg-type]
+    async with running(scripted, conversations, settings, linger=0) as responses:
         wire = Wire(scripted, responses)
         wire.session.receive("wait on")
         await wire.text(2)

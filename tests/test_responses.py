@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +16,7 @@ from models.options import Options
 from models.response import BATCH, Response
 from models.responses import ConversationBusy, ResponseNotFound, Responses
 from models.settings import Settings
-from tests.scripted import ScriptedChat
+from tests.scripted import ScriptedChat, running
 
 pytestmark = pytest.mark.anyio
 
@@ -217,7 +216,7 @@ async def test_a_cancel_while_the_message_is_being_kept_leaves_no_reply_without_
 async def test_replies_that_the_server_ends_are_kept_as_failed(
     scripted: ScriptedChat, conversations: SlowConversations, settings: Settings, client: Client
 ) -> None:
-    async with Responses.running(scripted, conversations, settings) as responses:  # type: ignore[arg-type]
+    async with running(scripted, conversations, settings) as responses:
         await begun(responses, client, "wait half")
     _, reply = await conversations.items("ann", "conv_1")
     assert (reply.content, reply.status, reply.reason) == ("half", "failed", "server_shutdown")
@@ -229,7 +228,7 @@ async def test_replies_that_ended_with_their_process_have_failed_when_the_next_b
 ) -> None:
     cut_off = Item("resp_1", "assistant", "hal", 1.0, "in_progress", cuts="3")
     await conversations.add("ann", "conv_1", 0, [cut_off])
-    async with Responses.running(scripted, conversations, settings):  # type: ignore[arg-type]
+    async with running(scripted, conversations, settings):
         (reply,) = await conversations.items("ann", "conv_1")
     assert (reply.content, reply.status, reply.reason) == ("hal", "failed", "server_error")
     assert "1 replies had been cut off" in caplog.text
@@ -393,14 +392,6 @@ async def test_somebody_elses_reply_is_not_found_live_or_ended(responses: Respon
 
 
 # Lingering
-
-
-@asynccontextmanager
-async def running(
-    scripted: ScriptedChat, conversations: Conversations, settings: Settings, **changes: int
-) -> AsyncIterator[Responses]:
-    async with Responses.running(scripted, conversations, replace(settings, **changes)) as responses:  # type: ignore
-        yield responses
 
 
 async def test_without_linger_a_reply_ends_when_nobody_listens(

@@ -3,7 +3,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from models.events import Json
 from models.responses import Responses
 from models.session import RESUMES, Session
 from models.settings import Settings
-from tests.scripted import ScriptedChat
+from tests.scripted import ScriptedChat, running
 
 pytestmark = pytest.mark.anyio
 
@@ -207,8 +206,7 @@ async def test_replies_outlive_the_connection(wire: Wire, scripted: ScriptedChat
 async def test_without_linger_closing_ends_all_replies(
     scripted: ScriptedChat, conversations: Conversations, settings: Settings
 ) -> None:
-    settings = replace(settings, linger=0)
-    async with Responses.running(scripted, conversations, settings) as responses:  # type: ignore[arg-type]
+    async with running(scripted, conversations, settings, linger=0) as responses:
         wire = Wire(scripted, responses)
         for _ in range(3):
             wire.ask("wait on", conversation="none")
