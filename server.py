@@ -9,39 +9,53 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 import uvicorn
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.applications import Starlette
 from starlette.config import Config
+from starlette.datastructures import MutableHeaders
 from starlette.endpoints import HTTPEndpoint, WebSocketEndpoint
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import HTTPConnection, Request
-from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 from starlette.templating import Jinja2Templates
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, ExceptionHandler, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
-from models import database, events, weights
+from models import completion, database, events, weights
+from models.admission import ServerStopping
 from models.chat import Chat
+from models.completion import Completion
+from models.completion_request import CompletionRequest, ModelNotFound
 from models.conversations import Conversation, Conversations
+from models.database import DatabaseUnavailable, explained
+from models.file_limit import raise_file_limit
 from models.item import Item
 from models.listing import Listing, new_title
+from models.logs import configured, log
+from models.metrics import MEDIA_TYPE, Metrics
 from models.outbox import Outbox
 from models.plain import PlainSession
-from models.presence import Presence
-from models.redaction import redacted
-from models.refused import InvalidValue, Refused
+from models.presence import Change, Presence
+from models.refused import Refused, ServerFailed
 from models.responses import Responses
 from models.session import Session
 from models.settings import PREFIX, Settings, StartError
+from models.stopping import Stopping
+from models.throttle import TooManyFailures
 from models.user_commands import users
 from models.users import TICKET_SECONDS, OriginNotAllowed, User, Users, WrongCredentials
 
@@ -50,16 +64,30 @@ logger = logging.getLogger("parley")
 HERE = Path(__file__).parent
 COOKIE = "parley_session"
 FRAME_BYTES = 2**20
+CLOSE_SECONDS = 5  # for clients to answer that their connection is closed
 SHUTDOWN_SECONDS = 10  # else one client that does not read could put off the end for ever
 UVICORN_FRAME_BYTES = 4 * FRAME_BYTES  # it drops the connection in mid frame, and 1009 is often lost with it
 
-PRIVATE = {"Cache-Control": "no-store"}
+HEADERS = {  # of every answer, unless it says otherwise
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
 STATUSES = {  # of refusals, by code or else by type
     "authentication_error": 401,
+    "body_too_large": 413,
     "conversation_busy": 409,
     "conversation_not_found": 404,
+    "database_unavailable": 503,
+    "model_not_found": 404,
     "origin_not_allowed": 403,
+    "queue_full": 503,
     "rate_limit_error": 429,
+    "server_error": 500,
+    "server_shutdown": 503,
 }
 LANGUAGES = json.loads((HERE / "templates" / "languages.json").read_text(encoding="utf-8"))
 
@@ -76,15 +104,21 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
     state = app.state
     try:
         async with AsyncExitStack() as stack:
-            stack.enter_context(redacted())
             state.settings = settings = state.settings or read_settings()
+            stack.enter_context(configured(settings.log))
+            raise_file_limit()
             opened = await stack.enter_async_context(database.opened(settings))
             state.users, state.conversations = Users.of(settings, opened), Conversations(opened)
             state.presence = Presence(settings.presence, settings.sockets_per_user)
+            state.metrics, state.started = Metrics(), int(time.time())
             state.chat = await stack.enter_async_context(state.open_chat(app))
-            responses = Responses.running(state.chat, state.conversations, settings)
+            responses = Responses.running(state.chat, state.conversations, settings, state.metrics)
             state.responses = await stack.enter_async_context(responses)
+            state.metrics.watch(state.chat, state.presence)
             greet(state.url, await state.users.add_first())
+            await stack.enter_async_context(state.users.watched(partial(revoke, app)))
+            stopping = Stopping.prepared(partial(drain, app), settings.drain, state.chat.died.wait)
+            await stack.enter_async_context(stopping)
             yield
     except (StartError, KeyboardInterrupt) as error:
         state.start_error = str(error) or "interrupted"
@@ -96,8 +130,22 @@ async def open_chat(app: Starlette) -> AsyncIterator[Chat]:
     """Load the model that the settings name and chat with it."""
     state = app.state
     state.tokenizer, state.model = weights.load(state.settings)
-    async with Chat.running(state.tokenizer, state.model, state.settings) as chat:
+    async with Chat.running(state.tokenizer, state.model, state.settings, state.metrics.step.observe) as chat:
         yield chat
+
+
+async def drain(app: Starlette, seconds: float) -> None:
+    """Let replies come to their end, for so long, and then close what is open."""
+    await app.state.responses.drain(seconds)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(CLOSE_SECONDS):
+            await app.state.presence.close_all(1012, "the server restarts")
+
+
+def revoke(app: Starlette, user: User) -> None:
+    """Close the connections of a user whose secret is no longer good."""
+    log("revoked", user=user.id)
+    app.state.presence.close(user.id, 4401, WrongCredentials.code)
 
 
 def read_settings() -> Settings:
@@ -131,14 +179,39 @@ class ShortStartErrors:
         await self.app(scope, receive, send_short if scope["type"] == "lifespan" else send)
 
 
+class Guard:
+    """ASGI middleware that knows by which names we may be called, and has browsers treat all answers with care."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        # Settings are there when the server has started, which is after Starlette wants its middleware.
+        hosts = scope["type"] != "lifespan" and scope["app"].state.settings.hosts
+        app = TrustedHostMiddleware(self.app, hosts, www_redirect=False) if hosts else self.app
+        await app(scope, receive, send_with_headers)
+
+
 # Who is it
 
 
 async def user_with_secret(connection: HTTPConnection, secret: str) -> User:
     """The user a secret belongs to. Raises Refused."""
     address = connection.client.host if connection.client else "local"
-    user: User = await connection.app.state.users.log_in(secret, connection.query_params.get("userid"), address)
-    return user
+    try:
+        user: User = await connection.app.state.users.log_in(secret, connection.query_params.get("userid"), address)
+        return user
+    except (WrongCredentials, TooManyFailures) as refused:
+        connection.app.state.metrics.login_failures.inc()
+        log("login failed", address=address, code=refused.code)
+        raise
 
 
 async def user_of(connection: HTTPConnection) -> User:
@@ -149,7 +222,7 @@ async def user_of(connection: HTTPConnection) -> User:
     for protocol in connection.scope.get("subprotocols", ()):
         if protocol.startswith("bearer."):
             return await user_with_secret(connection, unpadded_base64(protocol.removeprefix("bearer.")))
-    if user := await user_of_cookie(connection):
+    if user := user_of_cookie(connection):
         if connection.scope.get("method") not in ("GET", "HEAD") and not same_origin(connection):
             raise OriginNotAllowed
         if connection.query_params.get("userid", user.id) == user.id:
@@ -166,9 +239,9 @@ def unpadded_base64(value: str) -> str:
     return ""
 
 
-async def user_of_cookie(connection: HTTPConnection) -> User | None:
+def user_of_cookie(connection: HTTPConnection) -> User | None:
     """The user of the session cookie, while it is good."""
-    user: User | None = await connection.app.state.users.of_ticket(connection.cookies.get(COOKIE, ""))
+    user: User | None = connection.app.state.users.of_ticket(connection.cookies.get(COOKIE, ""))
     return user
 
 
@@ -188,12 +261,11 @@ def page(request: Request, user: User | None, error: str | None = None, status: 
     language = next((wish for wish in wishes if wish in LANGUAGES), "en")
     context = {"user": user and user.id, "error": error, "model": request.app.state.chat.model_name}
     context |= {"language": language, "words": LANGUAGES[language]}
-    headers = PRIVATE | {"Content-Security-Policy": "default-src 'self'"}
-    return templates.TemplateResponse(request, "chat.html", context, status, headers)
+    return templates.TemplateResponse(request, "chat.html", context, status)
 
 
 async def home(request: Request) -> Response:
-    return page(request, await user_of_cookie(request))
+    return page(request, user_of_cookie(request))
 
 
 async def login(request: Request) -> Response:
@@ -223,8 +295,15 @@ async def health(request: Request) -> Response:
 
 
 async def ready(request: Request) -> Response:
-    trouble: str | None = request.app.state.chat.trouble
-    return PlainTextResponse(trouble or "ready", 503 if trouble else 200)
+    state = request.app.state
+    if trouble := state.chat.trouble or (state.chat.admission.closed and ServerStopping.message):
+        return PlainTextResponse(trouble, 503)
+    warning = state.users.trouble or state.responses.trouble
+    return PlainTextResponse(f"ready, but {warning}" if warning else "ready")
+
+
+async def metrics(request: Request) -> Response:
+    return Response(request.app.state.metrics.text(), media_type=MEDIA_TYPE)
 
 
 async def args(request: Request) -> Response:
@@ -234,7 +313,7 @@ async def args(request: Request) -> Response:
 async def conversations(request: Request) -> Response:
     user, listing = await user_of(request), Listing.of(request.query_params)
     found, has_more = await request.app.state.conversations.latest(user.id, listing)
-    return JSONResponse({"data": [asdict(one) for one in found], "has_more": has_more}, headers=PRIVATE)
+    return JSONResponse({"data": [asdict(one) for one in found], "has_more": has_more})
 
 
 class ConversationEndpoint(HTTPEndpoint):
@@ -242,12 +321,12 @@ class ConversationEndpoint(HTTPEndpoint):
 
     async def get(self, request: Request) -> Response:
         conversation, items = await conversation_of(request)
-        return JSONResponse(conversation.public(items), headers=PRIVATE)
+        return JSONResponse(conversation.public(items))
 
     async def patch(self, request: Request) -> Response:
         user, title = await user_of(request), new_title(await body_of(request))
         renamed = await request.app.state.conversations.rename(user.id, request.path_params["id"], title)
-        return JSONResponse(asdict(renamed), headers=PRIVATE)
+        return JSONResponse(asdict(renamed))
 
     async def delete(self, request: Request) -> Response:
         user, id = await user_of(request), request.path_params["id"]
@@ -260,7 +339,7 @@ async def export(request: Request) -> Response:
     conversation, items = await conversation_of(request)
     format = request.query_params.get("format", "markdown")
     document = await asyncio.to_thread(conversation.document, items, format)
-    headers = PRIVATE | {"Content-Disposition": f'attachment; filename="{document.name}"'}
+    headers = {"Content-Disposition": f'attachment; filename="{document.name}"'}
     return Response(document.text, headers=headers, media_type=document.media_type)
 
 
@@ -272,13 +351,75 @@ async def conversation_of(request: Request) -> tuple[Conversation, list[Item]]:
     return read
 
 
+async def models(request: Request) -> Response:
+    await user_of(request)
+    return JSONResponse(
+        {"object": "list", "data": [completion.model(request.app.state.chat, request.app.state.started)]}
+    )
+
+
+async def model(request: Request) -> Response:
+    await user_of(request)
+    if request.path_params["id"] != request.app.state.chat.model_name:
+        raise ModelNotFound(f"the model that answers here is {request.app.state.chat.model_name}")
+    return JSONResponse(completion.model(request.app.state.chat, request.app.state.started))
+
+
+async def completions(request: Request) -> Response:
+    user, state = await user_of(request), request.app.state
+    asked = CompletionRequest.parse(await body_of(request), state.chat.model_name)
+    reply = Completion(user.id, asked, state.chat)
+    state.responses.create(reply.response, reply)
+    log("completion", response=reply.response.id, user=user.id, **asked.labels)
+    if asked.stream:
+        await reply.begun()
+        return CompletionStream(reply)
+    async with cancelled_when_gone(reply, request.receive):
+        return JSONResponse(await reply.whole())
+
+
+class CompletionStream(StreamingResponse):
+    """Server-sent events of a completion, which ends when nobody hears them any more."""
+
+    def __init__(self, reply: Completion) -> None:
+        super().__init__(reply.frames(), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+        self.reply = reply
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with cancelled_when_gone(self.reply, receive):
+            await self.stream_response(send)
+
+
+@asynccontextmanager
+async def cancelled_when_gone(reply: Completion, receive: Receive) -> AsyncIterator[None]:
+    """Cancel a completion as soon as the client hangs up, also while it waits and nothing is sent."""
+
+    async def listen() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    listening = asyncio.create_task(listen())
+    listening.add_done_callback(lambda _: reply.cancel())
+    try:
+        yield
+    finally:
+        listening.cancel()
+
+
+class BodyTooLarge(Refused):
+    """A body longer than a frame may be."""
+
+    code = "body_too_large"
+    message = f"the body may have {FRAME_BYTES} bytes"
+
+
 async def body_of(request: Request) -> bytes:
-    """A request's body, no longer than a frame may be. Raises InvalidValue."""
+    """A request's body, in OpenAI's words where it is too long, which Starlette's own limit does not let through."""
     body = b""
     async for chunk in request.stream():
         body += chunk
         if len(body) > FRAME_BYTES:
-            raise InvalidValue(f"the body may have {FRAME_BYTES} bytes", "body")
+            raise BodyTooLarge
     return body
 
 
@@ -288,7 +429,31 @@ def status_of(refused: Refused) -> int:
 
 
 async def refuse(request: Request, refused: Any) -> Response:
-    return JSONResponse({"error": events.error(refused)["error"]}, status_of(refused), PRIVATE)
+    status = status_of(refused)
+    headers = {"WWW-Authenticate": "Bearer"} if status == 401 else {}
+    if refused.retry_after:
+        headers["Retry-After"] = str(refused.retry_after)
+    return JSONResponse({"error": completion.error(refused)}, status, headers)
+
+
+async def refuse_http(request: Request, error: Any) -> Response:
+    """What Starlette refuses, in the words of the API where that is asked."""
+    if not request.url.path.startswith("/v1/"):
+        return PlainTextResponse(error.detail, error.status_code, error.headers)
+    told = {"message": error.detail, "type": "invalid_request_error", "param": None, "code": None}
+    return JSONResponse({"error": told}, error.status_code, error.headers)
+
+
+async def refuse_without_database(request: Request, error: Exception) -> Response:
+    logger.error("the database failed: %s", explained(error))
+    return await refuse(request, DatabaseUnavailable())
+
+
+async def fail(request: Request, error: Exception) -> Response:
+    """A bug, which Starlette raises again to be logged; its answer passes by the middleware."""
+    response = await refuse(request, ServerFailed())
+    response.headers.update(HEADERS)
+    return response
 
 
 class FreshStaticFiles(StaticFiles):
@@ -322,6 +487,7 @@ class ChatSocket(WebSocketEndpoint):
                 raise
 
     async def on_connect(self, websocket: WebSocket) -> None:
+        self.state = websocket.app.state
         self.plain = "chat.v1" not in websocket.scope["subprotocols"]
         await websocket.accept(None if self.plain else "chat.v1")
         self.outbox = Outbox(websocket)
@@ -335,7 +501,7 @@ class ChatSocket(WebSocketEndpoint):
             self.give_up()
 
     async def open_session(self, websocket: WebSocket) -> None:
-        state = websocket.app.state
+        state = self.state
         self.user = (await user_of(websocket)).id
         state.presence.admit(self.user)
         if self.plain:
@@ -343,7 +509,7 @@ class ChatSocket(WebSocketEndpoint):
         else:
             limits = {"frame_bytes": FRAME_BYTES, "responses": state.settings.responses_per_user}
             self.session = Session(state.chat, state.responses, self.user, limits, self.outbox)
-        state.presence.join(self.user, self.session.presence)
+        state.presence.join(self.user, self)
 
     async def on_receive(self, websocket: WebSocket, data: str | bytes) -> None:
         if self.session is None or self.outbox.closing:
@@ -359,9 +525,16 @@ class ChatSocket(WebSocketEndpoint):
 
     async def on_disconnect(self, websocket: WebSocket, close_code: int) -> None:
         if self.session:
-            websocket.app.state.presence.leave(self.user, self.session.presence)
+            self.state.presence.leave(self.user, self)
             self.session.close()
         self.writing.cancel()
+
+    def notify(self, change: Change, user: str) -> None:
+        assert self.session
+        self.session.presence(change, user)
+
+    def close(self, code: int, reason: str) -> None:
+        self.outbox.close(code, reason)
 
     def refuse(self, refused: Refused) -> None:
         code = 4000 + status_of(refused)
@@ -378,6 +551,9 @@ class ChatSocket(WebSocketEndpoint):
 
     def written(self, writing: asyncio.Task[bool]) -> None:
         """Nothing more can be sent: unless the client is about to answer our close, stop reading too."""
+        if self.outbox.unread:
+            self.state.metrics.slow_clients.inc()
+            log("closed since nobody reads", user=self.user)
         if not writing.cancelled() and (writing.exception() or not writing.result()) and self.reading:
             self.gone = True
             self.reading.cancel()
@@ -389,7 +565,11 @@ routes = [
     Route("/logout", logout, methods=["POST"]),
     Route("/health", health),
     Route("/ready", ready),
+    Route("/metrics", metrics),
     Route("/args", args),
+    Route("/v1/models", models),
+    Route("/v1/models/{id:path}", model),
+    Route("/v1/chat/completions", completions, methods=["POST"]),
     Route("/v1/conversations", conversations),
     Route("/v1/conversations/{id}", ConversationEndpoint),
     Route("/v1/conversations/{id}/export", export),
@@ -398,10 +578,24 @@ routes = [
 ]
 
 
+REFUSALS: Mapping[Any, ExceptionHandler] = {
+    Refused: refuse,
+    HTTPException: refuse_http,
+    SQLAlchemyError: refuse_without_database,
+    OSError: refuse_without_database,  # asyncpg's, where there is no server
+    Exception: fail,
+}
+
+
 def create_app(settings: Settings | None = None, open_chat: OpenChat = open_chat) -> Starlette:
     """The app. Settings that are not given are read from the environment when it starts."""
-    short_errors, handlers = Middleware(ShortStartErrors), {Refused: refuse}
-    app = Starlette(routes=routes, lifespan=lifespan, middleware=[short_errors], exception_handlers=handlers)
+    middleware = [Middleware(ShortStartErrors), Middleware(Guard)]
+    app = Starlette(
+        routes=routes,
+        lifespan=lifespan,
+        middleware=middleware,
+        exception_handlers=REFUSALS,
+    )
     app.state.settings = settings
     app.state.open_chat = open_chat
     app.state.url = None
@@ -433,10 +627,11 @@ def serve(host: str, port: int) -> None:
     app.state.url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/"
     config = uvicorn.Config(app, ws_max_size=UVICORN_FRAME_BYTES, ws_per_message_deflate=False, access_log=False)
     config.timeout_graceful_shutdown = SHUTDOWN_SECONDS
+    server = uvicorn.Server(config)
     try:
-        uvicorn.Server(config).run([listener])
-    except KeyboardInterrupt:
-        sys.exit(130)
+        server.run([listener])
+    except KeyboardInterrupt:  # how uvicorn ends at a signal
+        sys.exit(0 if server.started and not server.force_exit else 130)
     except SystemExit:  # uvicorn's own code for a failed start is 3
         sys.exit(1)
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from itertools import chain, zip_longest
 
+from models.rates import Rates
 from models.refused import Refused
+from models.reply import Usage
 
 
 class QueueFull(Refused):
@@ -15,6 +19,7 @@ class QueueFull(Refused):
 
     type = "rate_limit_error"
     code = "queue_full"
+    retry_after = 5
 
 
 class TooManyResponses(Refused):
@@ -22,6 +27,16 @@ class TooManyResponses(Refused):
 
     type = "rate_limit_error"
     code = "too_many_responses"
+    retry_after = 1
+
+
+class ServerStopping(Refused):
+    """The server is about to end, and begins nothing."""
+
+    type = "server_error"
+    code = "server_shutdown"
+    message = "the server is stopping: try again in a moment"
+    retry_after = 5
 
 
 class Ticket:
@@ -30,12 +45,16 @@ class Ticket:
     def __init__(self, user: str, position: int) -> None:
         self.user = user
         self.position = position
+        self.usage = Usage(0)  # of the reply, to be set by whoever makes it
+        self.entered = self.admitted = time.monotonic()
         self._moved = asyncio.Event()
 
     def move(self, position: int) -> None:
         """Take a new position."""
-        self.position = position
-        self._moved.set()
+        if position != self.position:
+            self.position = position
+            self.admitted = time.monotonic()
+            self._moved.set()
 
     async def turn(self) -> AsyncIterator[int]:
         """The positions while waiting, each new one once; ends when there is a slot."""
@@ -48,18 +67,39 @@ class Ticket:
 
 
 class Admission:
-    """Hands `slots` to replies in the order they came; `queue` more may wait, `per_user` of each user's in all."""
+    """Hands `slots` to replies, to one user's after the other's; `queue` more may wait, `per_user` of each in all.
 
-    def __init__(self, slots: int, queue: int, per_user: int) -> None:
-        self.free = slots
+    However many replies somebody waits for, the first one of anybody else waits for one of them at most.
+    """
+
+    def __init__(self, slots: int, queue: int, per_user: int, rates: Rates | None = None) -> None:
+        self.free = slots  # below 0 where there are fewer slots than replies that have one
+        self.slots = slots
         self.queue = queue
         self.per_user = per_user
-        self.waiting: deque[Ticket] = deque()
         self.in_flight: Counter[str] = Counter()
+        self.closed = False
+        self._rates = rates
+        self._waiting: dict[str, deque[Ticket]] = {}  # by user, whose turn is next first
+
+    @property
+    def waiting(self) -> list[Ticket]:
+        """Those that wait, who is next first: the first of each user, then the second of each, and so on."""
+        rounds = zip_longest(*self._waiting.values())
+        return [ticket for ticket in chain.from_iterable(rounds) if ticket]
+
+    def close(self) -> None:
+        """Refuse all that come from now on."""
+        self.closed = True
+
+    def shrink(self, slots: int) -> None:
+        """Hand out fewer slots than before."""
+        self.free -= self.slots - slots
+        self.slots = slots
 
     @contextmanager
     def place(self, user: str) -> Iterator[Ticket]:
-        """A place for as long as the context lasts. Raises TooManyResponses or QueueFull."""
+        """A place for as long as the context lasts. Raises what `enter` does."""
         ticket = self.enter(user)
         try:
             yield ticket
@@ -67,27 +107,50 @@ class Admission:
             self.leave(ticket)
 
     def enter(self, user: str) -> Ticket:
-        """A place for one more reply. Raises TooManyResponses or QueueFull; the check and the count are one step."""
+        """A place for one more reply; the check and the count are one step.
+
+        Raises ServerStopping, TooManyResponses, QueueFull or RateLimitExceeded.
+        """
+        waiting = sum(map(len, self._waiting.values()))
+        if self.closed:
+            raise ServerStopping
         if self.in_flight[user] >= self.per_user:
             raise TooManyResponses(f"{self.per_user} replies are in flight: wait for one to end, or cancel one")
-        if not self.free and len(self.waiting) >= self.queue:
+        if self.free <= 0 and waiting >= self.queue:
             raise QueueFull(f"{self.queue} replies wait already: try again later")
+        if self._rates:
+            self._rates.ask(user)
         self.in_flight[user] += 1
-        if self.free:
+        if self.free > 0:
             self.free -= 1
             return Ticket(user, 0)
-        self.waiting.append(Ticket(user, len(self.waiting) + 1))
-        return self.waiting[-1]
+        ticket = Ticket(user, waiting + 1)
+        self._waiting.setdefault(user, deque()).append(ticket)
+        self._number()
+        return ticket
 
     def leave(self, ticket: Ticket) -> None:
         """Give a place back; who is next gets its slot, and all behind it move up."""
         self.in_flight -= Counter([ticket.user])  # drops users with none
         if ticket.position:
-            self.waiting.remove(ticket)
-        elif self.waiting:
-            self.waiting.popleft().move(0)
+            self._waiting[ticket.user].remove(ticket)
         else:
             self.free += 1
-        for position, behind in enumerate(self.waiting, start=1):
-            if behind.position != position:
-                behind.move(position)
+            if self._rates:
+                self._rates.spend(ticket.user, ticket.usage.total_tokens)
+        self._waiting = {user: tickets for user, tickets in self._waiting.items() if tickets}
+        if self._waiting and self.free > 0:
+            self._admit_next()
+        self._number()
+
+    def _admit_next(self) -> None:
+        user = next(iter(self._waiting))
+        tickets = self._waiting.pop(user)
+        tickets.popleft().move(0)
+        self.free -= 1
+        if tickets:
+            self._waiting[user] = tickets  # behind all others
+
+    def _number(self) -> None:
+        for position, ticket in enumerate(self.waiting, start=1):
+            ticket.move(position)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from bisect import bisect_left
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, suppress
 from itertools import chain
@@ -20,6 +20,7 @@ from models.engine import Engine
 from models.engine_thread import EngineThread
 from models.item import Message
 from models.options import InvalidOption, Options
+from models.rates import Rates
 from models.reply import ContextLengthExceeded, Delta, Done, Event, MessagesRefused, Queued, Started, Usage
 from models.sampling import Sampling
 from models.sequence import Finish, Sequence
@@ -29,15 +30,22 @@ from models.settings import Settings, SettingsError
 class Chat:
     """A model that answers: templates and tokenizes messages, shares the engine, turns tokens into text."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, settings: Settings) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        model: PreTrainedModel,
+        settings: Settings,
+        observe_step: Callable[[float], None] | None = None,
+    ) -> None:
         self.model_name = settings.model_name
         self.context = _context(model, settings)
         self.defaults = _defaults(model, settings)
-        self.admission = Admission(settings.slots, settings.queue, settings.responses_per_user)
+        rates = Rates(settings.rate, settings.token_rate) if settings.rate or settings.token_rate else None
+        self.admission = Admission(settings.slots, settings.queue, settings.responses_per_user, rates)
         self._tokenizer = tokenizer
         self._stop_ids = _stop_ids(tokenizer, model)
         self._engine = Engine(model, settings.slots, self.context)
-        self._thread = EngineThread(self._engine)
+        self._thread = EngineThread(self._engine, self.admission.shrink, observe_step)
         if settings.compile and self._engine.native:
             self._thread.compile(user_cache_path("parley") / "compiled")
         # One thread, since a tokenizer may not be changed by two at once; the event loop stays free meanwhile.
@@ -46,10 +54,14 @@ class Chat:
     @classmethod
     @asynccontextmanager
     async def running(
-        cls, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, settings: Settings
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        model: PreTrainedModel,
+        settings: Settings,
+        observe_step: Callable[[float], None] | None = None,
     ) -> AsyncIterator[Chat]:
-        """A chat whose threads end with the context."""
-        chat = cls(tokenizer, model, settings)
+        """A chat whose threads end with the context; `observe_step` is told the seconds of each step."""
+        chat = cls(tokenizer, model, settings, observe_step)
         try:
             yield chat
         finally:
@@ -59,7 +71,12 @@ class Chat:
     @property
     def trouble(self) -> str | None:
         """Why no reply can be had at present, if so."""
-        return None if self._thread.alive else "the engine stopped; the log says why"
+        return self._thread.trouble
+
+    @property
+    def died(self) -> asyncio.Event:
+        """Set when no reply can be had any more."""
+        return self._thread.died
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -80,13 +97,23 @@ class Chat:
         """How many more sequences the engine could decode at once."""
         return self._engine.free_slots
 
-    async def reply(self, ticket: Ticket, messages: list[Message], options: Options) -> AsyncGenerator[Event, None]:
+    @property
+    def cache_usage(self) -> float:
+        """How much of the slots' room for tokens is taken, from 0 to 1."""
+        cached = sum(sequence.cached for sequence in self._engine.slots if sequence)
+        return cached / (len(self._engine.slots) * self.context)
+
+    async def reply(
+        self, ticket: Ticket, messages: list[Message], options: Options, whole: bool = False
+    ) -> AsyncGenerator[Event, None]:
         """Answer the last of the messages: Started, Queued while the ticket waits, Deltas, Done.
+
+        Where they outgrow the context the oldest are left out, or, if it has to be the `whole`, they are refused.
 
         Close the generator to cancel: the slot is free within a step. Raises MessagesRefused or
         ContextLengthExceeded before Started, EngineFailed after.
         """
-        prompt, left_out = await self._encode(messages, options)
+        prompt, left_out = await self._encode(messages, options, whole)
         del messages  # a reply may wait long, and a history be large
         usage = Usage(input_tokens=len(prompt))
         yield Started(usage, left_out)
@@ -114,30 +141,30 @@ class Chat:
                     yield Done(finish)
                     return
 
-    async def _encode(self, messages: list[Message], options: Options) -> tuple[list[int], int]:
+    async def _encode(self, messages: list[Message], options: Options, whole: bool) -> tuple[list[int], int]:
         """The prompt's token ids, fewer than the context holds, and how many messages had no room in it."""
         loop = asyncio.get_running_loop()
         try:
-            prompt, left_out = await loop.run_in_executor(self._encoder, self._prompt, messages, options)
+            prompt, left_out = await loop.run_in_executor(self._encoder, self._prompt, messages, options, whole)
         except TemplateError as error:
             raise MessagesRefused(f"the model's chat template refuses these messages: {error}") from error
         if not prompt or max(prompt) >= self._engine.vocabulary:
             raise MessagesRefused("the messages come to nothing, or hold a token that the model does not know")
         if len(prompt) >= self.context:
             raise ContextLengthExceeded(
-                f"the message is {len(prompt)} tokens long or longer, with the system prompt, and the context holds "
-                f"{self.context}, the reply included: shorten it"
+                f"the prompt is {len(prompt)} tokens long or longer, and the context holds {self.context}, the reply "
+                "included: shorten the message"
             )
         return prompt, left_out
 
-    def _prompt(self, messages: list[Message], options: Options) -> tuple[list[int], int]:
+    def _prompt(self, messages: list[Message], options: Options, whole: bool) -> tuple[list[int], int]:
         """The prompt, and how many messages had to be left out: the oldest turns, to have room for the reply."""
         system, turns = _turns(messages)
         if options.instructions and not system:
             system = [{"role": "system", "content": options.instructions}]
         prompt = self._template(system, turns)
         limit = self.context - min(options.max_output_tokens or self.context, self.context // 4)
-        if len(prompt) <= limit:
+        if whole or len(prompt) <= limit:
             return prompt, 0
         # More than need be: the prompts of the next turns then begin alike, and are found in the cache.
         enough = (len(self._template(system, turns[-1:])) + limit) // 2
@@ -163,7 +190,14 @@ class Chat:
     def _sequence(self, prompt: list[int], options: Options) -> Sequence:
         return Sequence(
             prompt,
-            Sampling(options.temperature, options.top_p, options.top_k, options.repetition_penalty),
+            Sampling(
+                options.temperature,
+                options.top_p,
+                options.top_k,
+                options.repetition_penalty,
+                options.frequency_penalty,
+                options.presence_penalty,
+            ),
             options.max_output_tokens or self.context,
             self._stop_ids,
             options.seed,

@@ -12,11 +12,21 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, OperationalError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
+from models.refused import Refused
 from models.settings import Settings, StartError
 
 
 class DatabaseError(StartError):
     """A database that cannot be used; the message says what to do."""
+
+
+class DatabaseUnavailable(Refused):
+    """What is in the database cannot be had at present."""
+
+    type = "server_error"
+    code = "database_unavailable"
+    message = "the database cannot be read at present: try again in a moment"
+    retry_after = 5
 
 
 class DataFolderError(StartError):
@@ -87,11 +97,19 @@ MIGRATIONS = (
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "sqlite": {"connect_args": {"timeout": 30}},  # seconds to wait for another process that writes, such as a backup
-    "postgresql": {"pool_pre_ping": True},  # it may have been restarted
+    "postgresql": {
+        "pool_pre_ping": True,  # it may have been restarted
+        "connect_args": {"timeout": 10, "command_timeout": 10},  # seconds, where nothing comes back at all
+    },
 }
 
 # One process at a time migrates.
 LOCKS = {"sqlite": "BEGIN IMMEDIATE", "postgresql": "SELECT pg_advisory_xact_lock(7777)"}
+
+
+def explained(error: Exception) -> str:
+    """What failed in a database, in a line; the driver says it shorter than what stands around it."""
+    return " ".join(repr(getattr(error, "orig", None) or error).split())[:300]
 
 
 @asynccontextmanager

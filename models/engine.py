@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from pathlib import Path
 from typing import cast
 
@@ -46,31 +47,38 @@ class Engine:
         self.cache = KVCache(slots, context, self._cache_dtype())
         self.prefixes = PrefixCache(slots)
         self.slots: list[Sequence | None] = [None] * slots
-        self.joining: list[Sequence] = []  # in a slot, prompt not yet read to its end; oldest first
+        self.running: list[Sequence] = []  # those in the slots, oldest first
+        self.limit = slots  # how many of them take part in a step
         logits = self._plug_in()
         self.vocabulary = min(logits, len(cast(Tensor, model.get_input_embeddings().weight)))
         self.sampler = Sampler(slots, logits, self.device)
 
     @property
     def free_slots(self) -> int:
-        return self.slots.count(None)
+        return max(0, self.limit - len(self.running))
 
     @property
     def idle(self) -> bool:
-        return self.free_slots == len(self.slots)
+        return not self.running
+
+    @property
+    def active(self) -> list[Sequence]:
+        """Those that the next step is for; who came when the limit was higher may have to wait."""
+        return self.running[: self.limit]
 
     @torch.inference_mode()
     def add(self, sequence: Sequence) -> None:
         """Give a sequence a free slot, and what another holds of its beginning. Asserts that it can be read."""
-        assert self.free_slots
+        assert None in self.slots
         assert 0 < len(sequence.prompt) < self.context
         assert max(sequence.prompt) < self.vocabulary
         assert sequence.max_tokens > 0
-        for running in filter(None, self.slots):
+        for running in self.running:
             self.prefixes.hold(running.slot, running.tokens[: running.cached])
         source, length = self.prefixes.find(sequence.prompt)
         free = [slot for slot, other in enumerate(self.slots) if other is None]
         slot = self.prefixes.choose(free, source, length)
+        self.sampler.place(slot, sequence.sampling, sequence.prompt)  # first, since it may want memory
         if length and slot != source:
             self.cache.copy(source, slot, length)
         if not self.native:
@@ -78,29 +86,39 @@ class Engine:
         self.prefixes.hold(slot, sequence.prompt[:length])
         sequence.slot, sequence.cached, sequence.reused = slot, length, length
         self.slots[slot] = sequence
-        self.sampler.place(slot, sequence.sampling, sequence.prompt)
-        self.joining.append(sequence)
+        self.running.append(sequence)
 
     def cancel(self, sequence: Sequence) -> None:
         """Free the sequence's slot at once; does nothing for one that has none."""
         if sequence.slot >= 0:
             self.prefixes.hold(sequence.slot, sequence.tokens[: sequence.cached])
             self.slots[sequence.slot] = None
+            self.running.remove(sequence)
             sequence.slot = -1
-        if sequence in self.joining:
-            self.joining.remove(sequence)
 
     @torch.inference_mode()
-    def step(self) -> list[Token]:
-        """Decode one token for each running sequence and read one chunk of waiting prompts, all in one forward."""
-        batch = self._schedule()
+    def step(self, among: list[Sequence] | None = None) -> list[Token]:
+        """Decode one token for each active sequence and read one chunk of waiting prompts, all in one forward.
+
+        `among` has only some of them take part. A step that raises has done nothing: it may be tried again, and
+        comes to the same tokens.
+        """
+        batch = self._schedule(self.active if among is None else among)
         if not batch.ids:
             return []
-        logits = self._forward(batch)
+        try:
+            ids = self._choose(batch.ending, self._forward(batch))
+        except Exception:
+            self._forget(batch)
+            raise
         for sequence, count in batch.read:
             sequence.cached += count
-        self.joining = [sequence for sequence in self.joining if not sequence.prefilled]
-        return self._next(batch.ending, logits)
+        return [self._take(sequence, token_id) for sequence, token_id in zip(batch.ending, ids, strict=True)]
+
+    @torch.inference_mode()
+    def probe(self) -> None:
+        """Run a forward that belongs to no sequence. Raises what it raises, where the engine is broken."""
+        self._forward(self._rehearsal()).sum().item()  # for which the device has to be done
 
     def _cache_dtype(self) -> torch.dtype | None:
         """None is the model's own."""
@@ -108,14 +126,14 @@ class Engine:
             return torch.bfloat16  # halves what attention reads, and costs less than the int8 of the linears
         return torch.float32 if self.native and self.model.dtype == torch.float16 else None  # the kernel knows no half
 
-    def _schedule(self) -> Batch:
-        """Running sequences first, by slot; then prompts, oldest first, as far as the budget goes."""
+    def _schedule(self, among: list[Sequence]) -> Batch:
+        """Those that decode first, by slot; then prompts, in their order, as far as the budget goes."""
         batch = Batch()
-        for sequence in self.slots:
-            if sequence and sequence.prefilled:
+        for sequence in sorted(among, key=attrgetter("slot")):
+            if sequence.prefilled:
                 batch.add(sequence, 1)
         budget = self.prefill_chunk if batch.ids else 16 * self.prefill_chunk
-        for sequence in self.joining:
+        for sequence in [sequence for sequence in among if not sequence.prefilled]:
             depth = 1 + sequence.cached / DEPTH
             if count := min(int(budget / depth), len(sequence.prompt) - sequence.cached):
                 batch.add(sequence, count)
@@ -127,12 +145,16 @@ class Engine:
 
         For another thread than the one that steps, which meanwhile goes on.
         """
+        inputs, tokens, sequences = self._inputs(self._rehearsal()), Dim("tokens", min=2), Dim("sequences", min=1)
+        sizes = (tokens, tokens, tokens, sequences)
+        self.program = compiled(self.forward, inputs, sizes, repr(self.model.config), cache)
+
+    def _rehearsal(self) -> Batch:
+        """A batch that no sequence sees anything of."""
         batch = Batch()
         batch.add_part(self.cache.scratch, [0] * 13, 0)
         batch.last = [3, 7, 12]
-        inputs, tokens, sequences = self._inputs(batch), Dim("tokens", min=2), Dim("sequences", min=1)
-        sizes = (tokens, tokens, tokens, sequences)
-        self.program = compiled(self.forward, inputs, sizes, repr(self.model.config), cache)
+        return batch
 
     def _inputs(self, batch: Batch) -> tuple[Tensor, ...]:
         """What `Forward` takes."""
@@ -149,19 +171,26 @@ class Engine:
         logits: Tensor = self.forward(*inputs, tuple(batch.parts), unattached)
         return logits
 
-    def _next(self, sequences: list[Sequence], logits: Tensor) -> list[Token]:
-        """Choose the next token of each sequence and let go of those that are finished."""
+    def _forget(self, batch: Batch) -> None:
+        """Clear what a forward that failed may have written, of which nobody knows."""
+        if not self.native:
+            for sequence, count in batch.read:
+                self.cache.clear(sequence.slot, sequence.cached, sequence.cached + count)
+
+    def _choose(self, sequences: list[Sequence], logits: Tensor) -> list[int]:
+        """The next token of each sequence."""
         if not sequences:
             return []
-        uniforms = [sequence.random.random() for sequence in sequences]
-        ids = self.sampler.sample(logits, [sequence.slot for sequence in sequences], uniforms)
-        tokens = []
-        for sequence, token_id in zip(sequences, ids, strict=True):
-            sequence.tokens.append(token_id)
-            tokens.append(Token(sequence, token_id, self._finish(sequence)))
-            if tokens[-1].finish:
-                self.cancel(sequence)
-        return tokens
+        slots = [sequence.slot for sequence in sequences]
+        return self.sampler.sample(logits, slots, [sequence.uniform for sequence in sequences])
+
+    def _take(self, sequence: Sequence, token_id: int) -> Token:
+        """Go on with the next token of a sequence, or let go of it where it is finished."""
+        sequence.append(token_id)
+        token = Token(sequence, token_id, self._finish(sequence))
+        if token.finish:
+            self.cancel(sequence)
+        return token
 
     def _finish(self, sequence: Sequence) -> Finish | None:
         if sequence.tokens[-1] in sequence.stop_ids:

@@ -8,12 +8,14 @@ import gc
 import logging
 import queue
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from models.engine import Engine
 from models.sequence import Sequence, Token
+from models.stepper import Outcome, Stepper, in_one_line
 
 logger = logging.getLogger("parley")
 
@@ -26,15 +28,23 @@ class EngineThread:
     """Steps an engine while it has sequences, sleeps while it has none.
 
     Commands go to the thread through a queue and are obeyed between two steps; tokens come back through the
-    event loop, a call a step. Its methods belong to the event loop.
+    event loop, a call a step. Its methods belong to the event loop, where `on_shrink` is told how many sequences run
+    at once from now on; `observe_step` is told, in the thread, how many seconds each step took.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        on_shrink: Callable[[int], None] | None = None,
+        observe_step: Callable[[float], None] | None = None,
+    ) -> None:
         self.engine = engine
+        self.trouble: str | None = None  # in a line, why no more tokens come
+        self.died = asyncio.Event()  # unlike a thread that was stopped
         self._commands: queue.SimpleQueue[tuple[Callable[[Sequence], None], Sequence] | None] = queue.SimpleQueue()
         self._streams: dict[Sequence, asyncio.Queue[Token | None]] = {}
-        self._stopped = False
         self._loop = asyncio.get_running_loop()
+        self._stepper = Stepper(engine, partial(self._call, on_shrink) if on_shrink else None, observe_step)
         _end_helpers()
         _settle()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -42,12 +52,12 @@ class EngineThread:
 
     @property
     def alive(self) -> bool:
-        return not self._stopped
+        return self.trouble is None
 
     async def tokens(self, sequence: Sequence) -> AsyncGenerator[Token, None]:
         """The tokens of a sequence as they come; leaving early frees its slot. Raises EngineFailed."""
-        if self._stopped:
-            raise EngineFailed("the engine has stopped")
+        if self.trouble:
+            raise EngineFailed(self.trouble)
         stream = self._streams[sequence] = asyncio.Queue()
         self._commands.put((self.engine.add, sequence))
         try:
@@ -55,7 +65,7 @@ class EngineThread:
                 yield token
                 if token.finish:
                     return
-            raise EngineFailed("the engine stopped in the middle of a reply")
+            raise EngineFailed("the engine could not go on with a reply")
         finally:
             del self._streams[sequence]
             self._commands.put((self.engine.cancel, sequence))
@@ -67,23 +77,25 @@ class EngineThread:
             try:
                 self.engine.compile(cache)
             except Exception as error:  # whatever torch's compiler, or the system's, stumbles on
-                reason = " ".join(str(error).split())[:300]
-                logger.warning("the model is not compiled, and stays a little slower: %s", reason)
+                logger.warning("the model is not compiled, and stays a little slower: %s", in_one_line(error))
 
         threading.Thread(target=run, name="compile", daemon=True).start()
 
     async def stop(self) -> None:
-        """End the thread after the step it is in; what still runs fails."""
+        """End the thread after the step it is in, if it has not died; what still runs fails."""
         self._commands.put(None)
         await asyncio.to_thread(self._thread.join)
 
     def _run(self) -> None:
-        keep_memory()
+        trouble = None
         try:
+            keep_memory()
             while self._obey():
-                self._tell(self._step())
-        finally:
-            self._tell(None)
+                self._call(self._deliver, self._stepper.step())
+        except BaseException as error:  # whatever it is, those who wait for tokens must hear of it
+            logger.critical("the engine stopped", exc_info=True)
+            trouble = f"the engine stopped: {in_one_line(error)}"
+        self._call(self._end, trouble)
 
     def _obey(self) -> bool:
         """Take the commands that are there, wait for one while there is nothing to step. False: stop."""
@@ -102,30 +114,26 @@ class EngineThread:
         except Exception:
             logger.exception("the engine could not take a sequence; its reply ends here")
             self.engine.cancel(sequence)
-            self._tell([(sequence, None)])
+            self._call(self._deliver, [(sequence, None)])
+            self.engine.probe()
 
-    def _step(self) -> list[tuple[Sequence, Token | None]]:
-        running = [sequence for sequence in self.engine.slots if sequence]  # some may end in a step that fails later
-        try:
-            return [(token.sequence, token) for token in self.engine.step()]
-        except Exception:
-            logger.exception("an engine step failed; the replies that were running end here")
-            for sequence in running:
-                self.engine.cancel(sequence)
-            return [(sequence, None) for sequence in running]
+    def _call(self, function: Callable[..., object], *arguments: object) -> None:
+        """Have the event loop call a function."""
+        with suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(function, *arguments)
 
-    def _tell(self, tokens: list[tuple[Sequence, Token | None]] | None) -> None:
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._deliver, tokens)
-
-    def _deliver(self, tokens: list[tuple[Sequence, Token | None]] | None) -> None:
-        """Hand tokens to those who wait for them; None, for the thread or for one sequence: no more will come."""
-        if tokens is None:
-            self._stopped = True
-            tokens = [(sequence, None) for sequence in self._streams]
-        for sequence, token in tokens:
+    def _deliver(self, outcomes: Iterable[Outcome]) -> None:
+        """Hand tokens to those who wait for them; None: no more will come."""
+        for sequence, token in outcomes:
             if stream := self._streams.get(sequence):  # else it was cancelled meanwhile
                 stream.put_nowait(token)
+
+    def _end(self, trouble: str | None) -> None:
+        """Take note that the thread has ended, which is trouble unless it was stopped."""
+        self.trouble = trouble or "the engine was stopped"
+        self._deliver([(sequence, None) for sequence in self._streams])
+        if trouble:
+            self.died.set()
 
 
 def _settle() -> None:

@@ -71,7 +71,7 @@ ClientEvent = SessionUpdate | ResponseCreate | ResponseCancel | ResponseResume
 
 def parse(frame: str | bytes) -> ClientEvent:
     """The client event in a frame. Raises InvalidEvent, whatever the frame holds."""
-    event = _json(frame)
+    event = parse_object(frame, "the frame")
     event_id = _field(event, "event_id", "event_id", None)
     try:
         match _field(event, "type", "type"):
@@ -90,16 +90,17 @@ def parse(frame: str | bytes) -> ClientEvent:
         raise
 
 
-def _json(frame: str | bytes) -> Json:
+def parse_object(text: str | bytes, what: str) -> Json:
+    """The JSON object in a text, which an error calls `what`. Raises InvalidEvent."""
     try:
-        event = json.loads(frame if isinstance(frame, str) else frame.decode(), parse_constant=_no_constant)
+        value = json.loads(text if isinstance(text, str) else text.decode(), parse_constant=_no_constant)
     except RecursionError:
-        raise InvalidEvent("invalid_json", "the frame is nested too deep") from None
+        raise InvalidEvent("invalid_json", f"{what} is nested too deep") from None
     except ValueError as error:  # bad JSON, bad UTF-8, a number of thousands of digits
-        raise InvalidEvent("invalid_json", f"the frame is not JSON: {_short(error)}") from None
-    if not isinstance(event, dict):
-        raise InvalidEvent("invalid_json", "the frame is not a JSON object")
-    return event
+        raise InvalidEvent("invalid_json", f"{what} is not JSON: {_short(error)}") from None
+    if not isinstance(value, dict):
+        raise InvalidEvent("invalid_json", f"{what} is not a JSON object")
+    return value
 
 
 def _no_constant(name: str) -> None:
@@ -244,13 +245,15 @@ def presence(change: Change, user: str) -> Json:
     return {"type": f"presence.{change}", "user": user}
 
 
-def error(refused: Refused, event_id: str | None = None) -> Json:
-    """`error`: why the client's event `event_id` is not acted on; the socket stays open."""
+def error(refused: Refused, event_id: str | None = None, response_id: str | None = None) -> Json:
+    """`error`: why the client's event `event_id` is not acted on, or what is wrong with a reply; all else goes on."""
     details = {
         "type": refused.type,
         "code": refused.code,
         "message": str(refused),
         "param": refused.param,
+        "retry_after": refused.retry_after,
         "event_id": event_id,
+        "response_id": response_id,
     }
     return {"type": "error", "error": {name: value for name, value in details.items() if value is not None}}

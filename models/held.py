@@ -1,10 +1,12 @@
-"""Replies that have ended and are in no database: they are of no conversation, or could not be written yet."""
+"""Replies that are in no database: they are of no conversation, or could not be written yet."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from models.conversations import Conversations
 from models.item import Item
 
 REPLY_BYTES = 2000  # about what one takes beside its text
@@ -12,16 +14,32 @@ REPLY_BYTES = 2000  # about what one takes beside its text
 
 @dataclass(frozen=True)
 class Held:
-    """One of them, and whose it is."""
+    """One of them, and whose it is; with `position`, what it answers is not in the conversation yet either."""
 
     user: str
     conversation: str | None
     reply: Item
+    said: Sequence[Item] = ()
+    position: int | None = None  # in the conversation, of what was said
 
     @property
     def bytes(self) -> int:
         """How much memory it takes, about."""
-        return sys.getsizeof(self.reply.content) + sys.getsizeof(self.reply.cuts) + REPLY_BYTES
+        return REPLY_BYTES + sum(
+            sys.getsizeof(item.content) + sys.getsizeof(item.cuts) for item in (*self.said, self.reply)
+        )
+
+    def after(self, items: Sequence[Item]) -> Sequence[Item]:
+        """The items of its conversation with this in them."""
+        if self.position is not None:
+            return [*items[: self.position], *self.said, self.reply]
+        return [self.reply if item.id == self.reply.id else item for item in items]
+
+    async def add_to(self, conversations: Conversations) -> None:
+        """Add what was said and the reply to the conversation. Raises ConversationNotFound."""
+        assert self.conversation is not None
+        assert self.position is not None
+        await conversations.add(self.user, self.conversation, self.position, [*self.said, self.reply])
 
 
 class HeldReplies:
@@ -32,9 +50,15 @@ class HeldReplies:
         self._bytes = 0
         self._held: dict[str, Held] = {}
 
-    def hold(self, user: str, conversation: str | None, reply: Item) -> None:
-        """Keep a reply, but for its options, which nobody asks for here and which may be large."""
-        held = self._held[reply.id] = Held(user, conversation, replace(reply, options=None))
+    def hold(self, held: Held) -> None:
+        """Keep a reply, in place of an earlier state of it."""
+        id, earlier = held.reply.id, self._held.get(held.reply.id)
+        if earlier and earlier.position is not None:
+            held = replace(held, said=earlier.said, position=earlier.position)
+        if held.position is None:  # nobody asks for its options here, and they may be large
+            held = replace(held, reply=replace(held.reply, options=None))
+        self.drop(id)
+        self._held[id] = held
         self._bytes += held.bytes
         while self._bytes > self._most_bytes:
             self.drop(next(iter(self._held)))
@@ -44,12 +68,21 @@ class HeldReplies:
         if held := self._held.pop(id, None):
             self._bytes -= held.bytes
 
+    def release(self, held: Held) -> None:
+        """Forget a reply that is written, unless more has come of it since."""
+        if self._held.get(held.reply.id) is held:
+            self.drop(held.reply.id)
+
     def find(self, user: str, id: str) -> tuple[str | None, Item] | None:
         """A reply of a user, with the id of its conversation."""
         held = self._held.get(id)
         return (held.conversation, held.reply) if held and held.user == user else None
 
+    def missing(self, user: str, conversation: str | None) -> list[Held]:
+        """What a conversation lacks in the database, in order."""
+        return [held for held in self.unwritten if (held.user, held.conversation) == (user, conversation)]
+
     @property
-    def unwritten(self) -> list[Item]:
+    def unwritten(self) -> list[Held]:
         """Those that belong in the database."""
-        return [held.reply for held in self._held.values() if held.conversation is not None]
+        return [held for held in self._held.values() if held.conversation is not None]

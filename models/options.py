@@ -25,6 +25,8 @@ class Options:
     top_p: float = 0.9
     top_k: int = 0
     repetition_penalty: float = 1.1
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
     max_output_tokens: int | None = None
     stop: tuple[str, ...] = ()
     seed: int | None = None
@@ -101,6 +103,8 @@ CHECKS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
     "top_p": ("a number above 0, 1 at most", _number(0, 1, low_included=False)),
     "top_k": ("a whole number, 0 or more", _whole(0, 2**31)),
     "repetition_penalty": ("a number above 0, 2 at most", _number(0, 2, low_included=False)),
+    "frequency_penalty": ("a number from -2 to 2", _number(-2, 2)),
+    "presence_penalty": ("a number from -2 to 2", _number(-2, 2)),
     "max_output_tokens": ("a whole number, 1 or more, or null", _optional(_whole(1, 2**31))),
     "stop": ("a string of 1 to 256 characters or a list of up to 8", _stop),
     "seed": ("a whole number from 0 to 2^63 - 1, or null", _optional(_whole(0, 2**63 - 1))),

@@ -33,6 +33,7 @@ class Outbox:
 
     def __init__(self, client: Client, unsent_bytes: int = UNSENT_BYTES, seconds: float = UNSENT_SECONDS) -> None:
         self.closing = False
+        self.unread = False  # the client let too much pile up
         self._client = client
         self._limit = unsent_bytes
         self._seconds = seconds
@@ -72,7 +73,7 @@ class Outbox:
             await self._deliver_all()
             return True
         except TimeoutError:
-            pass
+            self.unread = True
         finally:
             self.closing, self._sending = True, None
         with suppress(TimeoutError):

@@ -61,6 +61,8 @@ class PlainSession:
                 self._put(delta)
             case {"type": "response.done", "response": {"status": "failed"}}:
                 self._put("error: the server failed; try again")
+            case {"type": "error", "error": {"message": str(message), "response_id": _}}:
+                self._notices.append(f"error: {message}")  # the reply goes on
             case {"type": "error", "error": {"message": str(message)}}:
                 self._put(f"error: {message}")
 

@@ -13,6 +13,7 @@ class Refused(Exception):
     type: ErrorType = "invalid_request_error"
     code: str
     param: str | None = None
+    retry_after: int | None = None  # seconds, where it may be tried again
     message: str  # where it is always the same
 
     def __init__(self, message: str | None = None) -> None:

@@ -30,9 +30,13 @@ class Usage:
     cached_tokens: int = 0
     output_tokens: int = 0
 
+    @property
+    def total_tokens(self) -> int:
+        return self.input_tokens + self.output_tokens
+
     def public(self) -> dict[str, int]:
         """The counts and their sum, as JSON has them."""
-        return asdict(self) | {"total_tokens": self.input_tokens + self.output_tokens}
+        return asdict(self) | {"total_tokens": self.total_tokens}
 
 
 @dataclass(frozen=True)

@@ -35,16 +35,21 @@ class Reader(Listener, Protocol):
 
 @dataclass(eq=False)
 class Response:
-    """A reply as the wire has it. `conversation` None is none at all, `begins` one that need not be there yet."""
+    """A reply as the wire has it. `conversation` None is none at all, `begins` one that need not be there yet.
+
+    Of a `completion` nothing is left out and nothing kept: it is for one who listens, and has it all at its end.
+    """
 
     user: str
     request: ResponseCreate
     conversation: str | None
     begins: bool
     options: Options
+    completion: bool = False
     chosen: Mapping[str, Any] = field(default_factory=dict)  # the options that are not the usual ones
     id: str = field(default_factory=lambda: f"resp_{uuid.uuid4().hex}")
     created: float = field(default_factory=time.time)
+    asked_at: float = field(default_factory=time.monotonic)
     status: Status = "in_progress"
     reason: str | None = None
     usage: Usage = field(default_factory=lambda: Usage(0))
@@ -52,7 +57,9 @@ class Response:
     deltas: list[str] = field(default_factory=list)
     listeners: dict[Listener, bool] = field(default_factory=dict)  # and whether they have heard all so far
     announced: bool = False
+    refused: Refused | None = None
     finished: bool = False
+    warned: bool = False
     cancelled_as: tuple[Status, str] | None = None
     making: asyncio.Task[None] = field(init=False)
     ending: asyncio.Task[None] = field(init=False)
@@ -110,7 +117,14 @@ class Response:
 
     def refuse(self, refused: Refused) -> None:
         """Tell why there is no reply."""
+        self.refused = refused
         self._tell(events.error(refused, self.request.event_id))
+
+    def warn(self, refused: Refused) -> None:
+        """Tell what is wrong though the reply goes on, the first time."""
+        if not self.warned:
+            self.warned = True
+            self._tell(events.error(refused, response_id=self.id))
 
     def finish(self) -> None:
         """Tell that this was all."""

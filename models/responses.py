@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
-from itertools import chain
 
 from models import events
 from models.chat import Chat
 from models.conversations import ConversationNotFound, Conversations
 from models.engine_thread import EngineFailed
-from models.held import HeldReplies
+from models.held import Held
 from models.item import Item, left_out, messages, up_to
+from models.journal import Journal, NotKept
+from models.logs import log
+from models.metrics import Metrics
 from models.refused import Refused, ServerFailed
 from models.reply import Started
 from models.response import Listener, Reader, Response, replay
@@ -45,24 +48,24 @@ class Responses:
     after its end, while all of those take `replay_bytes` at most.
     """
 
-    def __init__(self, chat: Chat, conversations: Conversations, settings: Settings) -> None:
+    def __init__(self, chat: Chat, journal: Journal, metrics: Metrics, linger: int) -> None:
         self._chat = chat
-        self._conversations = conversations
-        self._linger = settings.linger
+        self._journal = journal
+        self._metrics = metrics
+        self._linger = linger
         self._live: dict[str, Response] = {}
-        self._held = HeldReplies(settings.replay_bytes)
-        self._writing = asyncio.Lock()
-        self._written = True  # when it was last tried
 
     @classmethod
     @asynccontextmanager
-    async def running(cls, chat: Chat, conversations: Conversations, settings: Settings) -> AsyncIterator[Responses]:
+    async def running(
+        cls, chat: Chat, conversations: Conversations, settings: Settings, metrics: Metrics
+    ) -> AsyncIterator[Responses]:
         """Responses that are written down as they grow, and end with the context."""
         if count := await conversations.end_unfinished():
             logger.warning(
                 "%d replies had been cut off when the server ended; they are kept as far as they went", count
             )
-        responses = cls(chat, conversations, settings)
+        responses = cls(chat, Journal(conversations, settings.replay_bytes), metrics, settings.linger)
         writing = asyncio.create_task(responses._write_along())
         try:
             yield responses
@@ -70,6 +73,13 @@ class Responses:
             await responses._end_all()
             writing.cancel()
             await asyncio.wait([writing])
+            if count := responses._journal.unwritten:
+                logger.error("%d replies could not be written down, and are lost", count)
+
+    @property
+    def trouble(self) -> str | None:
+        """Why nothing that is said can be written down at present, if so."""
+        return self._journal.trouble
 
     def create(self, response: Response, listener: Listener) -> None:
         """Begin to make a reply, and have a listener told of it. Raises ConversationBusy."""
@@ -86,7 +96,7 @@ class Responses:
         response = self._live.get(id)
         if response and response.user == user:
             return await response.follow(reader, starting_after)
-        found = self._held.find(user, id) or await self._conversations.reply(user, id)
+        found = await self._journal.find(user, id)
         if found is None:
             raise ResponseNotFound("there is no such reply, or it is no longer kept")
         conversation, reply = found
@@ -131,19 +141,29 @@ class Responses:
             return []
         return [live for live in self._live.values() if (live.user, live.conversation) == (user, conversation)]
 
+    async def drain(self, seconds: float) -> None:
+        """Refuse new replies, give those that are being made time to come to their end, and end the others."""
+        self._chat.admission.close()
+        if self._live:
+            logger.warning("%d replies have %g s to come to their end", len(self._live), seconds)
+            await asyncio.wait([response.ending for response in self._live.values()], timeout=seconds)
+        await self._end_all()
+
     async def _make(self, response: Response) -> None:
         with self._chat.admission.place(response.user) as ticket:
             before = await self._before(response)
             position, response.left_out = len(before), left_out(before)
             turns = [*messages(before), *response.request.input]
-            async with aclosing(self._chat.reply(ticket, turns, response.options)) as reply:
+            coming = self._metrics.observe(
+                ticket, self._chat.reply(ticket, turns, response.options, response.completion)
+            )
+            async with aclosing(coming) as reply:
                 del before, turns  # a reply may wait long, and a history be large
                 async for event in reply:
                     if isinstance(event, Started):
-                        response.usage = event.usage
+                        response.usage = ticket.usage = event.usage
                         response.left_out += event.left_out
-                        await self._keep(response, position)
-                        response.announce()
+                        await self._begin(response, position)
                     else:
                         response.take(event)
 
@@ -151,16 +171,20 @@ class Responses:
         """What was said before a reply's input."""
         if response.conversation is None or response.request.conversation == "new":
             return []
-        items = await self._conversations.items(response.user, response.conversation)
+        items = await self._journal.read(response.user, response.conversation)
         if not items and not response.begins:
             raise ConversationNotFound
         return items if response.request.after is None else up_to(items, response.request.after)
 
-    async def _keep(self, response: Response, position: int) -> None:
-        """Have the input kept, and the reply, of which there is nothing yet."""
-        if response.conversation is not None:
-            said = [Item.said(message, response.created) for message in response.request.input]
-            await self._conversations.add(response.user, response.conversation, position, [*said, response.item])
+    async def _begin(self, response: Response, position: int) -> None:
+        """Have the input kept, and the reply, of which there is nothing yet; then tell of it."""
+        if response.conversation is None:
+            return response.announce()
+        said = [Item.said(message, response.created) for message in response.request.input]
+        kept = await self._journal.add(Held(response.user, response.conversation, response.item, said, position))
+        response.announce()
+        if not kept:
+            response.warn(NotKept())
 
     async def _end(self, response: Response) -> None:
         """Wait for a reply's end, whatever that is: what was announced is finished, what was not is refused."""
@@ -173,36 +197,43 @@ class Responses:
             if not isinstance(error, Refused):
                 logger.error("%s failed", response.id, exc_info=None if isinstance(error, EngineFailed) else error)
             if not response.announced:
-                del self._live[response.id]
-                return response.refuse(error if isinstance(error, Refused) else ServerFailed())
+                return self._refuse(response, error if isinstance(error, Refused) else ServerFailed())
             response.status, response.reason = "failed", "server_error"
-        if response.conversation is None:
-            asyncio.get_running_loop().call_later(self._linger, self._held.drop, response.id)
-        if response.conversation is None or not await self._write([], [response]):
-            self._held.hold(response.user, response.conversation, response.item)
+        await self._store(response)
         del self._live[response.id]
+        self._note(response, response.status, response.reason)
         response.finish()
+
+    def _refuse(self, response: Response, refused: Refused) -> None:
+        del self._live[response.id]
+        self._note(response, "refused", refused.code)
+        response.refuse(refused)
+
+    async def _store(self, response: Response) -> None:
+        """Have the end of a reply kept, by its conversation or for a while."""
+        if response.completion:
+            return
+        if response.conversation is None:
+            asyncio.get_running_loop().call_later(self._linger, self._journal.forget, response.id)
+        kept = await self._journal.end(Held(response.user, response.conversation, response.item))
+        if not kept and response.conversation is not None:
+            response.warn(NotKept())
+
+    def _note(self, response: Response, status: str, reason: str | None) -> None:
+        """Count what became of a reply, and log it."""
+        self._metrics.responses.labels(status, reason).inc()
+        seconds = round(time.monotonic() - response.asked_at, 3)
+        what: dict[str, object] = {"response": response.id, "user": response.user, "status": status, "reason": reason}
+        log("reply", **what, **response.usage.public(), seconds=seconds)
 
     async def _write_along(self) -> None:
         while True:
             await asyncio.sleep(WRITE_SECONDS)
-            unwritten = self._held.unwritten
             growing = [live for live in self._live.values() if live.deltas and live.conversation is not None]
-            if (unwritten or growing) and await self._write(unwritten, growing):
-                for reply in unwritten:
-                    self._held.drop(reply.id)
-
-    async def _write(self, ended: Sequence[Item], growing: Sequence[Response]) -> bool:
-        """Have replies written down as they are now; one such at a time, so that no earlier state comes later."""
-        try:
-            async with self._writing:
-                await self._conversations.write(chain(ended, (response.item for response in growing)))
-            self._written = True
-        except Exception:
-            if self._written:
-                logger.exception("replies cannot be written down; it is tried again and again")
-            self._written = False
-        return self._written
+            something = growing or self._journal.unwritten or self._journal.trouble
+            if something and not await self._journal.write(response.item for response in growing):
+                for response in growing:
+                    response.warn(NotKept())
 
     async def _end_all(self) -> None:
         for response in self._live.values():

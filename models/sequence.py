@@ -24,10 +24,12 @@ class Sequence:
     tokens: list[int] = field(init=False)  # the prompt and what was generated
     cached: int = field(default=0, init=False)  # tokens whose keys and values are in the slot
     reused: int = field(default=0, init=False)  # those of them that were there when it began
+    uniform: float = field(init=False)  # the random number of the next token, however often a step is tried
     random: random.Random = field(init=False)
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
+        self.uniform = self.random.random()
         self.tokens = list(self.prompt)
 
     @property
@@ -37,6 +39,11 @@ class Sequence:
     @property
     def generated(self) -> int:
         return len(self.tokens) - len(self.prompt)
+
+    def append(self, token_id: int) -> None:
+        """Take the next token, which spends its random number."""
+        self.tokens.append(token_id)
+        self.uniform = self.random.random()
 
 
 class Token(NamedTuple):

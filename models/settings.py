@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import limits
+
 from models.options import CHECKS, check
 
 Lookup = Callable[[str], str | None]  # a setting's name, without the prefix, to what the environment says
@@ -40,13 +42,18 @@ class Settings:
     slots: int = 32
     queue: int = 256
     responses_per_user: int = 4
+    rate: str | None = None
+    token_rate: str | None = None
     sockets_per_user: int = 256
     users: Mapping[str, str] = field(default_factory=dict, repr=False)
     data: Path = Path("data")
     database_url: str | None = field(default=None, repr=False)
     linger: int = 60
     replay_bytes: int = 2**24
+    drain: int = 30
     origins: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
+    log: str = "text"
     presence: bool = True
     options: Mapping[str, Any] = field(default_factory=dict)  # the operator's default options
 
@@ -133,6 +140,16 @@ def _origins(value: str) -> tuple[str, ...]:
     return tuple(_choice("https?://[^/?#]+")(origin.strip().rstrip("/")) for origin in value.split(","))
 
 
+def _hosts(value: str) -> tuple[str, ...]:
+    return tuple(_choice(r"(\*\.)?[\w.-]+|\[[\da-fA-F:]+\]")(host.strip()) for host in value.split(","))
+
+
+def _rate(value: str) -> str:
+    if not limits.parse(value).amount:
+        raise ValueError("a limit of nothing")
+    return value
+
+
 def _option(name: str, parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return lambda value: check(name, parse(value))
 
@@ -154,13 +171,18 @@ RULES: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "slots": _whole(1, 1024),
     "queue": _whole(0, 1_000_000),
     "responses_per_user": _whole(1, 1_000_000),
+    "rate": ("requests in a time, such as 60/minute", _rate),
+    "token_rate": ("tokens in a time, such as 100000/day", _rate),
     "sockets_per_user": _whole(1, 1_000_000),
     "users": ("id:secret,id:secret, each id and each secret once, ids of letters, digits and . _ @ -", _users),
     "data": ("a folder", _path),
     "database_url": ("postgresql://user:password@host/database, or sqlite:///path", _database_url),
     "linger": _whole(0, 86_400),
     "replay_bytes": _whole(0, 2**40),
+    "drain": _whole(0, 86_400),
     "origins": ("a list of origins, such as https://chat.example.com, with commas between them", _origins),
+    "hosts": ("a list of host names, such as chat.example.com or *.example.com, with commas between them", _hosts),
+    "log": ("text or json", _choice("text|json")),
     "presence": ("true or false", _switch),
 }
 

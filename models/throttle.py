@@ -15,6 +15,7 @@ class TooManyFailures(Refused):
     type = "rate_limit_error"
     code = "too_many_failures"
     message = "too many failed logins from your address: wait a minute"
+    retry_after = 60
 
 
 class Throttle:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
+import logging
 import os
 import re
 import secrets
 import tempfile
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +19,15 @@ from sqlalchemy import delete, insert, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from models.database import DataFolderError, users_table
+from models.database import DatabaseUnavailable, DataFolderError, explained, users_table
 from models.refused import Refused
 from models.settings import USER_ID, Settings, StartError
 from models.throttle import Throttle, TooManyFailures
 
+logger = logging.getLogger("parley")
+
 TICKET_SECONDS = 14 * 24 * 3600
+LOOK_SECONDS = 0.5  # from one look into the database to the next
 
 
 class UsersError(StartError):
@@ -57,6 +63,7 @@ class Users:
 
     Secrets are stored as HMAC-SHA256 under a key that lies beside the database, so neither alone is worth
     stealing; and since a digest cannot be chosen without the key, looking one up tells an attacker nothing.
+    Who was there at the last look into the database is known without it; `trouble` says why that failed.
     """
 
     def __init__(self, database: AsyncEngine, key: bytes, configured: Mapping[str, str]) -> None:
@@ -65,6 +72,8 @@ class Users:
         self._key = key
         self._tickets = URLSafeTimedSerializer(hmac.digest(key, b"tickets", "sha256"))
         self._configured = [User(user, self._digest(secret)) for user, secret in configured.items()]
+        self._known = tuple(self._configured)  # as of the last look into the database
+        self.trouble: str | None = None
 
     @classmethod
     def of(cls, settings: Settings, database: AsyncEngine) -> Users:
@@ -76,15 +85,29 @@ class Users:
             raise DataFolderError(settings.data, error) from error
         return cls(database, key, settings.users)
 
+    @asynccontextmanager
+    async def watched(self, revoked: Callable[[User], None]) -> AsyncIterator[None]:
+        """While the context lasts, see at once who was added, and tell whose secret is no longer good."""
+        watching = asyncio.create_task(self._watch(revoked))
+        try:
+            yield
+        finally:
+            watching.cancel()
+
     async def find(self, secret: str, user_id: str | None = None) -> User | None:
-        """The user with this secret, and with this id where one is given."""
+        """The user with this secret, and with this id where one is given. Raises DatabaseUnavailable."""
         digest = self._digest(secret)
-        known = await self._stored(users_table.c.digest == digest)
-        matches = [user for user in [*self._configured, *known] if hmac.compare_digest(user.digest, digest)]
-        return next((user for user in matches if user_id in (None, user.id)), None)
+        found = self._among(digest, user_id)
+        if not found:
+            try:
+                await self._look()
+            except Exception as error:
+                raise DatabaseUnavailable from error
+            found = self._among(digest, user_id)
+        return found
 
     async def log_in(self, secret: str, user_id: str | None, address: str) -> User:
-        """As `find`, where a wrong secret counts against an address. Raises WrongCredentials or TooManyFailures."""
+        """As `find`, where a wrong secret counts against an address. Raises Refused."""
         user = await self.find(secret, user_id)
         if self._throttle.blocked(address):  # after the look-up: nobody else's guess comes between this and the count
             raise TooManyFailures
@@ -94,17 +117,16 @@ class Users:
         return user
 
     def ticket(self, user: User) -> str:
-        """A signed note of who it is, for a session cookie; good while the secret is, two weeks at most."""
-        return self._tickets.dumps([user.id, self._stamp(user)])
+        """A signed note of who it is, for a session cookie, always another; good for two weeks, while the secret is."""
+        return self._tickets.dumps([user.id, self._stamp(user), secrets.token_urlsafe(8)])
 
-    async def of_ticket(self, ticket: str) -> User | None:
+    def of_ticket(self, ticket: str) -> User | None:
         """Whose ticket it is, if it is one of ours and still good."""
         try:
-            user_id, stamp = self._tickets.loads(ticket, max_age=TICKET_SECONDS)
+            user_id, stamp, *_ = self._tickets.loads(ticket, max_age=TICKET_SECONDS)
         except BadSignature:
             return None
-        known = await self._stored(users_table.c.id == user_id)
-        users = [user for user in [*self._configured, *known] if user.id == user_id]
+        users = [user for user in self._known if user.id == user_id]
         return next((user for user in users if hmac.compare_digest(self._stamp(user), stamp)), None)
 
     async def add(self, user_id: str, secret: str | None = None) -> str:
@@ -124,6 +146,7 @@ class Users:
                 await connection.execute(insert(users_table).values(id=user_id, digest=self._digest(secret)))
         except IntegrityError:
             raise UsersError(f"another process added {user_id}, or a user with this secret, just now") from None
+        await self._look()
         return secret
 
     async def remove(self, user_id: str) -> None:
@@ -133,10 +156,12 @@ class Users:
         async with self._database.begin() as connection:
             if not (await connection.execute(delete(users_table).where(users_table.c.id == user_id))).rowcount:
                 raise UsersError(f"there is no user {user_id}")
+        await self._look()
 
     async def all(self) -> list[User]:
         """All users, by id."""
-        return sorted([*self._configured, *await self._stored()], key=lambda user: user.id)
+        await self._look()
+        return sorted(self._known, key=lambda user: user.id)
 
     async def add_first(self) -> str | None:
         """Where there is no user at all, add `admin` and return its secret."""
@@ -154,10 +179,28 @@ class Users:
     def _digest(self, secret: str) -> bytes:
         return hmac.digest(self._key, secret.encode(errors="surrogatepass"), "sha256")
 
-    async def _stored(self, *where: object) -> list[User]:
-        query = select(users_table.c.id, users_table.c.digest).where(*where)  # type: ignore[arg-type]
+    def _among(self, digest: bytes, user_id: str | None) -> User | None:
+        matches = [user for user in self._known if hmac.compare_digest(user.digest, digest)]
+        return next((user for user in matches if user_id in (None, user.id)), None)
+
+    async def _look(self) -> None:
         async with self._database.connect() as connection:
-            return [User(*row) for row in await connection.execute(query)]
+            rows = await connection.execute(select(users_table.c.id, users_table.c.digest))
+            self._known = (*self._configured, *(User(*row) for row in rows))
+
+    async def _watch(self, revoked: Callable[[User], None]) -> None:
+        while True:
+            before = self._known
+            await asyncio.sleep(LOOK_SECONDS)
+            try:
+                await self._look()
+                self.trouble = None
+            except Exception as error:
+                if not self.trouble:
+                    logger.error("the database cannot be read: %s", explained(error))
+                self.trouble = "the database cannot be read at present"
+            for user in {*before} - {*self._known}:
+                revoked(user)
 
 
 def _key(path: Path) -> bytes:

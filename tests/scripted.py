@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -13,6 +14,7 @@ from starlette.applications import Starlette
 from models.admission import Admission, Ticket
 from models.conversations import Conversations
 from models.item import Message
+from models.metrics import Metrics
 from models.options import Options
 from models.reply import Delta, Done, Event, Queued, Started, Usage
 from models.responses import Responses
@@ -30,6 +32,7 @@ class ScriptedChat:
     model_name = "scripted"
     context = 4096
     trouble: str | None = None
+    cache_usage = 0.0
 
     def __init__(self) -> None:
         self.defaults = Options()
@@ -37,6 +40,7 @@ class ScriptedChat:
         self.admission = Admission(slots=100, queue=0, per_user=100)
         self.heard: list[tuple[list[Message], Options]] = []
         self.running = 0
+        self.died = asyncio.Event()
         self.idle = anyio.Event()
         self._released = anyio.Event()
 
@@ -50,7 +54,9 @@ class ScriptedChat:
         self._released.set()
         self._released = anyio.Event()
 
-    async def reply(self, ticket: Ticket, messages: Sequence[Message], options: Options) -> AsyncGenerator[Event, None]:
+    async def reply(
+        self, ticket: Ticket, messages: Sequence[Message], options: Options, whole: bool = False
+    ) -> AsyncGenerator[Event, None]:
         self.running += 1
         self.idle = anyio.Event()
         self.heard.append((list(messages), options))
@@ -83,5 +89,6 @@ async def running(
     scripted: ScriptedChat, conversations: Conversations, settings: Settings, **changes: int
 ) -> AsyncIterator[Responses]:
     """The replies of a scripted chat, with some settings changed."""
-    async with Responses.running(scripted, conversations, replace(settings, **changes)) as responses:  # type: ignore
+    changed = replace(settings, **changes)  # type: ignore
+    async with Responses.running(scripted, conversations, changed, Metrics()) as responses:  # type: ignore
         yield responses

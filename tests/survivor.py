@@ -21,7 +21,9 @@ from tests.scripted import ScriptedChat
 class EndlessChat(ScriptedChat):
     """Counts up and never comes to an end, but says what it is asked to "say"."""
 
-    async def reply(self, ticket: Ticket, messages: Sequence[Message], options: Options) -> AsyncGenerator[Event, None]:
+    async def reply(
+        self, ticket: Ticket, messages: Sequence[Message], options: Options, whole: bool = False
+    ) -> AsyncGenerator[Event, None]:
         if messages[-1]["content"].startswith("say"):
             async for event in super().reply(ticket, messages, options):
                 yield event

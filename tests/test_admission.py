@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from itertools import chain, zip_longest
 
 import pytest
 from hypothesis import given, settings, strategies
 
-from models.admission import Admission, QueueFull, TooManyResponses
+from models.admission import Admission, QueueFull, ServerStopping, Ticket, TooManyResponses
+from models.rates import RateLimitExceeded, Rates
+from models.reply import Usage
 
 pytestmark = pytest.mark.anyio
 
@@ -115,28 +118,141 @@ async def test_a_place_that_is_refused_is_not_given_back(user: str, refusal: typ
     assert admission.free == 1
 
 
-steps = strategies.lists(strategies.tuples(strategies.sampled_from(["ann", "bob", "leave"]), strategies.integers(0, 9)))
+steps = strategies.lists(
+    strategies.tuples(strategies.sampled_from(["ann", "bob", "carla", "leave"]), strategies.integers(0, 9))
+)
 
 
-@settings(max_examples=200, deadline=None)
-@given(steps, strategies.integers(1, 3), strategies.integers(0, 3), strategies.integers(1, 4))
-def test_slots_go_to_the_longest_waiting_and_none_is_lost(
+@settings(max_examples=300, deadline=None)
+@given(steps, strategies.integers(1, 3), strategies.integers(0, 5), strategies.integers(1, 4))
+def test_slots_go_round_the_users_who_wait_and_none_is_lost(
     steps: list[tuple[str, int]], slots: int, queue: int, per_user: int
 ) -> None:
     admission = Admission(slots, queue, per_user)
-    tickets = []  # in the order they came; those with a slot may have left out of order
+    running: list[Ticket] = []
+    waiting: list[list[Ticket]] = []  # a list for each user, whose turn is next first
     for user, index in steps:
         if user != "leave":
+            mine = [ticket for ticket in chain(running, *waiting) if ticket.user == user]
             try:
-                tickets.append(admission.enter(user))
+                ticket = admission.enter(user)
             except TooManyResponses:
-                assert sum(ticket.user == user for ticket in tickets) == per_user
+                assert len(mine) == per_user
             except QueueFull:
-                assert len(tickets) == slots + queue
-        elif tickets:
-            admission.leave(tickets.pop(index % len(tickets)))
-        waiting = max(0, len(tickets) - slots)
-        running = len(tickets) - waiting
-        assert [ticket.position for ticket in tickets] == [0] * running + list(range(1, waiting + 1))
-        assert admission.free == slots - running
-        assert dict(admission.in_flight) == Counter(ticket.user for ticket in tickets)
+                assert (len(running), sum(map(len, waiting))) == (slots, queue)
+            else:
+                line = next((line for line in waiting if line[0].user == user), [])
+                if len(running) < slots:
+                    running.append(ticket)
+                elif not line:
+                    waiting.append([ticket])
+                else:
+                    line.append(ticket)
+        elif everybody := [*running, *chain.from_iterable(waiting)]:
+            leaver = everybody[index % len(everybody)]
+            admission.leave(leaver)
+            if leaver in running:
+                running.remove(leaver)
+                if waiting:
+                    line = waiting.pop(0)
+                    running.append(line.pop(0))
+                    waiting.append(line)
+            for line in waiting:
+                line[:] = [ticket for ticket in line if ticket is not leaver]
+            waiting = [line for line in waiting if line]
+        turns = [ticket for turn in zip_longest(*waiting) for ticket in turn if ticket]
+        assert [ticket.position for ticket in running] == [0] * len(running)
+        assert [ticket.position for ticket in turns] == list(range(1, len(turns) + 1))
+        assert admission.waiting == turns
+        assert admission.free == slots - len(running)
+        assert dict(admission.in_flight) == Counter(ticket.user for ticket in [*running, *turns])
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+async def test_a_single_request_waits_for_one_of_a_hundred_of_somebody_elses_at_most(slots: int) -> None:
+    admission = Admission(slots, queue=200, per_user=200)
+    anns = [admission.enter("ann") for _ in range(100)]
+    bobs = admission.enter("bob")
+    assert bobs.position == 2
+    running = anns[:slots]
+    admission.leave(running.pop(0))
+    assert (sum(not ticket.position for ticket in anns), bobs.position) == (slots + 1, 1)
+    admission.leave(running.pop(0) if running else next(ticket for ticket in anns[1:] if not ticket.position))
+    assert bobs.position == 0
+
+
+async def test_who_is_overtaken_is_told_of_the_new_position() -> None:
+    admission = Admission(slots=1, queue=9, per_user=9)
+    _, _, second = (admission.enter("ann") for _ in range(3))
+    turn = aiter(second.turn())
+    assert await anext(turn) == 2
+    admission.enter("bob")
+    assert await anext(turn) == 3
+
+
+async def test_where_slots_have_gone_nobody_is_admitted_until_enough_replies_have_ended() -> None:
+    admission = Admission(slots=4, queue=9, per_user=9)
+    running = [admission.enter("ann") for _ in range(4)]
+    waiting = admission.enter("bob")
+    admission.shrink(2)
+    for left in (3, 2):
+        admission.leave(running.pop())
+        assert (len(running), waiting.position) == (left, 1)
+    admission.leave(running.pop())
+    assert waiting.position == 0
+    admission.leave(waiting)
+    admission.leave(running.pop())
+    assert admission.free == 2
+
+
+async def test_a_closed_admission_refuses_all_and_lets_go_on_who_is_there() -> None:
+    admission = Admission(slots=1, queue=1, per_user=9)
+    running, waiting = admission.enter("ann"), admission.enter("bob")
+    admission.close()
+    with pytest.raises(ServerStopping) as raised:
+        admission.enter("ann")
+    assert (raised.value.code, dict(admission.in_flight)) == ("server_shutdown", {"ann": 1, "bob": 1})
+    admission.leave(running)
+    assert waiting.position == 0
+
+
+async def test_who_asks_too_often_is_refused_and_told_when_to_come_back() -> None:
+    admission = Admission(slots=9, queue=0, per_user=9, rates=Rates(requests="2/hour"))
+    admission.leave(admission.enter("ann"))
+    admission.leave(admission.enter("ann"))
+    with pytest.raises(RateLimitExceeded, match="2 per 1 hour") as raised:
+        admission.enter("ann")
+    assert raised.value.retry_after is not None
+    assert 3500 < raised.value.retry_after <= 3600
+    assert (admission.free, dict(admission.in_flight)) == (9, {})
+    assert admission.enter("bob").position == 0
+
+
+async def test_what_is_refused_for_want_of_room_does_not_count_as_asked() -> None:
+    admission = Admission(slots=1, queue=0, per_user=1, rates=Rates(requests="2/hour"))
+    running = admission.enter("ann")
+    for _ in range(3):
+        with pytest.raises(TooManyResponses):
+            admission.enter("ann")
+    admission.leave(running)
+    admission.enter("ann")
+
+
+async def test_who_has_had_the_tokens_of_the_day_is_refused() -> None:
+    admission = Admission(slots=2, queue=1, per_user=9, rates=Rates(tokens="100/day"))
+    for output in (20, 50):
+        ticket = admission.enter("ann")
+        ticket.usage = Usage(input_tokens=20, output_tokens=output)
+        admission.leave(ticket)
+    with pytest.raises(RateLimitExceeded, match="100 per 1 day tokens"):
+        admission.enter("ann")
+    assert admission.enter("bob").position == 0
+
+
+async def test_a_reply_that_never_had_a_slot_costs_no_tokens() -> None:
+    admission = Admission(slots=1, queue=1, per_user=9, rates=Rates(tokens="100/day"))
+    admission.enter("ann")
+    waiting = admission.enter("ann")
+    waiting.usage = Usage(input_tokens=1000)
+    admission.leave(waiting)
+    admission.enter("ann")

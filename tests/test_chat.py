@@ -296,3 +296,21 @@ async def test_a_context_beyond_the_models_own_is_refused(
     with pytest.raises(SettingsError, match="512"):
         async with tiny_chat(tokenizer, llama, context=1024):
             pass
+
+
+async def test_a_reply_is_sampled_by_its_options(tokenizer: PreTrainedTokenizerBase, llama: PreTrainedModel) -> None:
+    async def reply(chat: Chat, **changes: float) -> str:
+        options = replace(Options(temperature=0.8, top_p=1, seed=4, max_output_tokens=30), **changes)  # type: ignore[arg-type]
+        return text(await events(ask(chat, say("Hi"), options)))
+
+    changes = {
+        "temperature": 1.5,
+        "top_p": 0.5,
+        "top_k": 2,
+        "repetition_penalty": 2,
+        "frequency_penalty": 2,
+        "presence_penalty": -2,
+    }
+    async with tiny_chat(tokenizer, llama) as chat:
+        replies = [await reply(chat), *[await reply(chat, **{name: value}) for name, value in changes.items()]]
+    assert len(set(replies)) == len(replies)

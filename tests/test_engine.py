@@ -23,6 +23,7 @@ from models.kv_cache import UnsupportedModel
 from models.quantization import quantize
 from models.sampling import Sampling
 from models.sequence import Sequence
+from tests.faulty import FaultyEngine
 from tests.tiny import SHAPE, tiny_gemma3, tiny_llama, tiny_model, tiny_qwen3
 
 
@@ -278,6 +279,83 @@ def test_cancel_frees_the_slot_at_once_while_prefilling_and_while_decoding(llama
     assert engine.step() == []
     engine.cancel(decoding)
     assert engine.free_slots == 2
+
+
+def test_a_step_among_some_leaves_the_others_where_they_are(llama: PreTrainedModel) -> None:
+    engine = Engine(llama, slots=3, context=64)
+    decoding, other, reading = sequences = [Sequence(prompt, Sampling(), 5) for prompt in prompts(8, 8, 8)]
+    for sequence in sequences[:2]:
+        engine.add(sequence)
+    engine.step()
+    engine.add(reading)
+    assert [token.sequence for token in engine.step([reading])] == [reading]
+    assert [token.sequence for token in engine.step([decoding])] == [decoding]
+    assert [sequence.generated for sequence in sequences] == [2, 1, 1]
+    assert [sequence.cached for sequence in sequences] == [9, 8, 8]
+    assert {token.sequence for token in engine.step()} == {decoding, other, reading}
+
+
+def test_sequences_beyond_the_limit_wait_for_older_ones_to_end(llama: PreTrainedModel) -> None:
+    engine = Engine(llama, slots=3, context=64)
+    sequences = [Sequence(prompt, Sampling(), 4) for prompt in prompts(8, 8, 8)]
+    for sequence in sequences:
+        engine.add(sequence)
+    engine.limit = 2
+    assert engine.free_slots == 0
+    steps = [[token.sequence for token in engine.step()] for _ in range(8)]
+    assert steps == 4 * [sequences[:2]] + 4 * [sequences[2:]]
+    assert engine.idle
+    assert engine.free_slots == 2
+
+
+@both_attentions
+def test_a_step_that_raises_has_done_nothing_and_comes_to_the_same_tokens_again(
+    llama: PreTrainedModel, native: bool
+) -> None:
+    def replies(faults: list[Exception | None]) -> tuple[list[list[int]], list[int]]:
+        """What some sequences come to, and how often a step raised."""
+        engine = FaultyEngine(llama, lambda running: faults.pop() if faults else None, native=native)
+        sampling = Sampling(temperature=1.0, repetition_penalty=1.3)
+        sequences = [Sequence(prompt, sampling, 12, seed=7) for prompt in prompts(40, 9, 21)]
+        raised = []
+        for sequence in sequences:
+            engine.add(sequence)
+        while not engine.idle:
+            before = [(sequence.cached, list(sequence.tokens)) for sequence in sequences]
+            try:
+                engine.step()
+            except RuntimeError:
+                raised.append(1)
+                assert [(sequence.cached, sequence.tokens) for sequence in sequences] == before
+        return [sequence.tokens for sequence in sequences], raised
+
+    error = RuntimeError("passing")
+    undisturbed, never = replies([])
+    assert replies([error, None, error, error, None, None, error]) == (undisturbed, 4 * [1])
+    assert not never
+
+
+def test_what_a_failed_forward_left_in_a_slot_does_not_reach_the_next_sequence(llama: PreTrainedModel) -> None:
+    long, short, neighbour = prompts(50, 8, 60)
+    alone = Sequence(short, Sampling(), 20)
+    reply = run(Engine(llama, 2, 128, native=False), [alone])[alone]
+
+    def fault(running: list[Sequence]) -> Exception | None:
+        if poison not in running:
+            return None
+        for keys, values in engine.cache.modules.values():
+            keys[poison.slot, :, : -(-50 // keys.shape[-1])] = values[poison.slot, :, :50] = torch.nan
+        return RuntimeError("half done")
+
+    engine = FaultyEngine(llama, fault, slots=2, native=False)
+    poison, again = Sequence(long, Sampling(), 20), Sequence(short, Sampling(), 20)
+    engine.add(poison)
+    with pytest.raises(RuntimeError, match="half done"):
+        engine.step()
+    engine.cancel(poison)
+    run(engine, [Sequence(prompts(3)[0], Sampling(), 1)])  # the other slot was not used for longer
+    replies = run(engine, [again, Sequence(neighbour, Sampling(), 30)])  # it is read as far as its neighbour
+    assert replies[again] == reply
 
 
 def test_a_slot_that_was_used_before_gives_the_same_reply(llama: PreTrainedModel) -> None:

@@ -21,6 +21,10 @@ from models.options import CHECKS, InvalidOption, Options, check, text
         ("top_k", 0, 0),
         ("top_k", 40, 40),
         ("repetition_penalty", 2, 2.0),
+        ("frequency_penalty", -2, -2.0),
+        ("frequency_penalty", 2, 2.0),
+        ("presence_penalty", -2.0, -2.0),
+        ("presence_penalty", 2, 2.0),
         ("max_output_tokens", 1, 1),
         ("max_output_tokens", None, None),
         ("stop", "END", ("END",)),
@@ -59,6 +63,12 @@ def test_an_allowed_value_is_held(name: str, value: Any, held: Any) -> None:
         ("top_k", 2**64),
         ("repetition_penalty", 0),
         ("repetition_penalty", 2.5),
+        ("frequency_penalty", -2.1),
+        ("frequency_penalty", 2.1),
+        ("frequency_penalty", float("nan")),
+        ("presence_penalty", -2.1),
+        ("presence_penalty", 2.1),
+        ("presence_penalty", None),
         ("max_output_tokens", 0),
         ("max_output_tokens", "9"),
         ("stop", ""),
@@ -87,8 +97,14 @@ def test_an_unknown_option_is_refused_with_the_names_of_those_there_are() -> Non
     assert raised.value.name == "top_q"
 
 
+@pytest.mark.parametrize("name", ["frequency_penalty", "presence_penalty"])
+def test_a_penalty_out_of_bounds_is_told_what_they_are(name: str) -> None:
+    with pytest.raises(InvalidOption, match=f"^{name} must be a number from -2 to 2$"):
+        check(name, 3)
+
+
 def test_the_defaults_are_the_documented_ones() -> None:
-    assert Options() == Options(None, 0.45, 0.9, 0, 1.1, None, (), None)
+    assert Options() == Options(None, 0.45, 0.9, 0, 1.1, 0.0, 0.0, None, (), None)
 
 
 def test_an_update_changes_what_it_names_and_leaves_the_original() -> None:
@@ -107,7 +123,7 @@ def test_there_is_a_check_for_each_option_and_no_other() -> None:
 
 
 def test_the_public_form_survives_json_and_sets_the_same_options() -> None:
-    options = Options("Be brief.", 0.0, 0.5, 7, 1.2, 9, ("a", "b"), 3)
+    options = Options("Be brief.", 0.0, 0.5, 7, 1.2, -0.5, 1.5, 9, ("a", "b"), 3)
     assert Options().updated(json.loads(json.dumps(options.public()))) == options
 
 

@@ -12,6 +12,10 @@ class Connection:
 
     def __init__(self) -> None:
         self.news: News = []
+        self.closed: list[tuple[int, str]] = []
+
+    def close(self, code: int, reason: str) -> None:
+        self.closed.append((code, reason))
 
     def notify(self, change: Change, user: str) -> None:
         self.news.append((change, user))
@@ -19,7 +23,7 @@ class Connection:
 
 def joined(presence: Presence, user: str) -> Connection:
     connection = Connection()
-    presence.join(user, connection.notify)
+    presence.join(user, connection)
     return connection
 
 
@@ -29,24 +33,24 @@ def test_every_other_connection_hears_of_a_users_first_one_and_of_the_end_of_the
     for watcher in watchers:
         watcher.news.clear()
     first, second = joined(presence, "eve"), joined(presence, "eve")
-    presence.leave("eve", first.notify)
+    presence.leave("eve", first)
     assert [watcher.news for watcher in watchers] == [[("joined", "eve")]] * 3
-    presence.leave("eve", second.notify)
+    presence.leave("eve", second)
     assert [watcher.news for watcher in watchers] == [[("joined", "eve"), ("left", "eve")]] * 3
 
 
 def test_a_user_hears_nothing_about_herself() -> None:
     presence = Presence(announce=True, per_user=9)
     first, second = joined(presence, "ann"), joined(presence, "ann")
-    presence.leave("ann", first.notify)
-    presence.leave("ann", second.notify)
+    presence.leave("ann", first)
+    presence.leave("ann", second)
     assert first.news == second.news == []
 
 
 def test_a_connection_that_left_hears_nothing_more() -> None:
     presence = Presence(announce=True, per_user=9)
     gone, still = joined(presence, "ann"), joined(presence, "ann")
-    presence.leave("ann", gone.notify)
+    presence.leave("ann", gone)
     joined(presence, "bob")
     assert (gone.news, still.news) == ([], [("joined", "bob")])
 
@@ -54,7 +58,7 @@ def test_a_connection_that_left_hears_nothing_more() -> None:
 def test_whoever_comes_back_joins_anew() -> None:
     presence = Presence(announce=True, per_user=9)
     ann = joined(presence, "ann")
-    presence.leave("bob", joined(presence, "bob").notify)
+    presence.leave("bob", joined(presence, "bob"))
     joined(presence, "bob")
     assert ann.news == [("joined", "bob"), ("left", "bob"), ("joined", "bob")]
 
@@ -64,14 +68,14 @@ def test_connections_are_counted_whether_or_not_they_are_announced(announce: boo
     presence = Presence(announce, per_user=9)
     first, _ = joined(presence, "ann"), joined(presence, "ann")
     assert (presence.count("ann"), presence.count("bob")) == (2, 0)
-    presence.leave("ann", first.notify)
+    presence.leave("ann", first)
     assert presence.count("ann") == 1
 
 
 def test_nobody_is_told_where_announcing_is_off() -> None:
     presence = Presence(announce=False, per_user=9)
     ann = joined(presence, "ann")
-    presence.leave("bob", joined(presence, "bob").notify)
+    presence.leave("bob", joined(presence, "bob"))
     assert ann.news == []
 
 
@@ -85,7 +89,7 @@ def test_a_user_may_have_so_many_connections_and_each_that_ends_makes_room(per_u
         presence.admit("ann")
     assert (raised.value.type, raised.value.code) == ("rate_limit_error", "too_many_sockets")
     presence.admit("bob")
-    presence.leave("ann", last.notify)
+    presence.leave("ann", last)
     presence.admit("ann")
 
 

@@ -178,7 +178,7 @@ async def test_a_reply_that_cannot_be_written_down_is_told_all_the_same_and_writ
     responses.cancel("ann", reply)
     done = (await client.until("response.done"))[-1]
     assert (done["response"]["status"], done["response"]["output_text"]) == ("cancelled", "here")
-    assert "replies cannot be written down" in caplog.text
+    assert "cannot be written down" in caplog.text
     await responses.follow("ann", reply, 1, client)
     assert await client.heard.get() == done
     conversations.broken = False
@@ -187,16 +187,48 @@ async def test_a_reply_that_cannot_be_written_down_is_told_all_the_same_and_writ
     assert [item.status for item in await conversations.items("ann", "conv_1")] == [None, "cancelled"]
 
 
-async def test_a_message_that_cannot_be_kept_is_refused_and_the_next_is_answered(
+async def test_a_message_that_cannot_be_kept_is_answered_told_of_and_kept_later(
     responses: Responses, conversations: SlowConversations, client: Client, caplog: pytest.LogCaptureFixture
 ) -> None:
     conversations.broken = True
     responses.create(asked("say one"), client)
-    (event,) = await client.until("error")
-    assert (event["error"]["code"], event["error"]["event_id"]) == ("server_error", "mine")
+    created, warning, *_, done = await client.until("response.done")
+    assert (created["type"], done["response"]["output_text"]) == ("response.created", "one")
+    assert (warning["error"]["code"], warning["error"]["response_id"]) == ("not_kept", created["response"]["id"])
+    assert "event_id" not in warning["error"], "it would pass for a refusal"
+    assert responses.trouble
+    assert caplog.text.count("cannot be written down") == 1
     conversations.broken = False
+    conversations.written.clear()
+    await conversations.written.wait()
     await answered(responses, asked("say two"))
-    assert await said(conversations) == ["say two", "two"]
+    assert await said(conversations) == ["say one", "one", "say two", "two"]
+    assert responses.trouble is None
+
+
+async def test_a_chat_goes_on_with_what_could_not_be_kept_yet(
+    responses: Responses, conversations: SlowConversations, client: Client, scripted: ScriptedChat
+) -> None:
+    await answered(responses, asked("say one"))
+    conversations.broken = True
+    for text in ("say two", "say three"):
+        responses.create(asked(text), client)
+        await client.until("response.done")
+    assert await said(conversations) == ["say one", "one"]
+    assert [message["content"] for message in scripted.heard[-1][0]] == [
+        "say one",
+        "one",
+        "say two",
+        "two",
+        "say three",
+    ]
+    conversations.broken = False
+    await answered(responses, asked("say four"))
+    conversations.written.clear()
+    await conversations.written.wait()
+    everything = ["say one", "one", "say two", "two", "say three", "three", "say four", "four"]
+    assert await said(conversations) == everything
+    assert [item.status for item in await conversations.items("ann", "conv_1")][1::2] == ["completed"] * 4
 
 
 async def test_a_cancel_while_the_message_is_being_kept_leaves_no_reply_without_an_end(

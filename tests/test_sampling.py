@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -32,6 +33,13 @@ def drawn(logits: Tensor, sampling: Sampling, uniforms: list[float], prompt: lis
     for slot in range(len(uniforms)):
         sampler.place(slot, sampling, prompt or PROMPT)
     return sampler.sample(logits.expand(len(uniforms), -1), list(range(len(uniforms))), uniforms)
+
+
+def reply(logits: Tensor, sampling: Sampling, uniforms: list[float], prompt: list[int] | None = None) -> list[int]:
+    """What one sequence says, alone with the sampler, where the logits are one row for each step."""
+    sampler = Sampler(1, VOCABULARY, torch.device("cpu"))
+    sampler.place(0, sampling, prompt or PROMPT)
+    return [sampler.sample(row[None], [0], [uniform])[0] for row, uniform in zip(logits, uniforms, strict=True)]
 
 
 def expected_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -117,6 +125,8 @@ parameters = strategies.builds(
     strategies.floats(0, 1, exclude_min=True),
     strategies.integers(0, 2**31),
     strategies.floats(0, 2, exclude_min=True),
+    strategies.floats(-2, 2),
+    strategies.floats(-2, 2),
 )
 numbers = strategies.floats(0, 1, exclude_max=True)
 
@@ -130,9 +140,10 @@ def test_a_draw_depends_on_its_own_row_only(rows: list[tuple[Sampling, float]], 
     together = Sampler(8, VOCABULARY, torch.device("cpu"))
     for slot, (sampling, _) in zip(slots, rows, strict=True):
         together.place(slot, sampling, PROMPT)
-    tokens = together.sample(logits, slots, [uniform for _, uniform in rows])
-    assert tokens == [drawn(logits[[row]], sampling, [uniform])[0] for row, (sampling, uniform) in enumerate(rows)]
-    assert all(0 <= token < VOCABULARY for token in tokens)
+    steps = [together.sample(logits, slots, [uniform for _, uniform in rows]) for _ in range(3)]
+    for row, (sampling, uniform) in enumerate(rows):
+        assert [tokens[row] for tokens in steps] == reply(logits[[row]].expand(3, -1), sampling, [uniform] * 3)
+    assert all(0 <= token < VOCABULARY for token in steps[-1])
 
 
 def test_larger_random_numbers_draw_less_likely_tokens() -> None:
@@ -158,6 +169,89 @@ def test_the_penalty_makes_a_repetition_less_likely_whatever_the_sign(penalty: f
     assert drawn(logits, Sampling(repetition_penalty=penalty), [0.5], prompt=[5]) == [token]
 
 
+def penalised(logits: Tensor, sampling: Sampling, said: list[int]) -> Tensor:
+    """One row of logits, with the penalties as their formulas have them, token by token."""
+    values = logits.tolist()
+    for token in {*PROMPT, *said}:
+        values[token] *= sampling.repetition_penalty ** (1 if values[token] < 0 else -1)
+        values[token] -= said.count(token) * sampling.frequency_penalty
+        values[token] -= (token in said) * sampling.presence_penalty
+    return torch.tensor(values)
+
+
+@pytest.mark.parametrize("usual", [Sampling(), Sampling(1.0), Sampling(0.7, top_p=0.9), Sampling(1.5, top_k=9)])
+@pytest.mark.parametrize(
+    ("repetition", "frequency", "presence"),
+    [(1.0, 0.4, 0.0), (1.0, 0.0, 0.9), (1.0, -0.2, 0.5), (1.0, 2.0, -2.0), (1.0, -2.0, -2.0), (1.7, 0.6, 0.3)],
+)
+def test_frequency_and_presence_are_penalised_by_their_formula_after_repetition(
+    usual: Sampling, repetition: float, frequency: float, presence: float
+) -> None:
+    logits, uniforms = random_logits(rows=60) / 3, [(7 * step % 60 + 0.5) / 60 for step in range(60)]
+    sampling = replace(usual, repetition_penalty=repetition, frequency_penalty=frequency, presence_penalty=presence)
+    said: list[int] = []
+    for row, uniform in zip(logits, uniforms, strict=True):
+        said += reply(penalised(row, sampling, said)[None], usual, [uniform])
+    assert reply(logits, sampling, uniforms) == said
+
+
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        (Sampling(), [5, 5, 5, 5, 5, 5]),
+        (Sampling(presence_penalty=2.0), [5, 6, 7, 8, 5, 5]),
+        (Sampling(frequency_penalty=2.0), [5, 6, 7, 8, 5, 6]),
+        (Sampling(frequency_penalty=-1.0, presence_penalty=1.0), [5, 5, 5, 5, 5, 5]),
+    ],
+)
+def test_what_a_greedy_reply_repeats_is_penalised_and_what_the_prompt_said_is_not(
+    sampling: Sampling, expected: list[int]
+) -> None:
+    logits = torch.zeros(VOCABULARY)
+    logits[[5, 6, 7, 8]] = torch.tensor([4.0, 3.9, 3.8, 3.7])
+    assert reply(logits.expand(6, -1), sampling, [0.5] * 6, prompt=[5, 5, 6]) == expected
+
+
+@pytest.mark.parametrize("asked", [Sampling(frequency_penalty=-0.1), Sampling(1.0, presence_penalty=0.1)])
+def test_tokens_are_counted_only_where_a_penalty_asks_and_from_none(asked: Sampling) -> None:
+    sampler = Sampler(3, VOCABULARY, torch.device("cpu"))
+    for slot, sampling in enumerate((Sampling(1.0, 0.9, 5, 1.5), asked, Sampling())):
+        sampler.place(slot, sampling, PROMPT)
+    said = sampler.sample(random_logits(rows=3), [0, 1, 2], [0.5] * 3)
+    assert sampler.counts == {1: {said[1]: 1}}
+    sampler.place(1, asked, PROMPT)
+    assert sampler.counts == {1: {}}
+    sampler.place(1, Sampling(1.0), PROMPT)
+    assert sampler.counts == {}
+
+
+def test_a_step_that_failed_and_is_tried_again_counts_once() -> None:
+    logits = random_logits(rows=2)
+    asked = [Sampling(repetition_penalty=1.5, frequency_penalty=1.0), Sampling(1.0, presence_penalty=1.0)]
+    sampler = Sampler(2, VOCABULARY, torch.device("cpu"))
+    for slot, sampling in enumerate(asked):
+        sampler.place(slot, sampling, PROMPT)
+    steps = []
+    for _ in range(9):
+        with pytest.raises(IndexError):
+            sampler.sample(logits, [0, 1], [])
+        steps.append(sampler.sample(logits, [0, 1], [0.5, 0.5]))
+    for row, sampling in enumerate(asked):
+        assert [tokens[row] for tokens in steps] == reply(logits[[row]].expand(9, -1), sampling, [0.5] * 9)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 1e-5])
+@pytest.mark.parametrize("repetition", [1.0, 1e-300, 2.0])
+def test_a_token_said_millions_of_times_is_never_or_always_next(temperature: float, repetition: float) -> None:
+    logits = random_logits()
+    for penalty in (2.0, -2.0):
+        sampler = Sampler(1, VOCABULARY, torch.device("cpu"))
+        sampler.place(0, Sampling(temperature, 1.0, 0, repetition, penalty, penalty), [5])
+        sampler.counts[0][5] = 2**24
+        said = {sampler.sample(logits, [0], [n / 20])[0] for n in range(20)}
+        assert said == {5} if penalty < 0 else 5 not in said
+
+
 def test_place_forgets_the_sequence_that_had_the_slot() -> None:
     logits = random_logits()
     sampler = Sampler(2, VOCABULARY, torch.device("cpu"))
@@ -171,6 +265,7 @@ def test_the_logits_are_left_as_they_were() -> None:
     logits = random_logits()
     before = logits.clone()
     drawn(logits, Sampling(0.7, 0.9, 5, 1.5), [0.5])
+    reply(logits.expand(2, -1), Sampling(frequency_penalty=1.0), [0.5, 0.5])
     assert logits.equal(before)
 
 

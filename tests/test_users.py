@@ -94,7 +94,7 @@ async def test_users_are_there_when_the_database_is_opened_again(settings: Setti
     async with opened(replace(settings, users={})) as users:
         assert await ids(users) == ["carla"]
         assert await found(users, SECRET) == "carla"
-        assert await users.of_ticket(ticket)
+        assert users.of_ticket(ticket)
 
 
 async def test_a_removed_user_is_gone_and_can_be_added_anew(users: Users) -> None:
@@ -167,13 +167,13 @@ async def test_a_ticket_is_good_for_its_user_until_the_secret_changes(users: Use
     carla = await users.find(SECRET)
     assert carla
     ticket = users.ticket(carla)
-    assert await users.of_ticket(ticket) == carla
-    assert await users.of_ticket(ticket[:-1]) is None
-    assert await users.of_ticket(ticket.replace(".", "x.", 1)) is None
+    assert users.of_ticket(ticket) == carla
+    assert users.of_ticket(ticket[:-1]) is None
+    assert users.of_ticket(ticket.replace(".", "x.", 1)) is None
     await users.remove("carla")
-    assert await users.of_ticket(ticket) is None
+    assert users.of_ticket(ticket) is None
     await users.add("carla")
-    assert await users.of_ticket(ticket) is None
+    assert users.of_ticket(ticket) is None
 
 
 async def test_a_ticket_dies_with_a_configured_secret_and_with_the_key(settings: Settings) -> None:
@@ -182,10 +182,10 @@ async def test_a_ticket_dies_with_a_configured_secret_and_with_the_key(settings:
         assert ann
         ticket = users.ticket(ann)
     async with opened(replace(settings, users={"ann": "a new secret"})) as users:
-        assert await users.of_ticket(ticket) is None
+        assert users.of_ticket(ticket) is None
     (settings.data / "key").unlink()
     async with opened(settings) as users:
-        assert await users.of_ticket(ticket) is None
+        assert users.of_ticket(ticket) is None
 
 
 async def test_a_key_that_was_cut_is_refused(settings: Settings) -> None:

@@ -1,0 +1,299 @@
+"""The load test: many users for a long time, of whom some vanish, stall, cancel, come back or lie. Nothing may be lost.
+
+    python tests/bench/soak.py --users 64 --seconds 600
+
+The server, with a tiny random model on few slots, has a process of its own. Exits with 1 where a request has had no
+end, or not the right one, or where the server, once all are gone, has more tasks, threads or descriptors than after
+the first tenth of the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import logging
+import math
+import multiprocessing
+import random
+import resource
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import httpx2
+import torch
+import uvicorn
+from platformdirs import user_cache_path
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from models import kernels
+from models.settings import Settings
+from server import SHUTDOWN_SECONDS, UVICORN_FRAME_BYTES, create_app, listen
+from tests.bench.actions import deck
+from tests.bench.clients import DEADLINE, Action, Tally, User
+from tests.tiny import opens_tiny
+
+QUIET = 300  # tenths of a second that the server has to end what the last clients left
+processes = multiprocessing.get_context("forkserver")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of a load: each user acts for `seconds`, or so many times where `actions` is given."""
+
+    users: int = 64
+    seconds: float = 600
+    actions: int | None = None
+    pause: float = 0.5  # seconds between two actions of a user, in the mean
+    slots: int = 8
+    queue: int = 32
+    linger: int = 2
+    seed: int = 0
+
+    def settings(self, data: Path) -> Settings:
+        """What the server runs with."""
+        users = {f"user{number}": f"secret of user{number}" for number in range(self.users)}
+        return Settings(
+            slots=self.slots,
+            queue=self.queue,
+            linger=self.linger,
+            responses_per_user=8,
+            compile=False,
+            data=data,
+            users=users,
+            options={"max_output_tokens": 60},
+        )
+
+    def part(self, share: float) -> Plan:
+        """Less of the same."""
+        actions = self.actions and math.ceil(self.actions * share)
+        return replace(self, seconds=self.seconds * share, actions=actions)
+
+
+# The server
+
+
+def run_app(app: Starlette, started: Connection) -> None:
+    """Serve as `python server.py` does, until told to end; sends the port first."""
+    listener = listen("127.0.0.1", 0)
+    started.send(listener.getsockname()[1])
+    config = uvicorn.Config(app, log_config=None, ws_max_size=UVICORN_FRAME_BYTES, ws_per_message_deflate=False)
+    config.timeout_graceful_shutdown = SHUTDOWN_SECONDS
+    uvicorn.Server(config).run([listener])
+
+
+@contextmanager
+def in_process(serve: Callable[..., None], *arguments: Any) -> Iterator[tuple[int, str]]:
+    """A server in a process of its own: the process's id, and host:port."""
+    reading, writing = processes.Pipe(duplex=False)
+    process = processes.Process(target=serve, args=(*arguments, writing))
+    process.start()
+    writing.close()  # so that a server that fails ends the wait for its port
+    try:
+        yield process.pid or 0, f"127.0.0.1:{reading.recv()}"
+    finally:
+        process.terminate()
+        process.join()
+
+
+def serve(settings: Settings, started: Connection) -> None:
+    """Serve a tiny model, and tell at `/reading` how the process is."""
+    torch.set_num_threads(1)
+    kernels.load(kernels.build(user_cache_path("parley")))
+    errors = Errors()
+    logging.basicConfig(level=logging.WARNING, handlers=[logging.StreamHandler(), errors])
+    app = create_app(settings, opens_tiny)
+    app.state.errors = errors.seen
+    app.router.routes.append(Route("/reading", read))
+    run_app(app, started)
+
+
+class Errors(logging.Handler):
+    """Remembers errors that were logged, but for those that uvicorn blames on a client."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.seen: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info or record.name != "uvicorn.error":
+            self.seen.append(f"{record.getMessage()}: {record.exc_info and record.exc_info[1]!r}")
+
+
+def memory(process: int | str) -> int:
+    """The resident memory of a process, in bytes."""
+    return resource.getpagesize() * int(Path(f"/proc/{process}/statm").read_text().split()[1])
+
+
+def links() -> list[str]:
+    """What the descriptors of this process stand for."""
+    return [str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+
+
+async def read(request: Request) -> Response:
+    """What the server's process holds, but for the database: its pool grows with need, to fifteen."""
+    gc.collect()
+    state = request.app.state
+    tasks = [getattr(task.get_coro(), "__qualname__", "") for task in asyncio.all_tasks()]
+    threads = [thread.name for thread in threading.enumerate() if "_connection_worker" not in thread.name]
+    descriptors = [link.partition(":[")[0] for link in links() if not link.startswith(str(state.settings.data))]
+    admission = state.chat.admission
+    reading = {"tasks": tasks, "threads": threads, "descriptors": descriptors, "errors": state.errors}
+    reading |= {"places": sum(admission.in_flight.values()) + len(admission.waiting)}
+    reading |= {"slots": state.settings.slots - min(admission.free, state.chat.free_slots)}
+    return JSONResponse(reading | {"memory": memory("self")})
+
+
+# The load
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the server's process holds at some moment."""
+
+    tasks: list[str]
+    threads: list[str]
+    descriptors: list[str]
+    errors: list[str]  # all that were logged so far
+    places: int  # that are taken, in slots and in the queue
+    slots: int  # that are taken
+    memory: int
+
+    def beyond(self, before: Reading, *kinds: str) -> list[str]:
+        """What there is of some kinds and was not before, and the places that are taken."""
+        left = Counter({"places": self.places, "slots": self.slots})
+        for kind in kinds:
+            more = Counter(getattr(self, kind)) - Counter(getattr(before, kind))
+            left.update({f"{kind}: {name}": count for name, count in more.items()})
+        return [f"{count} {name}" for name, count in left.items() if count]
+
+
+@dataclass(frozen=True)
+class Soak:
+    """What came of a load: what the clients say, and what the server held after the warm-up and in the end."""
+
+    tally: Tally
+    warm: Reading
+    end: Reading
+
+    @property
+    def left(self) -> list[str]:
+        """What the server has not let go of."""
+        return self.end.beyond(self.warm, "tasks", "threads", "descriptors")
+
+    @property
+    def outcomes(self) -> Counter[str]:
+        """How many requests ended in which way."""
+        return Counter(reply.outcome or "LOST" for reply in self.tally.replies)
+
+    @property
+    def waits(self) -> list[list[float]]:
+        """Of each user, the seconds from requests to first deltas."""
+        waits = defaultdict(list)
+        for reply in self.tally.replies:
+            if reply.wait is not None:
+                waits[reply.user].append(reply.wait)
+        return list(waits.values())
+
+
+async def soak(plan: Plan, data: Path) -> Soak:
+    """Put a load on a server, twice: first for a tenth of the time, to have it make all that it makes but once."""
+    tally, actions, seeds = Tally(), deck(random.Random(plan.seed)), random.Random(plan.seed)
+    with in_process(serve, plan.settings(data)) as (_, address):
+        idle = await reading(address)
+        await load(plan.part(0.1), address, tally, actions, seeds)
+        warm = await quiet(plan, address, idle)
+        await load(plan.part(0.9), address, tally, actions, seeds)
+        return Soak(tally, warm, await quiet(plan, address, warm))
+
+
+async def load(plan: Plan, address: str, tally: Tally, actions: Iterator[Action], seeds: random.Random) -> None:
+    """Have all users act, and leave."""
+    until = time.monotonic() + plan.seconds
+    limits = httpx2.Limits(max_connections=None)
+    async with httpx2.AsyncClient(
+        base_url=f"http://{address}", timeout=DEADLINE, trust_env=False, limits=limits
+    ) as http:
+        secrets = plan.settings(Path()).users
+        users = [User(id, secrets[id], address, http, tally, random.Random(seeds.random())) for id in secrets]
+        async with asyncio.TaskGroup() as group:
+            for user, neighbour in zip(users, [*users[1:], users[0]], strict=True):
+                user.neighbour = neighbour
+                group.create_task(live(user, plan, actions, until))
+
+
+async def live(user: User, plan: Plan, actions: Iterator[Action], until: float) -> None:
+    """Do one thing after the other, with pauses."""
+    done = 0
+    while time.monotonic() < until if plan.actions is None else done < plan.actions:
+        await user.act(next(actions))
+        await asyncio.sleep(user.moments.expovariate(1 / plan.pause) if plan.pause else 0)
+        done += 1
+
+
+async def reading(address: str) -> Reading:
+    """What the server holds now."""
+    async with httpx2.AsyncClient(timeout=DEADLINE, trust_env=False) as http:
+        return Reading(**(await http.get(f"http://{address}/reading")).raise_for_status().json())
+
+
+async def quiet(plan: Plan, address: str, before: Reading) -> Reading:
+    """What the server holds once what clients left has ended, or a while later where that does not end."""
+    await asyncio.sleep(plan.linger)  # for so long it keeps what nobody may come back for
+    for _ in range(QUIET):
+        held = await reading(address)
+        if not held.beyond(before, "tasks", "descriptors"):
+            break
+        await asyncio.sleep(0.1)
+    return held
+
+
+# The report
+
+
+def report(soak: Soak) -> Iterator[str]:
+    """The lines of it."""
+    yield from (f"{times:7} {name.replace('_', ' ')}" for name, times in sorted(soak.tally.acted.items()))
+    yield from (f"{times:7} left in the {stage}" for stage, times in sorted(soak.tally.vanished.items()))
+    yield f"\n{len(soak.tally.replies):7} asked"
+    yield from (f"{count:7} {outcome}" for outcome, count in soak.outcomes.most_common())
+    yield f"{len(soak.tally.lost):7} LOST\n"
+    yield from (f"    {complaint}" for complaint in soak.tally.lost[:20])
+    for name, choose in (("median", statistics.median), ("worst", max)):
+        each = [choose(waits) for waits in soak.waits]
+        yield f"{name} wait for the first delta: {min(each):.3f} to {max(each):.3f} s, by user"
+    for kind in ("tasks", "threads", "descriptors"):
+        yield f"{kind}: {len(getattr(soak.warm, kind))} after the warm-up, {len(getattr(soak.end, kind))} in the end"
+    yield f"memory: {soak.warm.memory / 2**20:.1f} MiB after the warm-up, {soak.end.memory / 2**20:.1f} in the end"
+    yield from (f"    LEFT {left}" for left in soak.left)
+    yield from (f"    LOGGED {error}" for error in soak.end.errors[:20])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Many users for a long time.")
+    for name, default in asdict(Plan()).items():
+        parser.add_argument(f"--{name}", type=int if name == "actions" else type(default), default=default)
+    plan = Plan(**vars(parser.parse_args()))
+    with tempfile.TemporaryDirectory() as data:
+        done = asyncio.run(soak(plan, Path(data)))
+    print("\n".join(report(done)))
+    sys.exit(1 if done.tally.lost or done.left or done.end.errors else 0)
+
+
+if __name__ == "__main__":
+    main()
