@@ -120,8 +120,8 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
             stopping = Stopping.prepared(partial(drain, app), settings.drain, state.chat.died.wait)
             await stack.enter_async_context(stopping)
             yield
-    except (StartError, KeyboardInterrupt) as error:
-        state.start_error = str(error) or "interrupted"
+    except (StartError, KeyboardInterrupt, asyncio.CancelledError) as error:
+        state.end = str(error) or "interrupted"
         raise
 
 
@@ -164,16 +164,16 @@ def greet(url: str | None, secret: str | None) -> None:
         print(f"Parley is ready. Open {url} and log in with your secret.\n", file=sys.stderr)
 
 
-class ShortStartErrors:
-    """ASGI middleware that makes one line of a failed start that the operator can mend; uvicorn logs it."""
+class ShortEnds:
+    """ASGI middleware that makes one line of a start that failed, or of an end at once; uvicorn logs it."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_short(message: Message) -> None:
-            if message["type"] == "lifespan.startup.failed" and scope["app"].state.start_error:
-                message["message"] = scope["app"].state.start_error
+            if message["type"] in ("lifespan.startup.failed", "lifespan.shutdown.failed") and scope["app"].state.end:
+                message["message"] = scope["app"].state.end
             await send(message)
 
         await self.app(scope, receive, send_short if scope["type"] == "lifespan" else send)
@@ -589,7 +589,7 @@ REFUSALS: Mapping[Any, ExceptionHandler] = {
 
 def create_app(settings: Settings | None = None, open_chat: OpenChat = open_chat) -> Starlette:
     """The app. Settings that are not given are read from the environment when it starts."""
-    middleware = [Middleware(ShortStartErrors), Middleware(Guard)]
+    middleware = [Middleware(ShortEnds), Middleware(Guard)]
     app = Starlette(
         routes=routes,
         lifespan=lifespan,
@@ -599,7 +599,7 @@ def create_app(settings: Settings | None = None, open_chat: OpenChat = open_chat
     app.state.settings = settings
     app.state.open_chat = open_chat
     app.state.url = None
-    app.state.start_error = None
+    app.state.end = None
     return app
 
 

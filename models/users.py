@@ -93,6 +93,7 @@ class Users:
             yield
         finally:
             watching.cancel()
+            await asyncio.wait([watching])
 
     async def find(self, secret: str, user_id: str | None = None) -> User | None:
         """The user with this secret, and with this id where one is given. Raises DatabaseUnavailable."""

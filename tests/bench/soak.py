@@ -24,11 +24,11 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -94,7 +94,8 @@ def run_app(app: Starlette, started: Connection) -> None:
     started.send(listener.getsockname()[1])
     config = uvicorn.Config(app, log_config=None, ws_max_size=UVICORN_FRAME_BYTES, ws_per_message_deflate=False)
     config.timeout_graceful_shutdown = SHUTDOWN_SECONDS
-    uvicorn.Server(config).run([listener])
+    with suppress(KeyboardInterrupt):  # how uvicorn ends at a signal
+        uvicorn.Server(config).run([listener])
 
 
 @contextmanager
@@ -116,23 +117,25 @@ def serve(settings: Settings, started: Connection) -> None:
     torch.set_num_threads(1)
     kernels.load(kernels.build(user_cache_path("parley")))
     errors = Errors()
-    logging.basicConfig(level=logging.WARNING, handlers=[logging.StreamHandler(), errors])
+    logging.basicConfig(level=logging.WARNING, handlers=[errors])
     app = create_app(settings, opens_tiny)
     app.state.errors = errors.seen
     app.router.routes.append(Route("/reading", read))
     run_app(app, started)
 
 
-class Errors(logging.Handler):
-    """Remembers errors that were logged, but for those that uvicorn blames on a client."""
+class Errors(logging.StreamHandler[TextIO]):
+    """Shows and remembers what is logged as an error, but for text of clients that is not UTF-8."""
 
     def __init__(self) -> None:
-        super().__init__(logging.ERROR)
+        super().__init__()
+        self.setLevel(logging.ERROR)
         self.seen: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.exc_info or record.name != "uvicorn.error":
+        if not record.getMessage().startswith("Invalid UTF-8"):
             self.seen.append(f"{record.getMessage()}: {record.exc_info and record.exc_info[1]!r}")
+            super().emit(record)
 
 
 def memory(process: int | str) -> int:
