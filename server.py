@@ -138,7 +138,7 @@ async def drain(app: Starlette, seconds: float) -> None:
     """Let replies come to their end, for so long, and then close what is open."""
     await app.state.responses.drain(seconds)
     with suppress(TimeoutError):
-        async with asyncio.timeout(CLOSE_SECONDS):
+        async with asyncio.timeout(min(seconds + 1, CLOSE_SECONDS)):
             await app.state.presence.close_all(1012, "the server restarts")
 
 
@@ -617,12 +617,11 @@ def main(context: click.Context, host: str, port: int) -> None:
     """Serve a streaming chat with a language model."""
     context.obj = read_settings
     if context.invoked_subcommand is None:
-        serve(host, port)
+        serve(host, port, app)
 
 
-def serve(host: str, port: int) -> None:
-    """Run the app until a signal ends it; exit with 1 where it cannot start."""
-    app = create_app()
+def serve(host: str, port: int, app: Starlette) -> None:
+    """Run an app until a signal ends it; exit with 1 where it cannot start."""
     listener = listen(host, port)
     app.state.url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/"
     config = uvicorn.Config(app, ws_max_size=UVICORN_FRAME_BYTES, ws_per_message_deflate=False, access_log=False)

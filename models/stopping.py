@@ -19,7 +19,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopping:
-    """Drains the server before what the web server does at a signal is done; a second signal does not wait.
+    """Drains the server before what the web server does at a signal is done; at a second signal with no time to spare.
 
     uvicorn closes every socket before the lifespan's end, so that would be too late; its handlers are there before the
     lifespan's start, so they can be put off.
@@ -31,6 +31,7 @@ class Stopping:
         self._loop = asyncio.get_running_loop()
         self._handlers = {number: signal.getsignal(number) for number in SIGNALS}
         self._stopping: asyncio.Task[None] | None = None
+        self._signals = 0
         self._failed = False
 
     @classmethod
@@ -66,26 +67,37 @@ class Stopping:
         self._loop.call_soon_threadsafe(self._stop)  # no more: nobody knows what the signal came in between
 
     def _stop(self) -> None:
+        self._signals += 1
+        match self._signals:
+            case 1:
+                logger.warning("stopping; another signal ends it at once")
+                self._begin(self._seconds)
+            case 2:
+                logger.warning("stopping at once")
+                self._begin(0)
+            case _:
+                self._end()
+                self._end()
+
+    def _begin(self, seconds: float) -> None:
         if self._stopping:
-            logger.warning("stopping at once")
-            self._end()
-            return self._end()
-        logger.warning("stopping; another signal ends it at once")
-        self._stopping = asyncio.create_task(self._drain_and_end(self._seconds))
+            self._stopping.cancel()
+        self._stopping = asyncio.create_task(self._drain_and_end(seconds))
 
     async def _drain_and_end(self, seconds: float) -> None:
         try:
             await self._drain(seconds)
-        finally:
-            self._end()
+        except Exception:
+            logger.exception("a bug in the stopping of the server")
+        self._end()
 
     async def _watch(self, broken: Callable[[], Awaitable[object]]) -> None:
         await broken()
         self._failed = True
-        self._stopping = asyncio.create_task(self._drain_and_end(0))
+        self._begin(0)
 
     def _end(self) -> None:
-        """Have the web server end; for uvicorn a SIGINT is an ordinary end, and a second one is at once."""
+        """Have the web server end; for uvicorn a SIGINT is an ordinary end, and a second one leaves all as it is."""
         handler = self._handlers[signal.SIGINT]
         assert callable(handler)
         handler(signal.SIGINT, None)

@@ -1,0 +1,32 @@
+"""The load test of `tests/bench/soak.py` in short: by number of actions, not by time."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from tests.bench.actions import OTHERS, WELL_BEHAVED
+from tests.bench.soak import Plan, Soak, soak
+
+PLAN = Plan(users=8, actions=3, pause=0, slots=2, queue=64, linger=1)
+
+
+@pytest.fixture(scope="module")
+def soaked(tmp_path_factory: pytest.TempPathFactory) -> Soak:
+    return asyncio.run(soak(PLAN, tmp_path_factory.mktemp("soak")))
+
+
+def test_clients_of_every_kind_occurred(soaked: Soak) -> None:
+    assert set(soaked.tally.acted) == {action.__name__ for action in (*WELL_BEHAVED, *OTHERS)}
+    assert set(soaked.tally.vanished) == {"request", "queue", "prefill", "reply"}
+    assert set(soaked.outcomes) >= {"answered", "cancelled", "abandoned", "too_many_responses"}
+
+
+def test_nothing_is_lost(soaked: Soak) -> None:
+    assert not soaked.tally.lost
+
+
+def test_nothing_is_left_behind_and_nothing_failed(soaked: Soak) -> None:
+    assert not soaked.left
+    assert not soaked.end.errors
