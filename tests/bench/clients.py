@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 import time
+import traceback
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -246,7 +247,8 @@ class User:
             async with asyncio.timeout(DEADLINE):
                 await action(self)
         except Exception as error:
-            self.tally.complaints.append(f"{self.id}, {action.__name__}: {error!r}"[:500])
+            at = [f"{frame.name}:{frame.lineno}" for frame in traceback.extract_tb((error.__cause__ or error).__traceback__)]
+            self.tally.complaints.append(f"{self.id}, {' > '.join(at[1:])}: {error!r}"[:500])
 
     def connect(self, query: str = "", **options: Any) -> connect:
         """A WebSocket."""
