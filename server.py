@@ -352,17 +352,20 @@ async def conversation_of(request: Request) -> tuple[Conversation, list[Item]]:
 
 
 async def models(request: Request) -> Response:
-    await user_of(request)
-    return JSONResponse(
-        {"object": "list", "data": [completion.model(request.app.state.chat, request.app.state.started)]}
-    )
+    return JSONResponse({"object": "list", "data": [await model_of(request)]})
 
 
 async def model(request: Request) -> Response:
+    found = await model_of(request)
+    if request.path_params["id"] != found["id"]:
+        raise ModelNotFound(found["id"])
+    return JSONResponse(found)
+
+
+async def model_of(request: Request) -> dict[str, Any]:
+    """The one model that answers, as users may know it. Raises Refused."""
     await user_of(request)
-    if request.path_params["id"] != request.app.state.chat.model_name:
-        raise ModelNotFound(f"the model that answers here is {request.app.state.chat.model_name}")
-    return JSONResponse(completion.model(request.app.state.chat, request.app.state.started))
+    return completion.model(request.app.state.chat, request.app.state.started)
 
 
 async def completions(request: Request) -> Response:
@@ -370,7 +373,8 @@ async def completions(request: Request) -> Response:
     asked = CompletionRequest.parse(await body_of(request), state.chat.model_name)
     reply = Completion(user.id, asked, state.chat)
     state.responses.create(reply.response, reply)
-    log("completion", response=reply.response.id, user=user.id, **asked.labels)
+    if asked.end_user:
+        log("completion", response=reply.response.id, user=user.id, end_user=asked.end_user)
     if asked.stream:
         await reply.begun()
         return CompletionStream(reply)
@@ -475,6 +479,7 @@ class ChatSocket(WebSocketEndpoint):
     replies in tasks of their own, and one more task sends.
     """
 
+    user: str | None = None
     session: Session | PlainSession | None = None
     gone = False
 
@@ -501,15 +506,15 @@ class ChatSocket(WebSocketEndpoint):
             self.give_up()
 
     async def open_session(self, websocket: WebSocket) -> None:
-        state = self.state
-        self.user = (await user_of(websocket)).id
-        state.presence.admit(self.user)
+        state, user = self.state, (await user_of(websocket)).id
+        state.presence.admit(user)
         if self.plain:
-            self.session = PlainSession(state.chat, state.responses, self.user, self.outbox.put)
+            self.session = PlainSession(state.chat, state.responses, user, self.outbox.put)
         else:
             limits = {"frame_bytes": FRAME_BYTES, "responses": state.settings.responses_per_user}
-            self.session = Session(state.chat, state.responses, self.user, limits, self.outbox)
-        state.presence.join(self.user, self)
+            self.session = Session(state.chat, state.responses, user, limits, self.outbox)
+        self.user = user
+        state.presence.join(user, self)
 
     async def on_receive(self, websocket: WebSocket, data: str | bytes) -> None:
         if self.session is None or self.outbox.closing:
@@ -524,7 +529,7 @@ class ChatSocket(WebSocketEndpoint):
         await asyncio.sleep(0)  # frames that came together are handed over without a pause: let others run
 
     async def on_disconnect(self, websocket: WebSocket, close_code: int) -> None:
-        if self.session:
+        if self.session and self.user:
             self.state.presence.leave(self.user, self)
             self.session.close()
         self.writing.cancel()
@@ -590,12 +595,7 @@ REFUSALS: Mapping[Any, ExceptionHandler] = {
 def create_app(settings: Settings | None = None, open_chat: OpenChat = open_chat) -> Starlette:
     """The app. Settings that are not given are read from the environment when it starts."""
     middleware = [Middleware(ShortEnds), Middleware(Guard)]
-    app = Starlette(
-        routes=routes,
-        lifespan=lifespan,
-        middleware=middleware,
-        exception_handlers=REFUSALS,
-    )
+    app = Starlette(routes=routes, lifespan=lifespan, middleware=middleware, exception_handlers=REFUSALS)
     app.state.settings = settings
     app.state.open_chat = open_chat
     app.state.url = None

@@ -18,6 +18,9 @@ class ModelNotFound(Refused):
     code = "model_not_found"
     param = "model"
 
+    def __init__(self, model: str) -> None:
+        super().__init__(f"the model that answers here is {model}")
+
 
 class UnsupportedParameter(Refused):
     """A parameter that asks for what Parley does not do; ignored, it would be missed."""
@@ -40,7 +43,7 @@ OPTIONS = {  # of a completion, and what they are called here; of two for one, t
     "stop": "stop",
     "seed": "seed",
 }
-LABELS = ("user", "safety_identifier", "prompt_cache_key")  # say for whom it is, and ask for nothing
+LABELS = ("user", "safety_identifier", "prompt_cache_key")  # say for whom it is, the first there is, and ask nothing
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {  # and the values that ask for nothing
     "audio": (),
     "best_of": (1,),
@@ -71,13 +74,16 @@ ROLES: Mapping[str, Role] = {"developer": "system", "system": "system", "user": 
 
 @dataclass(frozen=True)
 class CompletionRequest:
-    """A request for the reply to `messages`; `options` are those of `Options` that it names."""
+    """A request for the reply to `messages`; `options` are those of `Options` that it names.
+
+    `end_user` is whom our user asks for.
+    """
 
     messages: list[Message]
     options: Mapping[str, Any]
     stream: bool
     include_usage: bool
-    labels: Mapping[str, str]
+    end_user: str | None
 
     @classmethod
     def parse(cls, body: bytes, model: str) -> CompletionRequest:
@@ -87,7 +93,7 @@ class CompletionRequest:
             if name not in values:
                 raise InvalidValue(f"{name} is missing", name)
         if values["model"] != model:
-            raise ModelNotFound(f"the model that answers here is {model}")
+            raise ModelNotFound(model)
         for name, value in values.items():
             _check_supported(name, value)
         stream = _switch(values, "stream", "stream")
@@ -96,7 +102,7 @@ class CompletionRequest:
             {ours: _option(values, name, ours) for name, ours in OPTIONS.items() if name in values},
             stream,
             _include_usage(values, stream),
-            {name: _label(values, name) for name in LABELS if name in values},
+            next(iter([_text(values[name], name)[:256] for name in LABELS if name in values]), None),
         )
 
 
@@ -130,10 +136,6 @@ def _include_usage(values: Json, stream: bool) -> bool:
     if options.get("include_obfuscation"):
         raise UnsupportedParameter("streams are not obfuscated here", "stream_options.include_obfuscation")
     return _switch(options, "include_usage", "stream_options.include_usage")
-
-
-def _label(values: Json, name: str) -> str:
-    return _text(values[name], name)[:256]
 
 
 def _messages(value: Any) -> list[Message]:

@@ -17,7 +17,13 @@ UNWANTED = ("color_message", "websocket")  # what uvicorn adds for itself
 
 def log(event: str, **details: object) -> None:
     """Log an event with its details, which are fields where the log is JSON."""
-    logger.info(" ".join([event, *(f"{name}={value}" for name, value in details.items())]), extra=details)
+    shown = (f"{name}={_word(str(value))}" for name, value in details.items())
+    logger.info(" ".join([event, *shown]), extra=details)
+
+
+def _word(text: str) -> str:
+    """A text that can pass for nothing else in a line."""
+    return text if text.isprintable() and not {*" ='\""} & {*text} else repr(text)
 
 
 class Redaction(logging.Filter):

@@ -247,7 +247,10 @@ class User:
             async with asyncio.timeout(DEADLINE):
                 await action(self)
         except Exception as error:
-            at = [f"{frame.name}:{frame.lineno}" for frame in traceback.extract_tb((error.__cause__ or error).__traceback__)]
+            at = [
+                f"{frame.name}:{frame.lineno}"
+                for frame in traceback.extract_tb((error.__cause__ or error).__traceback__)
+            ]
             self.tally.complaints.append(f"{self.id}, {' > '.join(at[1:])}: {error!r}"[:500])
 
     def connect(self, query: str = "", **options: Any) -> connect:
