@@ -73,7 +73,7 @@ HEADERS = {  # of every answer, unless it says otherwise
     "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
-    "Referrer-Policy": "no-referrer",
+    "Referrer-Policy": "same-origin",  # with "no-referrer" our own forms would have no Origin
     "X-Content-Type-Options": "nosniff",
 }
 STATUSES = {  # of refusals, by code or else by type

@@ -31,12 +31,12 @@ class FaultyEngine(Engine):
 
 
 class Broken:
-    """A fault as of a CUDA device assert: once `poison` was read, nothing works any more."""
+    """A fault as of a CUDA device assert: from the third token of `poison` on, nothing works any more."""
 
     def __init__(self, poison: Sequence) -> None:
         self.poison = poison
         self.broken = False
 
     def __call__(self, sequences: list[Sequence]) -> BaseException | None:
-        self.broken |= self.poison in sequences
+        self.broken |= self.poison in sequences and self.poison.generated == 3
         return RuntimeError("CUDA error: device-side assert triggered\nCompile with...") if self.broken else None

@@ -281,6 +281,23 @@ def test_cancel_frees_the_slot_at_once_while_prefilling_and_while_decoding(llama
     assert engine.free_slots == 2
 
 
+def test_each_token_of_a_seeded_sequence_has_a_random_number_that_stays_until_it_is_there() -> None:
+    sequence, source = Sequence([5], Sampling(temperature=1.0), 9, seed=3), random.Random(3)
+    for token_id in range(9):
+        assert [sequence.uniform, sequence.uniform] == 2 * [source.random()]
+        sequence.append(token_id)
+
+
+def test_neighbours_that_decode_make_one_part_however_old_they_are(llama: PreTrainedModel) -> None:
+    engine = Engine(llama, slots=3, context=64)
+    run(engine, [Sequence(prompt, Sampling(), 2) for prompt in prompts(8, 8)])
+    for prompt in prompts(9, 9, 9):
+        engine.add(Sequence(prompt, Sampling(), 5))
+    engine.step()
+    assert [sequence.slot for sequence in engine.active] != [0, 1, 2]
+    assert [(part.slot, part.rows) for part in engine._schedule(engine.active).parts] == [(0, 3)]
+
+
 def test_a_step_among_some_leaves_the_others_where_they_are(llama: PreTrainedModel) -> None:
     engine = Engine(llama, slots=3, context=64)
     decoding, other, reading = sequences = [Sequence(prompt, Sampling(), 5) for prompt in prompts(8, 8, 8)]
@@ -353,8 +370,8 @@ def test_what_a_failed_forward_left_in_a_slot_does_not_reach_the_next_sequence(l
     with pytest.raises(RuntimeError, match="half done"):
         engine.step()
     engine.cancel(poison)
-    run(engine, [Sequence(prompts(3)[0], Sampling(), 1)])  # the other slot was not used for longer
-    replies = run(engine, [again, Sequence(neighbour, Sampling(), 30)])  # it is read as far as its neighbour
+    beside = Sequence(neighbour, Sampling(), 30)
+    replies = run(engine, [again, beside])  # the one that is attended to as far as the other
     assert replies[again] == reply
 
 

@@ -76,12 +76,8 @@ async def test_the_event_loop_is_told_of_fewer_slots_before_a_reply_ends(llama: 
 async def test_a_broken_engine_ends_all_replies_and_says_why(llama: PreTrainedModel) -> None:
     poison = sequence(length=13)
     thread = EngineThread(FaultyEngine(llama, Broken(poison)))
-    running = thread.tokens(sequence(tokens=100))
-    await anext(running)
-    for tokens in (thread.tokens(poison), running):
-        with pytest.raises(EngineFailed):
-            async for _ in tokens:
-                pass
+    ends = await asyncio.gather(collect(thread, poison), collect(thread, sequence(tokens=50)), return_exceptions=True)
+    assert [type(end) for end in ends] == [EngineFailed, EngineFailed]
     await thread.died.wait()
     assert thread.trouble
     assert thread.trouble.startswith("the engine stopped: RuntimeError: CUDA error: device-side assert triggered Comp")

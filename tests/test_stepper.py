@@ -93,6 +93,7 @@ def test_a_sequence_that_a_step_fails_for_ends_and_seven_others_never_know(
     poison = sequences[4]  # of 40 tokens
 
     def fault(running: list[Sequence]) -> Exception | None:
+        assert running, "a probe, while others get on"
         return RuntimeError("poison") if poison in running and poison.cached >= cached else None
 
     told = replies(Stepper(FaultyEngine(llama, fault, native=native)), sequences)
@@ -142,8 +143,11 @@ def test_a_fault_that_stays_and_hits_nobody_alone_ends_all_in_its_third_step(lla
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
         MemoryError(),
         RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you"),
+        RuntimeError("std::bad_alloc"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],
-    ids=["accelerator", "python", "cpu"],
+    ids=["accelerator", "python", "cpu", "kernels", "driver", "cublas"],
 )
 def test_out_of_memory_halves_the_slots_and_the_oldest_go_on(
     llama: PreTrainedModel, error: Exception, caplog: pytest.LogCaptureFixture

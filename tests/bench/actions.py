@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 
@@ -207,18 +206,13 @@ async def hang_up_waiting(user: User) -> None:
 @asynccontextmanager
 async def stalled(user: User) -> AsyncIterator[tuple[Line, Reply]]:
     """A connection that has begun to hear a reply, and has not read on while another reply came."""
-    with socket.socket() as narrow:
-        narrow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        narrow.setblocking(False)
-        host, port = user.address.split(":")
-        await asyncio.get_running_loop().sock_connect(narrow, (host, int(port)))
-        async with user.line(sock=narrow, max_queue=1, close_timeout=1) as line:
-            reply = await line.ask(user.words(), **LONG)
-            await line.until(reply, begun)
-            async with user.line() as other:
-                await other.ask(user.words(), conversation="none", **user.options())
-                await other.end()
-            yield line, reply
+    async with user.line(max_queue=1, close_timeout=1) as line:
+        reply = await line.ask(user.words(), **LONG)
+        await line.until(reply, begun)
+        async with user.line() as other:
+            await other.ask(user.words(), conversation="none", **user.options())
+            await other.end()
+        yield line, reply
 
 
 async def stall(user: User) -> None:
