@@ -67,7 +67,9 @@ class RecordedChat(ScriptedChat):
 
     model_name = EMBEDDED
 
-    async def reply(self, ticket: Ticket, messages: Sequence[Message], options: Options) -> AsyncGenerator[Event, None]:
+    async def reply(
+        self, ticket: Ticket, messages: Sequence[Message], options: Options, whole: bool = False
+    ) -> AsyncGenerator[Event, None]:
         said = CONVERSATION.get(messages[-1]["content"])
         async for event in super().reply(ticket, [{"role": "user", "content": f"say {said}"}], options):
             yield event

@@ -73,7 +73,9 @@ STOP_WATCHING = """() => new Promise((resolve) => requestAnimationFrame(() => re
 class SteadyChat(ScriptedChat):
     """Says so many pieces a second."""
 
-    async def reply(self, ticket: Ticket, messages: Sequence[Message], options: Options) -> AsyncGenerator[Event, None]:
+    async def reply(
+        self, ticket: Ticket, messages: Sequence[Message], options: Options, whole: bool = False
+    ) -> AsyncGenerator[Event, None]:
         async for event in super().reply(ticket, messages, options):
             yield event
             await asyncio.sleep(1 / DELTAS_A_SECOND)

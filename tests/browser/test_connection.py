@@ -28,7 +28,9 @@ class TellingChat(ScriptedChat):
         super().__init__()
         self.asked = threading.Event()
 
-    async def reply(self, ticket: Ticket, messages: Sequence[Message], options: Options) -> AsyncGenerator[Event, None]:
+    async def reply(
+        self, ticket: Ticket, messages: Sequence[Message], options: Options, whole: bool = False
+    ) -> AsyncGenerator[Event, None]:
         async for event in super().reply(ticket, messages, options):
             yield event
             self.asked.set()

@@ -22,7 +22,9 @@ from tests.serving import Served, serve
 class ForgetfulChat(ScriptedChat):
     """Leaves all but the last two messages out."""
 
-    async def reply(self, ticket: Ticket, messages: Sequence[Message], options: Options) -> AsyncGenerator[Event, None]:
+    async def reply(
+        self, ticket: Ticket, messages: Sequence[Message], options: Options, whole: bool = False
+    ) -> AsyncGenerator[Event, None]:
         async for event in super().reply(ticket, messages, options):
             yield Started(event.usage, max(0, len(messages) - 3)) if isinstance(event, Started) else event
 
