@@ -27,7 +27,7 @@ from starlette.endpoints import HTTPEndpoint, WebSocketEndpoint
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import HTTPConnection, Request
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
@@ -453,6 +453,11 @@ async def refuse_without_database(request: Request, error: Exception) -> Respons
     return await refuse(request, DatabaseUnavailable())
 
 
+async def hear_nothing(request: Request, error: Exception) -> Response:
+    """The client hung up in the middle of its request: nobody reads this."""
+    return Response(status_code=400)
+
+
 async def fail(request: Request, error: Exception) -> Response:
     """A bug, which Starlette raises again to be logged; its answer passes by the middleware."""
     response = await refuse(request, ServerFailed())
@@ -588,6 +593,7 @@ REFUSALS: Mapping[Any, ExceptionHandler] = {
     HTTPException: refuse_http,
     SQLAlchemyError: refuse_without_database,
     OSError: refuse_without_database,  # asyncpg's, where there is no server
+    ClientDisconnect: hear_nothing,
     Exception: fail,
 }
 

@@ -118,4 +118,4 @@ def model(chat: Chat, created: int) -> Json:
 
 
 def _frame(data: Json) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"data: {json.dumps(data, separators=(',', ':'))}\n\n"  # in ASCII: to many clients U+2028 ends a line

@@ -58,6 +58,7 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {  # and the values that ask for no
     "n": (1,),
     "parallel_tool_calls": (True, False),
     "prediction": (),
+    "prompt_cache_options": (),
     "prompt_cache_retention": (),
     "reasoning_effort": ("none",),
     "response_format": ({"type": "text"},),
@@ -107,11 +108,16 @@ class CompletionRequest:
 
 
 def _check_supported(name: str, value: Any) -> None:
-    if name in UNSUPPORTED and value not in UNSUPPORTED[name]:
+    if name in UNSUPPORTED and not any(_same(value, neutral) for neutral in UNSUPPORTED[name]):
         raise UnsupportedParameter(f"{name} is not supported here: leave it out", name)
     if name not in (*UNSUPPORTED, *OPTIONS, *LABELS, "model", "messages", "stream", "stream_options"):
         shown = name.encode(errors="replace").decode()[:64]
         raise UnsupportedParameter(f"{shown} is no parameter that is known here", shown, "unknown_parameter")
+
+
+def _same(value: Any, other: Any) -> bool:
+    """As JSON sees it, where true is not 1."""
+    return bool(value == other) and isinstance(value, bool) == isinstance(other, bool)
 
 
 def _option(values: Json, name: str, ours: str) -> Any:

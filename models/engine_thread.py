@@ -50,10 +50,6 @@ class EngineThread:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    @property
-    def alive(self) -> bool:
-        return self.trouble is None
-
     async def tokens(self, sequence: Sequence) -> AsyncGenerator[Token, None]:
         """The tokens of a sequence as they come; leaving early frees its slot. Raises EngineFailed."""
         if self.trouble:
