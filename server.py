@@ -330,8 +330,7 @@ class ConversationEndpoint(HTTPEndpoint):
 
     async def delete(self, request: Request) -> Response:
         user, id = await user_of(request), request.path_params["id"]
-        await request.app.state.responses.end_in(user.id, id)
-        await request.app.state.conversations.delete(user.id, id)
+        await request.app.state.responses.delete(user.id, id)
         return Response(status_code=204)
 
 
@@ -449,7 +448,7 @@ async def refuse_http(request: Request, error: Any) -> Response:
 
 
 async def refuse_without_database(request: Request, error: Exception) -> Response:
-    logger.error("the database failed: %s", explained(error))
+    logger.error("the database, or a file, cannot be used: %s", explained(error))
     return await refuse(request, DatabaseUnavailable())
 
 

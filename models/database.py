@@ -96,7 +96,7 @@ MIGRATIONS = (
 )
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "sqlite": {"connect_args": {"timeout": 30}},  # seconds to wait for another process that writes, such as a backup
+    "sqlite": {"connect_args": {"timeout": 5}},  # seconds to wait for another process that writes, such as a backup
     "postgresql": {
         "pool_pre_ping": True,  # it may have been restarted
         "connect_args": {"timeout": 10, "command_timeout": 10},  # seconds, where nothing comes back at all
@@ -148,7 +148,8 @@ def _url(settings: Settings) -> URL:
 
 def _trouble(url: URL, reason: str) -> str:
     shown = url.set(query={}).render_as_string(hide_password=True)
-    return f"the database {shown} cannot be used: {reason}; mend or restore it, or move it away to begin anew"
+    help = "see that it can be reached and has room, else mend or restore it, or move it away to begin anew"
+    return f"the database {shown} cannot be used: {reason}; {help}"
 
 
 async def _prepare(engine: AsyncEngine) -> None:

@@ -25,9 +25,8 @@ class Held:
     @property
     def bytes(self) -> int:
         """How much memory it takes, about."""
-        return REPLY_BYTES + sum(
-            sys.getsizeof(item.content) + sys.getsizeof(item.cuts) for item in (*self.said, self.reply)
-        )
+        texts = [text for item in (*self.said, self.reply) for text in (item.content, item.cuts)]
+        return REPLY_BYTES + sum(map(sys.getsizeof, [*texts, *(self.reply.options or {}).values()]))
 
     def after(self, items: Sequence[Item]) -> Sequence[Item]:
         """The items of its conversation with this in them."""
@@ -50,8 +49,9 @@ class HeldReplies:
         self._bytes = 0
         self._held: dict[str, Held] = {}
 
-    def hold(self, held: Held) -> None:
-        """Keep a reply, in place of an earlier state of it."""
+    def hold(self, held: Held) -> list[str]:
+        """Keep a reply, in place of an earlier state of it. Returns the ids of those that were to be written, and are
+        dropped for want of room."""
         id, earlier = held.reply.id, self._held.get(held.reply.id)
         if earlier and earlier.position is not None:
             held = replace(held, said=earlier.said, position=earlier.position)
@@ -60,8 +60,21 @@ class HeldReplies:
         self.drop(id)
         self._held[id] = held
         self._bytes += held.bytes
+        lost = []
         while self._bytes > self._most_bytes:
-            self.drop(next(iter(self._held)))
+            oldest = next(iter(self._held.values()))
+            self.drop(oldest.reply.id)
+            if oldest.conversation is not None:
+                lost.append(oldest.reply.id)
+                self._close_up(oldest)
+        return lost
+
+    def _close_up(self, lost: Held) -> None:
+        """Have what comes after a loss in its conversation take its place, else the next turn would be put there."""
+        for held in self.missing(lost.user, lost.conversation):
+            if lost.position is not None and held.position is not None and held.position > lost.position:
+                position = held.position - len(lost.said) - 1
+                self._held[held.reply.id] = replace(held, position=position)
 
     def drop(self, id: str) -> None:
         """Forget a reply, where it is not forgotten yet."""

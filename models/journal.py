@@ -76,15 +76,27 @@ class Journal:
                 raise
             except Exception as error:
                 self._failed(error)
-        self._held.hold(held)
+        self._hold(held)
         return False
 
     async def end(self, held: Held) -> bool:
         """Write down a reply that has ended. False: it has to wait."""
-        if held.conversation is not None and not self.trouble and await self.write([held.reply]):
+        if held.conversation is not None and await self._try([held.reply]):
             return True
-        self._held.hold(held)
+        self._hold(held)
         return False
+
+    async def delete(self, user: str, conversation: str) -> None:
+        """Delete a conversation, written or not. Raises ConversationNotFound."""
+        async with self._writing:
+            missing = self._held.missing(user, conversation)
+            try:
+                await self._conversations.delete(user, conversation)
+            except ConversationNotFound:
+                if not missing:
+                    raise
+            for held in missing:
+                self._held.drop(held.reply.id)
 
     def forget(self, id: str) -> None:
         """Let go of a reply that nobody can want any longer."""
@@ -92,7 +104,12 @@ class Journal:
 
     async def write(self, growing: Iterable[Item]) -> bool:
         """Write down how far replies are, after all that waits. False: it cannot be."""
+        return await self._try(growing, again=True)
+
+    async def _try(self, growing: Iterable[Item], again: bool = False) -> bool:
         async with self._writing:  # one such at a time, so that no earlier state comes later
+            if self.trouble and not again:
+                return False
             try:
                 await self._write(self._held.unwritten, growing)
             except Exception as error:
@@ -111,6 +128,10 @@ class Journal:
         await self._conversations.write(chain((held.reply for held in waiting), growing))
         for held in waiting:
             self._held.release(held)
+
+    def _hold(self, held: Held) -> None:
+        if lost := self._held.hold(held):
+            logger.error("PARLEY_REPLAY_BYTES of memory cannot hold what waits to be written down: lost %s", lost)
 
     def _failed(self, error: Exception) -> None:
         if not self.trouble:

@@ -27,6 +27,7 @@ class PlainSession:
         self._user = user
         self._put = put
         self._conversation = Conversations.new_id()
+        self._begun = False
         self._inbox: asyncio.Queue[str] = asyncio.Queue(WAITING)
         self._notices: list[str] = []
         self._answering = False
@@ -76,7 +77,8 @@ class PlainSession:
 
     async def _answer(self, message: str) -> None:
         request = ResponseCreate(None, [{"role": "user", "content": message}])
-        response = Response(self._user, request, self._conversation, True, self._chat.defaults)
+        response = Response(self._user, request, self._conversation, True, self._chat.defaults, not self._begun)
+        self._begun = True
         try:
             self._responses.create(response, self)
         except Refused as refused:

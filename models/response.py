@@ -35,7 +35,8 @@ class Reader(Listener, Protocol):
 
 @dataclass(eq=False)
 class Response:
-    """A reply as the wire has it. `conversation` None is none at all, `begins` one that need not be there yet.
+    """A reply as the wire has it. `conversation` None is none at all, `begins` one that need not be there yet, `new`
+    one that cannot be.
 
     Of a `completion` nothing is left out and nothing kept: it is for one who listens, and has it all at its end.
     """
@@ -45,6 +46,7 @@ class Response:
     conversation: str | None
     begins: bool
     options: Options
+    new: bool = False
     completion: bool = False
     chosen: Mapping[str, Any] = field(default_factory=dict)  # the options that are not the usual ones
     id: str = field(default_factory=lambda: f"resp_{uuid.uuid4().hex}")

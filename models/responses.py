@@ -73,8 +73,8 @@ class Responses:
             await responses._end_all()
             writing.cancel()
             await asyncio.wait([writing])
-            if count := responses._journal.unwritten:
-                logger.error("%d replies could not be written down, and are lost", count)
+            if responses._journal.unwritten and not await responses._journal.write([]):
+                logger.error("replies that could not be written down, and are lost: %d", responses._journal.unwritten)
 
     @property
     def trouble(self) -> str | None:
@@ -129,11 +129,12 @@ class Responses:
             if listener in response.listeners:
                 response.cancel()
 
-    async def end_in(self, user: str, conversation: str) -> None:
-        """End the reply that is being made in a conversation, if there is one, and wait until it is."""
+    async def delete(self, user: str, conversation: str) -> None:
+        """Delete a conversation, after the end of the reply that is being made in it. Raises ConversationNotFound."""
         for response in self._in(user, conversation):
             response.cancel()
             await asyncio.wait([response.ending])
+        await self._journal.delete(user, conversation)
 
     def _in(self, user: str, conversation: str | None) -> list[Response]:
         """The reply that is being made in a conversation; a conversation of somebody else is another one."""
@@ -145,7 +146,7 @@ class Responses:
         """Refuse new replies, give those that are being made time to come to their end, and end the others."""
         self._chat.admission.close()
         if self._live:
-            logger.warning("%d replies have %g s to come to their end", len(self._live), seconds)
+            logger.warning("replies that have %g s to come to their end: %d", seconds, len(self._live))
             await asyncio.wait([response.ending for response in self._live.values()], timeout=seconds)
         await self._end_all()
 
@@ -169,7 +170,7 @@ class Responses:
 
     async def _before(self, response: Response) -> Sequence[Item]:
         """What was said before a reply's input."""
-        if response.conversation is None or response.request.conversation == "new":
+        if response.conversation is None or response.new:
             return []
         items = await self._journal.read(response.user, response.conversation)
         if not items and not response.begins:

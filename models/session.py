@@ -36,6 +36,7 @@ class Session:
         self._id = f"sess_{uuid.uuid4().hex}"
         self._options = chat.defaults
         self._conversation = Conversations.new_id()
+        self._begun = False
         self._following: set[asyncio.Task[None]] = set()
         self._catching_up = asyncio.Lock()
         client.send(events.session("created", self._description()))
@@ -87,9 +88,11 @@ class Session:
                 conversation = Conversations.new_id()
             case named:
                 conversation = named or self._conversation
-        begins = request.conversation == "new" or conversation == self._conversation
+        own = conversation == self._conversation
+        new = request.conversation == "new" or (own and not self._begun)
         options = self._options.updated(request.options)
-        self._responses.create(Response(self._user, request, conversation, begins, options), self._client)
+        self._responses.create(Response(self._user, request, conversation, new or own, options, new), self._client)
+        self._begun |= own
 
     def _resume(self, event: ResponseResume) -> None:
         if len(self._following) == RESUMES:

@@ -73,6 +73,7 @@ class Users:
         self._tickets = URLSafeTimedSerializer(hmac.digest(key, b"tickets", "sha256"))
         self._configured = [User(user, self._digest(secret)) for user, secret in configured.items()]
         self._known = tuple(self._configured)  # as of the last look into the database
+        self._revoked: Callable[[User], None] | None = None
         self.trouble: str | None = None
 
     @classmethod
@@ -88,10 +89,12 @@ class Users:
     @asynccontextmanager
     async def watched(self, revoked: Callable[[User], None]) -> AsyncIterator[None]:
         """While the context lasts, see at once who was added, and tell whose secret is no longer good."""
-        watching = asyncio.create_task(self._watch(revoked))
+        self._revoked = revoked
+        watching = asyncio.create_task(self._watch())
         try:
             yield
         finally:
+            self._revoked = None
             watching.cancel()
             await asyncio.wait([watching])
 
@@ -187,11 +190,14 @@ class Users:
     async def _look(self) -> None:
         async with self._database.connect() as connection:
             rows = await connection.execute(select(users_table.c.id, users_table.c.digest))
-            self._known = (*self._configured, *(User(*row) for row in rows))
+            known = (*self._configured, *(User(*row) for row in rows))
+        gone, self._known = {*self._known} - {*known}, known
+        if revoked := self._revoked:
+            for user in gone:
+                revoked(user)
 
-    async def _watch(self, revoked: Callable[[User], None]) -> None:
+    async def _watch(self) -> None:
         while True:
-            before = self._known
             await asyncio.sleep(LOOK_SECONDS)
             try:
                 await self._look()
@@ -200,17 +206,15 @@ class Users:
                 if not self.trouble:
                     logger.error("the database cannot be read: %s", explained(error))
                 self.trouble = "the database cannot be read at present"
-            for user in {*before} - {*self._known}:
-                revoked(user)
 
 
 def _key(path: Path) -> bytes:
     """The key in a file, made once, whole and readable for its owner only."""
     if not path.exists():
         descriptor, temporary = tempfile.mkstemp(dir=path.parent)  # made 0600
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(secrets.token_bytes(32))
         try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(secrets.token_bytes(32))
             os.link(temporary, path)  # unlike a rename, it never replaces another process's key
         except FileExistsError:
             pass

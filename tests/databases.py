@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 import uuid
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from glob import glob
 from pathlib import Path
@@ -26,31 +26,54 @@ WITHOUT_SYNC = "-c fsync=off -c full_page_writes=off -c synchronous_commit=off"
 ACCESS = "local all guarded scram-sha-256\nlocal all all trust\n"  # only who is called guarded needs a password
 
 
+class PostgreSQL:
+    """One that listens at a socket in its folder, and nowhere else; `postgres` may do all there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        owner = {}
+        if os.geteuid() == 0:  # PostgreSQL does not run as root
+            nobody = pwd.getpwnam("nobody")
+            os.chown(folder, nobody.pw_uid, nobody.pw_gid)
+            owner = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
+        self._open = partial(subprocess.Popen, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, cwd=folder, **owner)
+        self._run(INITDB, "--username=postgres", "--encoding=UTF8", "--locale=C", "--no-sync")
+        (folder / "cluster" / "pg_hba.conf").write_text(ACCESS)
+
+    @classmethod
+    @contextmanager
+    def running(cls) -> Iterator[PostgreSQL]:
+        """One that runs until the context ends, or the process."""
+        if not INITDB or not PG_CTL:
+            pytest.skip("PostgreSQL is not installed: there is no initdb or pg_ctl")
+        folder = Path(tempfile.mkdtemp(prefix="parley-"))  # tmp_path is too long for a socket, and closed to others
+        try:
+            postgresql = cls(folder)
+            postgresql.start()
+            until_we_end = f"cat; exec '{PG_CTL}' '--pgdata={folder / 'cluster'}' --mode=immediate --wait stop"
+            with postgresql._open(["sh", "-c", until_we_end], start_new_session=True):
+                yield postgresql
+        finally:
+            shutil.rmtree(folder)
+
+    def start(self) -> None:
+        options = f"{WITHOUT_SYNC} -c listen_addresses='' -c unix_socket_directories={self.folder}"
+        self._run(PG_CTL, f"--log={self.folder / 'log'}", f"--options={options}", "--wait", "start")
+
+    def stop(self) -> None:
+        self._run(PG_CTL, "--mode=fast", "--wait", "stop")
+
+    def _run(self, program: str | None, *arguments: str) -> None:
+        command = [program, f"--pgdata={self.folder / 'cluster'}", *arguments]
+        with self._open(command) as process:
+            assert process.wait() == 0, f"{command} failed"
+
+
 @pytest.fixture(scope="session")
 def postgresql() -> Iterator[Path]:
-    """The folder of the socket at which a PostgreSQL listens, and nowhere else; `postgres` may do all there."""
-    if not INITDB or not PG_CTL:
-        pytest.skip("PostgreSQL is not installed: there is no initdb or pg_ctl")
-    folder = Path(tempfile.mkdtemp(prefix="parley-"))  # tmp_path is too long for a socket, and closed to other users
-    owner = {}
-    if os.geteuid() == 0:  # PostgreSQL does not run as root
-        nobody = pwd.getpwnam("nobody")
-        os.chown(folder, nobody.pw_uid, nobody.pw_gid)
-        owner = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
-    run = partial(subprocess.run, cwd=folder, check=True, stdout=subprocess.DEVNULL, **owner)
-    cluster = f"--pgdata={folder / 'cluster'}"
-    options = f"{WITHOUT_SYNC} -c listen_addresses='' -c unix_socket_directories={folder}"
-    try:
-        run([INITDB, cluster, "--username=postgres", "--encoding=UTF8", "--locale=C", "--no-sync"])
-        (folder / "cluster" / "pg_hba.conf").write_text(ACCESS)
-        run([PG_CTL, cluster, f"--log={folder / 'log'}", f"--options={options}", "--wait", "start"])
-        until_we_end = ["sh", "-c", f"cat; exec '{PG_CTL}' '{cluster}' --mode=immediate --wait stop"]
-        with subprocess.Popen(
-            until_we_end, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, cwd=folder, start_new_session=True, **owner
-        ):
-            yield folder
-    finally:
-        shutil.rmtree(folder)
+    """The folder of a PostgreSQL that lives as long as the tests run."""
+    with PostgreSQL.running() as running:
+        yield running.folder
 
 
 @asynccontextmanager

@@ -177,3 +177,26 @@ async def test_delivering_can_be_cancelled() -> None:
     with pytest.raises(asyncio.CancelledError):
         await delivering
     assert client.got == []
+
+
+async def test_an_outbox_that_was_read_or_left_is_not_unread() -> None:
+    outbox = Outbox(client := FakeClient())
+    assert not outbox.unread
+    outbox.put("hello")
+    outbox.close(1000, "bye")
+    assert await outbox.deliver()
+    assert not outbox.unread
+    outbox = Outbox(client := FakeClient())
+    client.left = True
+    outbox.put("hello")
+    with pytest.raises(Left):
+        await outbox.deliver()
+    assert not outbox.unread
+
+
+@pytest.mark.parametrize("answers_close", [True, False])
+async def test_an_outbox_whose_client_does_not_read_is_unread(answers_close: bool) -> None:
+    outbox = Outbox(FakeClient(reads=False, answers_close=answers_close), seconds=0)
+    outbox.put("hello")
+    assert await outbox.deliver() == answers_close
+    assert outbox.unread

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from models.presence import Change, Presence, TooManySockets
@@ -98,3 +100,51 @@ def test_being_admitted_counts_nobody_in() -> None:
     for _ in range(3):
         presence.admit("ann")
     assert presence.count("ann") == 0
+
+
+REVOKED = (4401, "invalid_credentials")
+
+
+def test_all_connections_of_a_user_are_closed_and_nobody_elses() -> None:
+    presence = Presence(announce=True, per_user=9)
+    anns, bob = [joined(presence, "ann") for _ in range(3)], joined(presence, "bob")
+    presence.close("ann", *REVOKED)
+    assert [ann.closed for ann in anns] == [[REVOKED]] * 3
+    assert bob.closed == []
+
+
+def test_a_user_without_connections_can_be_closed() -> None:
+    Presence(announce=True, per_user=9).close("ann", *REVOKED)
+
+
+def test_connections_count_until_they_have_left() -> None:
+    presence = Presence(announce=True, per_user=2)
+    first, _, _ = joined(presence, "ann"), joined(presence, "ann"), joined(presence, "bob")
+    presence.close("ann", *REVOKED)
+    assert (len(presence), presence.count("ann")) == (3, 2)
+    presence.leave("ann", first)
+    assert (len(presence), presence.count("ann")) == (2, 1)
+
+
+@pytest.mark.anyio
+async def test_closing_all_waits_until_the_last_has_left_and_nobody_hears_of_it() -> None:
+    presence = Presence(announce=True, per_user=9)
+    everybody = [(user, joined(presence, user)) for user in ("ann", "ann", "bob")]
+    for _, connection in everybody:
+        connection.news.clear()
+    closing = asyncio.create_task(presence.close_all(1012, "the server restarts"))
+    await asyncio.sleep(0)
+    for user, connection in everybody:
+        assert connection.closed == [(1012, "the server restarts")]
+        assert not closing.done()
+        presence.leave(user, connection)
+    await closing
+    assert [connection.news for _, connection in everybody] == [[]] * 3
+
+
+@pytest.mark.anyio
+async def test_where_nobody_is_closing_all_does_not_wait() -> None:
+    presence = Presence(announce=True, per_user=9)
+    await presence.close_all(1012, "the server restarts")
+    presence.leave("ann", joined(presence, "ann"))
+    await presence.close_all(1012, "the server restarts")

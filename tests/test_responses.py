@@ -324,15 +324,15 @@ async def test_a_conversation_that_has_to_be_there_is_not_found_where_it_is_some
     assert await said(conversations) == ["say one", "one"]
 
 
-async def test_the_reply_in_a_conversation_can_be_ended_and_waited_for(
+async def test_a_conversation_is_deleted_by_its_user_alone_after_the_end_of_the_reply_in_it(
     responses: Responses, conversations: SlowConversations, client: Client, scripted: ScriptedChat
 ) -> None:
     await begun(responses, client, "wait one")
-    await responses.end_in("bob", "conv_1")
+    with pytest.raises(ConversationNotFound):
+        await responses.delete("bob", "conv_1")
     assert scripted.running == 1
-    await responses.end_in("ann", "conv_1")
+    await responses.delete("ann", "conv_1")
     assert scripted.running == 0
-    await conversations.delete("ann", "conv_1")
     assert await conversations.latest("ann", Listing(9, None, "")) == ([], False)
     assert (await client.until("response.done"))[-1]["response"]["status"] == "cancelled"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,14 +16,11 @@ from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Subprotocol
 
 from tests.conftest import ANN
+from tests.process import processes
 from tests.survivor import serve
 
 Json = dict[str, Any]
 HEADERS = {"Authorization": f"Bearer {ANN}"}
-
-# A process that has imported everything once, and of which each server is a copy.
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["tests.survivor"])
 
 
 class Server:

@@ -1,17 +1,21 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import stat
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from models import database
-from models.database import DataFolderError, users_table
+from models import database, users as users_module
+from models.database import DatabaseUnavailable, DataFolderError, users_table
 from models.settings import Settings
 from models.throttle import TooManyFailures
 from models.users import User, Users, UsersError, WrongCredentials
@@ -324,3 +328,195 @@ async def test_right_secrets_do_not_count_however_many(users: Users) -> None:
     for _ in range(11):
         await users.log_in(ANN, None, "10.0.0.1")
     assert await fail(users, "10.0.0.1", 1) == [WrongCredentials]
+
+
+# Watching the database
+
+
+class BreakableDatabase:
+    """A database that is out of reach while a test wants it to be, and knows how often it was looked into."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self.broken = False
+        self.looks = 0
+        self.look = asyncio.Event()
+
+    def connect(self) -> Any:
+        self.looks += 1
+        self.look.set()
+        if self.broken:
+            raise OSError("no route to host")
+        return self._engine.connect()
+
+    def begin(self) -> Any:
+        return self._engine.begin()
+
+
+@pytest.fixture
+async def broken(users: Users, settings: Settings) -> AsyncIterator[tuple[Users, BreakableDatabase]]:
+    """The users as another process sees them, and its way to the database."""
+    async with database.opened(settings) as engine:
+        breakable = BreakableDatabase(engine)
+        yield Users.of(settings, breakable), breakable  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True)
+def watchful(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(users_module, "LOOK_SECONDS", 0.01)
+
+
+class Revoked(asyncio.Queue[User]):
+    """Hears whose secrets are no longer good."""
+
+    async def next(self) -> str:
+        async with asyncio.timeout(10):  # else a test would wait for ever
+            return (await self.get()).id
+
+
+async def looked(database: BreakableDatabase) -> None:
+    """Wait until a look into the database that begins from now on has ended, where one comes after the other."""
+    before = database.looks
+    while database.looks < before + 2:
+        database.look.clear()
+        await database.look.wait()
+
+
+async def test_whose_secret_another_process_takes_away_is_told_and_nobody_else(
+    users: Users, settings: Settings
+) -> None:
+    await users.add("carla")
+    await users.add("dora")
+    revoked = Revoked()
+    async with opened(settings) as watching:
+        await watching.all()
+        async with watching.watched(revoked.put_nowait):
+            await users.remove("carla")
+            assert await revoked.next() == "carla"
+            await users.remove("dora")
+            await users.add("dora")
+            assert await revoked.next() == "dora"
+    assert revoked.empty()
+
+
+async def test_who_comes_and_goes_between_two_looks_is_told_too(
+    users: Users, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(users_module, "LOOK_SECONDS", 0.5)
+    revoked = Revoked()
+    async with opened(settings) as watching:
+        await watching.all()
+        async with watching.watched(revoked.put_nowait):
+            await asyncio.sleep(0)  # it has begun
+            secret = await users.add("carla")
+            assert await found(watching, secret) == "carla"
+            await users.remove("carla")
+            await watching.find("somebody else's secret")
+            assert await revoked.next() == "carla"
+
+
+async def test_nobody_is_told_of_twice_or_for_being_added(
+    users: Users, broken: tuple[Users, BreakableDatabase]
+) -> None:
+    watching, way = broken
+    revoked = Revoked()
+    await users.add("carla")
+    await watching.all()
+    async with watching.watched(revoked.put_nowait):
+        await users.remove("carla")
+        await users.add("dora", SECRET)
+        assert await revoked.next() == "carla"
+        await looked(way)
+        assert revoked.empty()
+    assert await found(watching, SECRET) == "dora"
+
+
+async def test_without_the_database_whoever_was_known_logs_in_and_others_are_told_to_wait(
+    users: Users, broken: tuple[Users, BreakableDatabase]
+) -> None:
+    watching, away = broken
+    await users.add("carla", SECRET)
+    ticket = users.ticket(await users.log_in(SECRET, None, "10.0.0.1"))
+    await watching.all()
+    away.broken = True
+    for secret, user in ((SECRET, "carla"), (ANN, "ann")):
+        assert (await watching.log_in(secret, None, "10.0.0.1")).id == user
+    assert watching.of_ticket(ticket)
+    for _ in range(20):
+        with pytest.raises(DatabaseUnavailable):
+            await watching.log_in("unknown", None, "10.0.0.1")
+    away.broken = False
+    with pytest.raises(WrongCredentials):
+        await watching.log_in("unknown", None, "10.0.0.1")
+
+
+async def test_trouble_is_told_while_it_lasts_and_logged_once_and_nobody_is_revoked(
+    users: Users, broken: tuple[Users, BreakableDatabase], caplog: pytest.LogCaptureFixture
+) -> None:
+    watching, away = broken
+    revoked = Revoked()
+    await users.add("carla", SECRET)
+    await watching.all()
+    async with watching.watched(revoked.put_nowait):
+        assert watching.trouble is None
+        away.broken = True
+        await looked(away)
+        await looked(away)
+        assert watching.trouble == "the database cannot be read at present"
+        assert revoked.empty()
+        await users.remove("carla")
+        away.broken = False
+        assert await revoked.next() == "carla"
+        assert watching.trouble is None
+    assert caplog.text.count("the database cannot be read: OSError('no route to host')") == 1
+
+
+async def test_tickets_of_one_user_differ_and_tell_nothing_of_the_secret(users: Users) -> None:
+    ann = await users.find(ANN)
+    assert ann
+    tickets = [users.ticket(ann) for _ in range(20)]
+    assert len({*tickets}) == 20
+    for ticket in tickets:
+        shown = base64.urlsafe_b64decode(ticket.split(".")[0] + "==")
+        assert ann.digest.hex().encode() not in shown
+        assert users.of_ticket(ticket) == ann
+
+
+class SlowAnswers(BreakableDatabase):
+    """The answer to the first question comes when the test wants it to."""
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine)
+        self.asked, self.answer = asyncio.Event(), asyncio.Event()
+
+    @asynccontextmanager
+    async def connect(self) -> AsyncIterator[Any]:
+        first = not self.asked.is_set()
+        async with super().connect() as connection:
+            yield SimpleNamespace(execute=partial(self.execute, connection, first))
+
+    async def execute(self, connection: Any, first: bool, statement: Any) -> Any:
+        rows = (await connection.execute(statement)).all()
+        self.asked.set()
+        if first:
+            await self.answer.wait()
+        return rows
+
+
+async def test_an_answer_that_comes_after_a_later_one_revokes_nobody(
+    nobody: Users, empty_database: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(users_module, "LOOK_SECONDS", 3600)
+    revoked = Revoked()
+    async with database.opened(empty_database) as engine:
+        slow = SlowAnswers(engine)
+        watching = Users.of(empty_database, slow)  # type: ignore[arg-type]
+        async with watching.watched(revoked.put_nowait):
+            early = asyncio.create_task(watching.find("unknown"))
+            await slow.asked.wait()
+            secret = await nobody.add("carla")
+            carla = await watching.log_in(secret, None, "10.0.0.1")
+            slow.answer.set()
+            await early
+            assert revoked.empty()
+            assert watching.of_ticket(watching.ticket(carla)) == carla

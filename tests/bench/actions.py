@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 
@@ -204,11 +205,17 @@ async def hang_up_waiting(user: User) -> None:
 
 
 @asynccontextmanager
-async def stalled(user: User) -> AsyncIterator[tuple[Line, Reply]]:
-    """A connection that has begun to hear a reply, and has not read on while another reply came."""
-    async with user.line(max_queue=1, close_timeout=1) as line:
+async def stalled(user: User, loud: int = 0) -> AsyncIterator[tuple[Line, Reply]]:
+    """A connection that has begun to hear a reply, asked for so many megabytes, and not read while another came."""
+    host, port = user.address.split(":")
+    narrow = socket.create_connection((host, int(port)))
+    narrow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**18)  # else the system takes ever more for it
+    async with user.line(sock=narrow, max_queue=1, close_timeout=1) as line:
         reply = await line.ask(user.words(), **LONG)
         await line.until(reply, begun)
+        with suppress(ConnectionClosed):
+            for _ in range(loud):
+                await line.say({"type": "session.update", "session": {"instructions": "x" * 1_000_000}})
         async with user.line() as other:
             await other.ask(user.words(), conversation="none", **user.options())
             await other.end()
@@ -230,11 +237,7 @@ async def stall_and_vanish(user: User) -> None:
 
 async def stall_too_long(user: User) -> None:
     """Let megabytes pile up: the connection is closed, and another one hears the reply to its end."""
-    loud = {"type": "session.update", "session": {"instructions": "x" * 1_000_000}}
-    async with stalled(user) as (line, reply):
-        with suppress(ConnectionClosed):
-            for _ in range(12):
-                await line.say(loud)
+    async with stalled(user, loud=24) as (line, reply):
         try:
             while True:
                 await line.hear()

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -247,11 +248,7 @@ class User:
             async with asyncio.timeout(DEADLINE):
                 await action(self)
         except Exception as error:
-            at = [
-                f"{frame.name}:{frame.lineno}"
-                for frame in traceback.extract_tb((error.__cause__ or error).__traceback__)
-            ]
-            self.tally.complaints.append(f"{self.id}, {' > '.join(at[1:])}: {error!r}"[:500])
+            self.tally.complaints.append(f"{self.id}, {' > '.join(_places(error))}: {error!r}"[:500])
 
     def connect(self, query: str = "", **options: Any) -> connect:
         """A WebSocket."""
@@ -295,6 +292,13 @@ class User:
         body = {"model": models.json()["data"][0]["id"], "messages": messages, "stream": stream}
         body["max_tokens"] = tokens or self.moments.randint(4, 60)
         return {"url": "/v1/chat/completions", "headers": self.headers, "json": body}
+
+
+def _places(error: BaseException) -> list[str]:
+    """The lines of ours that an error came through; a timeout knows them by its cause."""
+    frames = [*traceback.extract_tb(error.__traceback__)]
+    frames += traceback.extract_tb(error.__cause__.__traceback__) if error.__cause__ else []
+    return [f"{frame.name}:{frame.lineno}" for frame in frames if Path(frame.filename).parent == Path(__file__).parent]
 
 
 Action = Callable[[User], Awaitable[None]]

@@ -36,7 +36,6 @@ import httpx2
 import torch
 import uvicorn
 from platformdirs import user_cache_path
-from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -54,12 +53,12 @@ processes = multiprocessing.get_context("forkserver")
 
 @dataclass(frozen=True)
 class Plan:
-    """How much of a load: each user acts for `seconds`, or so many times where `actions` is given."""
+    """How much of a load: each user acts for `seconds`, or so often where `actions` is given."""
 
     users: int = 64
     seconds: float = 600
     actions: int | None = None
-    pause: float = 0.5  # seconds between two actions of a user, in the mean
+    pause: float = 3.0  # seconds between two actions of a user, in the mean
     slots: int = 8
     queue: int = 32
     linger: int = 2
@@ -88,7 +87,7 @@ class Plan:
 # The server
 
 
-def run_app(app: Starlette, started: Connection) -> None:
+def run_app(app: Callable[..., Any], started: Connection) -> None:
     """Serve as `python server.py` does, until told to end; sends the port first."""
     listener = listen("127.0.0.1", 0)
     started.send(listener.getsockname()[1])
@@ -202,7 +201,7 @@ class Soak:
     @property
     def outcomes(self) -> Counter[str]:
         """How many requests ended in which way."""
-        return Counter(reply.outcome or "LOST" for reply in self.tally.replies)
+        return Counter(reply.outcome or "without an end" for reply in self.tally.replies)
 
     @property
     def waits(self) -> list[list[float]]:
@@ -228,10 +227,9 @@ async def soak(plan: Plan, data: Path) -> Soak:
 async def load(plan: Plan, address: str, tally: Tally, actions: Iterator[Action], seeds: random.Random) -> None:
     """Have all users act, and leave."""
     until = time.monotonic() + plan.seconds
-    limits = httpx2.Limits(max_connections=None)
-    async with httpx2.AsyncClient(
-        base_url=f"http://{address}", timeout=DEADLINE, trust_env=False, limits=limits
-    ) as http:
+    fresh = httpx2.Limits(max_keepalive_connections=0)  # uvicorn closes what is kept, unannounced
+    url = f"http://{address}"
+    async with httpx2.AsyncClient(base_url=url, timeout=DEADLINE, trust_env=False, limits=fresh) as http:
         secrets = plan.settings(Path()).users
         users = [User(id, secrets[id], address, http, tally, random.Random(seeds.random())) for id in secrets]
         async with asyncio.TaskGroup() as group:
