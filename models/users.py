@@ -73,6 +73,7 @@ class Users:
         self._tickets = URLSafeTimedSerializer(hmac.digest(key, b"tickets", "sha256"))
         self._configured = [User(user, self._digest(secret)) for user, secret in configured.items()]
         self._known = tuple(self._configured)  # as of the last look into the database
+        self._looks = self._latest = 0  # into the database, and the one that `_known` comes from
         self._revoked: Callable[[User], None] | None = None
         self.trouble: str | None = None
 
@@ -188,9 +189,14 @@ class Users:
         return next((user for user in matches if user_id in (None, user.id)), None)
 
     async def _look(self) -> None:
+        self._looks += 1
+        look = self._looks
         async with self._database.connect() as connection:
             rows = await connection.execute(select(users_table.c.id, users_table.c.digest))
             known = (*self._configured, *(User(*row) for row in rows))
+        if look < self._latest:  # who was late would bring back who is gone, and revoke who is new
+            return
+        self._latest = look
         gone, self._known = {*self._known} - {*known}, known
         if revoked := self._revoked:
             for user in gone:

@@ -243,7 +243,7 @@ async def live(user: User, plan: Plan, actions: Iterator[Action], until: float) 
     done = 0
     while time.monotonic() < until if plan.actions is None else done < plan.actions:
         await user.act(next(actions))
-        await asyncio.sleep(user.moments.expovariate(1 / plan.pause) if plan.pause else 0)
+        await asyncio.sleep(user.moments.uniform(0, 2 * plan.pause))
         done += 1
 
 
