@@ -47,7 +47,7 @@ from models.item import Item
 from models.listing import Listing, new_title
 from models.logs import configured, log
 from models.metrics import MEDIA_TYPE, Metrics
-from models.outbox import Outbox
+from models.outbox import UNSENT_SECONDS, Outbox
 from models.plain import PlainSession
 from models.presence import Change, Presence
 from models.refused import Refused, ServerFailed
@@ -417,8 +417,10 @@ class BodyTooLarge(Refused):
 
 
 async def body_of(request: Request) -> bytes:
-    """A request's body, in OpenAI's words where it is too long, which Starlette's own limit does not let through."""
-    body = b""
+    """A request's body, refused in OpenAI's words, which Starlette's own limit would replace. Raises BodyTooLarge."""
+    body, declared = b"", request.headers.get("content-length", "")
+    if declared.isdecimal() and (len(declared) > 9 or int(declared) > FRAME_BYTES):
+        raise BodyTooLarge
     async for chunk in request.stream():
         body += chunk
         if len(body) > FRAME_BYTES:
@@ -483,6 +485,7 @@ class ChatSocket(WebSocketEndpoint):
     replies in tasks of their own, and one more task sends.
     """
 
+    patience = UNSENT_SECONDS  # with a client that does not read
     user: str | None = None
     session: Session | PlainSession | None = None
     gone = False
@@ -499,7 +502,7 @@ class ChatSocket(WebSocketEndpoint):
         self.state = websocket.app.state
         self.plain = "chat.v1" not in websocket.scope["subprotocols"]
         await websocket.accept(None if self.plain else "chat.v1")
-        self.outbox = Outbox(websocket)
+        self.outbox = Outbox(websocket, seconds=self.patience)
         self.writing = asyncio.create_task(self.outbox.deliver())
         self.writing.add_done_callback(self.written)
         try:
@@ -570,7 +573,7 @@ class ChatSocket(WebSocketEndpoint):
 
 routes = [
     Route("/", home),
-    Route("/login", login, methods=["POST"]),
+    Route("/login", login, methods=["POST"], max_body_size=2**16),
     Route("/logout", logout, methods=["POST"]),
     Route("/health", health),
     Route("/ready", ready),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain, zip_longest
 
@@ -42,18 +42,19 @@ class ServerStopping(Refused):
 class Ticket:
     """One reply's place: `position` 0 has a slot, 1 is next. To be given back with `Admission.leave`."""
 
-    def __init__(self, user: str, position: int) -> None:
+    def __init__(self, user: str, position: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.user = user
         self.position = position
         self.usage = Usage(0)  # of the reply, to be set by whoever makes it
-        self.entered = self.admitted = time.monotonic()
+        self.entered = self.admitted = clock()
+        self._clock = clock
         self._moved = asyncio.Event()
 
     def move(self, position: int) -> None:
         """Take a new position."""
         if position != self.position:
             self.position = position
-            self.admitted = time.monotonic()
+            self.admitted = self._clock()
             self._moved.set()
 
     async def turn(self) -> AsyncIterator[int]:
@@ -72,7 +73,14 @@ class Admission:
     However many replies somebody waits for, the first one of anybody else waits for one of them at most.
     """
 
-    def __init__(self, slots: int, queue: int, per_user: int, rates: Rates | None = None) -> None:
+    def __init__(
+        self,
+        slots: int,
+        queue: int,
+        per_user: int,
+        rates: Rates | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.free = slots  # below 0 where there are fewer slots than replies that have one
         self.slots = slots
         self.queue = queue
@@ -80,6 +88,7 @@ class Admission:
         self.in_flight: Counter[str] = Counter()
         self.closed = False
         self._rates = rates
+        self._clock = clock
         self._waiting: dict[str, deque[Ticket]] = {}  # by user, whose turn is next first
 
     @property
@@ -123,8 +132,8 @@ class Admission:
         self.in_flight[user] += 1
         if self.free > 0:
             self.free -= 1
-            return Ticket(user, 0)
-        ticket = Ticket(user, waiting + 1)
+            return Ticket(user, 0, self._clock)
+        ticket = Ticket(user, waiting + 1, self._clock)
         self._waiting.setdefault(user, deque()).append(ticket)
         self._number()
         return ticket

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from models.conversations import Conversations
 from models.item import Item
 
-REPLY_BYTES = 2000  # about what one takes beside its text
+REPLY_BYTES, ITEM_BYTES = 2000, 500  # about what one takes beside its text, and an item of what it answers
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,11 @@ class Held:
     def bytes(self) -> int:
         """How much memory it takes, about."""
         texts = [text for item in (*self.said, self.reply) for text in (item.content, item.cuts)]
-        return REPLY_BYTES + sum(map(sys.getsizeof, [*texts, *(self.reply.options or {}).values()]))
+        return (
+            REPLY_BYTES
+            + ITEM_BYTES * len(self.said)
+            + sum(map(sys.getsizeof, [*texts, *(self.reply.options or {}).values()]))
+        )
 
     def after(self, items: Sequence[Item]) -> Sequence[Item]:
         """The items of its conversation with this in them."""

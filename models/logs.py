@@ -52,6 +52,7 @@ def configured(format: str) -> Iterator[None]:
     redaction, handler = Redaction(), logging.StreamHandler()
     handler.setFormatter(machines if format == "json" else text)
     theirs = [logging.getLogger(name) for name in ("uvicorn", "uvicorn.error", "uvicorn.access", "uvicorn.asgi")]
+    theirs.append(logging.getLogger("aiosqlite"))  # its debug lines show what is said
     formatters = {handler: handler.formatter for their in theirs for handler in their.handlers}
     level = logger.level
     for their in theirs:

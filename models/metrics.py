@@ -20,7 +20,8 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 1
 class Metrics:
     """The counters, gauges and histograms of one server; times are in seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._registry = CollectorRegistry()
         self._first_token = self._histogram("time_to_first_token", "From a request to the first text of the reply")
         self._inter_token = self._histogram("inter_token_latency", "From one piece of a reply's text to the next")
@@ -54,7 +55,7 @@ class Metrics:
                         case Started():
                             usage = event.usage
                         case Delta():
-                            now = time.monotonic()
+                            now = self._clock()
                             times, since = (
                                 (self._inter_token, last_at) if last_at else (self._first_token, ticket.entered)
                             )
@@ -62,7 +63,7 @@ class Metrics:
                             last_at = now
                     yield event
         finally:
-            self._end_to_end.observe(time.monotonic() - ticket.entered)
+            self._end_to_end.observe(self._clock() - ticket.entered)
             if not ticket.position:
                 self._queue.observe(ticket.admitted - ticket.entered)
                 self._prompt.inc(usage.input_tokens)

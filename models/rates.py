@@ -19,7 +19,7 @@ class RateLimitExceeded(Refused):
     code = "rate_limit_exceeded"
 
     def __init__(self, limit: RateLimitItem, of: str, retry_after: int) -> None:
-        super().__init__(f"you may have {limit} {of}: try again in {retry_after} s")
+        super().__init__(f"you may have {str(limit).replace(' per', f' {of} per', 1)}: try again in {retry_after} s")
         self.retry_after = retry_after
 
 

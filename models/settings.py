@@ -145,7 +145,8 @@ def _hosts(value: str) -> tuple[str, ...]:
 
 
 def _rate(value: str) -> str:
-    if not limits.parse(value).amount:
+    (limit,) = limits.parse_many(value)
+    if not limit.amount:
         raise ValueError("a limit of nothing")
     return value
 

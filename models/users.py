@@ -88,10 +88,10 @@ class Users:
         return cls(database, key, settings.users)
 
     @asynccontextmanager
-    async def watched(self, revoked: Callable[[User], None]) -> AsyncIterator[None]:
+    async def watched(self, revoked: Callable[[User], None], seconds: float = LOOK_SECONDS) -> AsyncIterator[None]:
         """While the context lasts, see at once who was added, and tell whose secret is no longer good."""
         self._revoked = revoked
-        watching = asyncio.create_task(self._watch())
+        watching = asyncio.create_task(self._watch(seconds))
         try:
             yield
         finally:
@@ -202,9 +202,9 @@ class Users:
             for user in gone:
                 revoked(user)
 
-    async def _watch(self) -> None:
+    async def _watch(self, seconds: float) -> None:
         while True:
-            await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.sleep(seconds)
             try:
                 await self._look()
                 self.trouble = None

@@ -84,6 +84,18 @@ class ScriptedChat:
                 self.idle.set()
 
 
+def keeping_in(kind: type[Conversations], open_chat: Any) -> Any:
+    """`open_chat`, in an app whose conversations are of a test's own kind."""
+
+    @asynccontextmanager
+    async def opened(app: Starlette) -> AsyncIterator[Any]:
+        app.state.conversations = kind(app.state.conversations._database)
+        async with open_chat(app) as chat:
+            yield chat
+
+    return opened
+
+
 @asynccontextmanager
 async def running(
     scripted: ScriptedChat, conversations: Conversations, settings: Settings, **changes: int

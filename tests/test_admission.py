@@ -220,7 +220,7 @@ async def test_who_asks_too_often_is_refused_and_told_when_to_come_back() -> Non
     admission = Admission(slots=9, queue=0, per_user=9, rates=Rates(requests="2/hour"))
     admission.leave(admission.enter("ann"))
     admission.leave(admission.enter("ann"))
-    with pytest.raises(RateLimitExceeded, match="2 per 1 hour") as raised:
+    with pytest.raises(RateLimitExceeded, match="2 requests per 1 hour") as raised:
         admission.enter("ann")
     assert raised.value.retry_after is not None
     assert 3500 < raised.value.retry_after <= 3600
@@ -244,7 +244,7 @@ async def test_who_has_had_the_tokens_of_the_day_is_refused() -> None:
         ticket = admission.enter("ann")
         ticket.usage = Usage(input_tokens=20, output_tokens=output)
         admission.leave(ticket)
-    with pytest.raises(RateLimitExceeded, match="100 per 1 day tokens"):
+    with pytest.raises(RateLimitExceeded, match="100 tokens per 1 day"):
         admission.enter("ann")
     assert admission.enter("bob").position == 0
 

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given, settings as hypothesis_settings, strategies as st
 from starlette.testclient import TestClient
 
-import server
 from models import database
 from models.conversations import ConversationNotFound, Conversations
 from models.database import DatabaseUnavailable
@@ -19,7 +18,8 @@ from models.held import Held
 from models.item import Item
 from models.journal import Journal, NotKept
 from models.settings import Settings
-from tests.scripted import ScriptedChat
+from server import create_app
+from tests.scripted import ScriptedChat, keeping_in
 from tests.test_server import Json, bearer
 
 ROOM = 2**24
@@ -329,12 +329,9 @@ async def test_what_is_written_after_something_was_let_go_is_not_lost_with_the_n
 
 
 @pytest.fixture
-def client(
-    settings: Settings, scripted: ScriptedChat, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[tuple[TestClient, AwayConversations]]:
+def client(settings: Settings, scripted: ScriptedChat) -> Iterator[tuple[TestClient, AwayConversations]]:
     """An app, and its store."""
-    monkeypatch.setattr(server, "Conversations", AwayConversations)
-    app = server.create_app(settings, scripted.opened)
+    app = create_app(settings, keeping_in(AwayConversations, scripted.opened))
     with TestClient(app) as client:
         yield client, app.state.conversations
 

@@ -17,7 +17,6 @@ from uvicorn.config import LOGGING_CONFIG
 from websockets.sync.client import connect
 from websockets.typing import Subprotocol
 
-import server
 from models.admission import Ticket
 from models.item import Message
 from models.logs import Redaction, configured, log
@@ -26,7 +25,7 @@ from models.reply import Event, MessagesRefused
 from models.settings import Settings
 from server import COOKIE, create_app
 from tests.conftest import ANN
-from tests.scripted import ScriptedChat
+from tests.scripted import ScriptedChat, keeping_in
 from tests.serving import Served, serve
 from tests.test_responses import SlowConversations
 from tests.test_server import bearer, encoded
@@ -311,14 +310,14 @@ def chat(served: Served, **arguments: Any) -> None:
             socket.recv()
 
 
-def test_no_log_at_any_level_has_a_secret_or_what_was_said(
-    settings: Settings, everything: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(server, "Conversations", SlowConversations)
+def test_no_log_at_any_level_has_a_secret_or_what_was_said(settings: Settings, everything: list[str]) -> None:
     settings = replace(settings, users={"ann": GOOD})
     quoted = quote(SAID)
     wrong = f"wrong {SAID}"
-    with serve(create_app(settings, RefusingChat().opened)) as served, httpx2.Client(base_url=served.url) as client:
+    with (
+        serve(create_app(settings, keeping_in(SlowConversations, RefusingChat().opened))) as served,
+        httpx2.Client(base_url=served.url) as client,
+    ):
         assert "parley INFO" not in "".join(everything)
         client.post("/login", data={"secret": wrong})
         client.post(

@@ -6,33 +6,30 @@ import socket as sockets
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import httpx2
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.applications import Starlette
+from starlette.routing import WebSocketRoute
 from starlette.testclient import TestClient
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import server
-from models import admission, metrics as metrics_module, weights
 from models.admission import Admission, Ticket
 from models.chat import Chat
 from models.item import Message
 from models.metrics import Metrics
 from models.options import Options
-from models.outbox import Outbox
 from models.reply import Delta, Done, Event, MessagesRefused, Queued, Started, Usage
 from models.settings import Settings
-from server import create_app
+from server import ChatSocket, create_app
 from tests.conftest import BOB
 from tests.scripted import ScriptedChat
 from tests.serving import Served, serve
 from tests.test_server import Json, bearer, log_in, until_done
 from tests.test_uvicorn import ask as ask_by_wire, call, chat_v1, closed_with, until as until_by_wire
+from tests.tiny import opens_tiny
 
 HISTOGRAMS = ["time_to_first_token", "inter_token_latency", "request_queue_time", "e2e_request_latency", "engine_step"]
 COUNTERS = ["prompt_tokens", "prompt_tokens_cached", "generation_tokens", "responses"]
@@ -384,12 +381,14 @@ async def stuck_connection(app: Starlette, headers: list[tuple[bytes, bytes]]) -
 def test_who_reads_nothing_is_counted_even_before_a_login(
     settings: Settings,
     scripted: ScriptedChat,
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     known: bool,
 ) -> None:
-    monkeypatch.setattr(server, "Outbox", partial(Outbox, seconds=0))
+    class ImpatientSocket(ChatSocket):
+        patience = 0
+
     app = create_app(settings, scripted.opened)
+    app.router.routes.insert(0, WebSocketRoute("/ws", ImpatientSocket))
     headers = [(name.lower().encode(), value.encode()) for name, value in bearer().items()] if known else []
     with TestClient(app) as client:
         assert client.portal
@@ -403,12 +402,9 @@ def test_who_reads_nothing_is_counted_even_before_a_login(
 
 
 @pytest.fixture
-def tiny_client(
-    settings: Settings, tokenizer: PreTrainedTokenizerBase, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[TestClient]:
+def tiny_client(settings: Settings) -> Iterator[TestClient]:
     """The whole app, as it is but for the size of its model."""
-    monkeypatch.setattr(weights, "load", lambda settings: (tokenizer, llama))
-    with TestClient(create_app(settings)) as client:
+    with TestClient(create_app(settings, opens_tiny)) as client:
         yield client
 
 
@@ -469,12 +465,9 @@ class Clock:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+def clock() -> Clock:
     """The time that metrics and tickets go by."""
-    clock = Clock()
-    for module in (metrics_module, admission):
-        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=clock.monotonic))
-    return clock
+    return Clock()
 
 
 Script = Sequence[tuple[float, Event | Exception]]
@@ -482,7 +475,7 @@ Script = Sequence[tuple[float, Event | Exception]]
 
 async def observed(clock: Clock, ticket: Ticket, script: Script) -> Look:
     """What a reply comes to whose events come after so many seconds each."""
-    metrics = Metrics()
+    metrics = Metrics(clock.monotonic)
 
     async def reply() -> AsyncGenerator[Event, None]:
         for seconds, event in script:
@@ -506,7 +499,7 @@ async def observed(clock: Clock, ticket: Ticket, script: Script) -> Look:
 async def test_times_are_measured_from_the_request_to_the_first_text_from_text_to_text_and_to_the_end(
     clock: Clock,
 ) -> None:
-    places = Admission(slots=1, queue=1, per_user=1)
+    places = Admission(slots=1, queue=1, per_user=1, clock=clock.monotonic)
     clock.now += 5
     with places.place("ann") as ticket:
         usage = Usage(30, cached_tokens=10, output_tokens=3)
@@ -527,7 +520,7 @@ async def test_times_are_measured_from_the_request_to_the_first_text_from_text_t
 
 @pytest.mark.anyio
 async def test_the_queue_time_ends_with_the_slot_and_counts_in_the_first_token(clock: Clock) -> None:
-    places = Admission(slots=1, queue=2, per_user=3)
+    places = Admission(slots=1, queue=2, per_user=3, clock=clock.monotonic)
     first, second, ticket = (places.enter(user) for user in ("ann", "bob", "eve"))
     clock.now += 2
     places.leave(first)
@@ -543,7 +536,7 @@ async def test_the_queue_time_ends_with_the_slot_and_counts_in_the_first_token(c
 
 @pytest.mark.anyio
 async def test_who_leaves_the_queue_is_seen_in_the_end_to_end_time_only(clock: Clock) -> None:
-    places = Admission(slots=1, queue=1, per_user=3)
+    places = Admission(slots=1, queue=1, per_user=3, clock=clock.monotonic)
     places.enter("ann")
     ticket = places.enter("bob")
     after = await observed(clock, ticket, [(1, Started(Usage(50))), (2, Queued(1))])
@@ -552,7 +545,7 @@ async def test_who_leaves_the_queue_is_seen_in_the_end_to_end_time_only(clock: C
 
 @pytest.mark.anyio
 async def test_a_reply_that_fails_is_seen_as_far_as_it_came(clock: Clock) -> None:
-    with Admission(slots=1, queue=1, per_user=3).place("ann") as ticket:
+    with Admission(slots=1, queue=1, per_user=3, clock=clock.monotonic).place("ann") as ticket:
         usage = Usage(7, output_tokens=1)
         after = await observed(clock, ticket, [(1, Started(usage)), (2, Delta("a")), (4, MessagesRefused("no"))])
     assert (after["prompt_tokens_total"], after["generation_tokens_total"]) == (7, 1)

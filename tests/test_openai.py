@@ -785,28 +785,56 @@ def test_who_hangs_up_before_the_first_chunk_leaves_nothing(
     assert all("the script says so" in str(record.exc_info) for record in tracebacks(caplog))
 
 
-@streamed_or_not
-async def test_who_was_gone_when_the_request_was_read_is_not_answered(
-    settings: Settings, scripted: ScriptedChat, stream: bool
-) -> None:
-    head, _, body = request_of(stream, "wait here").partition(b"\r\n\r\n")
+async def asked_of(app: Starlette, request: bytes, afterwards: Callable[[], Awaitable[Json]]) -> bytes:
+    """What a started app answers to a request, while a web server says this after it."""
+    head, _, body = request.partition(b"\r\n\r\n")
     lines = [line.partition(b": ") for line in head.split(b"\r\n")[1:]]
     headers = [(name.lower(), value) for name, _, value in lines]
-    coming = iter([{"type": "http.request", "body": body, "more_body": False}])
+    coming = [{"type": "http.request", "body": body, "more_body": False}]
+    answer = bytearray()
 
     async def receive() -> Json:
-        return next(coming, {"type": "http.disconnect"})
+        return coming.pop() if coming else await afterwards()
 
     async def send(message: Json) -> None:
-        pass
+        answer.extend(message.get("body", b""))
 
-    app, path = create_app(settings, scripted.opened), "/v1/chat/completions"
+    path = "/v1/chat/completions"
+    scope = {"type": "http", "method": "POST", "path": path, "headers": headers, "query_string": b"", "app": app}
+    await app(scope, receive, send)  # type: ignore[arg-type]
+    return bytes(answer)
+
+
+async def gone() -> Json:
+    return {"type": "http.disconnect"}
+
+
+async def never() -> Json:
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+@streamed_or_not
+async def test_who_was_gone_when_the_request_was_read_is_not_waited_for(
+    settings: Settings, scripted: ScriptedChat, stream: bool
+) -> None:
+    app = create_app(settings, scripted.opened)
     async with app.router.lifespan_context(app):
         tasks = asyncio.all_tasks()
-        scope = {"type": "http", "method": "POST", "path": path, "headers": headers, "query_string": b"", "app": app}
-        await app(scope, receive, send)
+        await asked_of(app, request_of(stream, "wait here"), gone)
         await settled(tasks)
         assert (len(scripted.heard), scripted.running, dict(scripted.admission.in_flight)) == (1, 0, {})
+
+
+@streamed_or_not
+async def test_nothing_listens_to_the_client_after_the_answer(
+    settings: Settings, scripted: ScriptedChat, stream: bool
+) -> None:
+    app = create_app(settings, scripted.opened)
+    async with app.router.lifespan_context(app):
+        tasks = asyncio.all_tasks()
+        assert b"yes" in await asked_of(app, request_of(stream, "say yes"), never)
+        await settled(tasks)
 
 
 @pytest.mark.parametrize("left", [1, 30])

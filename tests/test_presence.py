@@ -129,6 +129,7 @@ def test_connections_count_until_they_have_left() -> None:
 @pytest.mark.anyio
 async def test_closing_all_waits_until_the_last_has_left_and_nobody_hears_of_it() -> None:
     presence = Presence(announce=True, per_user=9)
+    presence.leave("eve", joined(presence, "eve"))  # once before there was nobody
     everybody = [(user, joined(presence, user)) for user in ("ann", "ann", "bob")]
     for _, connection in everybody:
         connection.news.clear()

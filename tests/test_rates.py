@@ -80,7 +80,7 @@ def test_a_refusal_says_of_what_there_was_too_much_and_when_to_try_again(
     rates = exhausted()
     rates.ask("ann")
     rates.spend("ann", 5)
-    with pytest.raises(RateLimitExceeded, match=rf"{of}: try again in \d+ s") as raised:
+    with pytest.raises(RateLimitExceeded, match=rf"{of} per 1 \w+: try again in \d+ s") as raised:
         rates.ask("ann")
     refused = raised.value
     assert (refused.type, refused.code, refused.param) == ("rate_limit_error", "rate_limit_exceeded", None)

@@ -9,6 +9,7 @@ import string
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -96,12 +97,12 @@ def test_what_is_not_there_is_told_with_the_same_care(client: TestClient, path: 
     assert_careful(answer)
 
 
-def test_a_bug_is_told_with_the_same_care(app: Starlette, client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_is_told_with_the_same_care(app: Starlette, client: TestClient) -> None:
     def fail(*arguments: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(app.state.metrics, "text", fail)
-    monkeypatch.setattr(app.state.conversations, "latest", fail)
+    app.state.metrics = SimpleNamespace(text=fail)
+    app.state.conversations = SimpleNamespace(latest=fail)
     for path in ("/metrics", "/v1/conversations"):
         answer = client.get(path, headers=bearer())
         assert (answer.status_code, answer.json()["error"]["code"]) == (500, "server_error")
@@ -111,12 +112,12 @@ def test_a_bug_is_told_with_the_same_care(app: Starlette, client: TestClient, mo
 
 @pytest.mark.parametrize("error", [OSError("no route to host"), OperationalError("SELECT", {}, OSError("away"))])
 def test_a_database_that_is_away_is_told_with_the_same_care(
-    app: Starlette, client: TestClient, monkeypatch: pytest.MonkeyPatch, error: Exception
+    app: Starlette, client: TestClient, error: Exception
 ) -> None:
     def fail(*arguments: object) -> None:
         raise error
 
-    monkeypatch.setattr(app.state.conversations, "latest", fail)
+    app.state.conversations = SimpleNamespace(latest=fail)
     answer = client.get("/v1/conversations", headers=bearer())
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "database_unavailable")
     assert int(answer.headers["retry-after"]) > 0

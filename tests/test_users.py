@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from models import database, users as users_module
+from models import database
 from models.database import DatabaseUnavailable, DataFolderError, users_table
 from models.settings import Settings
 from models.throttle import TooManyFailures
@@ -361,11 +361,6 @@ async def broken(users: Users, settings: Settings) -> AsyncIterator[tuple[Users,
         yield Users.of(settings, breakable), breakable  # type: ignore[arg-type]
 
 
-@pytest.fixture(autouse=True)
-def watchful(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(users_module, "LOOK_SECONDS", 0.01)
-
-
 class Revoked(asyncio.Queue[User]):
     """Hears whose secrets are no longer good."""
 
@@ -390,7 +385,7 @@ async def test_whose_secret_another_process_takes_away_is_told_and_nobody_else(
     revoked = Revoked()
     async with opened(settings) as watching:
         await watching.all()
-        async with watching.watched(revoked.put_nowait):
+        async with watching.watched(revoked.put_nowait, seconds=0.01):
             await users.remove("carla")
             assert await revoked.next() == "carla"
             await users.remove("dora")
@@ -399,14 +394,11 @@ async def test_whose_secret_another_process_takes_away_is_told_and_nobody_else(
     assert revoked.empty()
 
 
-async def test_who_comes_and_goes_between_two_looks_is_told_too(
-    users: Users, settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(users_module, "LOOK_SECONDS", 0.5)
+async def test_who_comes_and_goes_between_two_looks_is_told_too(users: Users, settings: Settings) -> None:
     revoked = Revoked()
     async with opened(settings) as watching:
         await watching.all()
-        async with watching.watched(revoked.put_nowait):
+        async with watching.watched(revoked.put_nowait, seconds=0.5):
             await asyncio.sleep(0)  # it has begun
             secret = await users.add("carla")
             assert await found(watching, secret) == "carla"
@@ -422,7 +414,7 @@ async def test_nobody_is_told_of_twice_or_for_being_added(
     revoked = Revoked()
     await users.add("carla")
     await watching.all()
-    async with watching.watched(revoked.put_nowait):
+    async with watching.watched(revoked.put_nowait, seconds=0.01):
         await users.remove("carla")
         await users.add("dora", SECRET)
         assert await revoked.next() == "carla"
@@ -457,7 +449,7 @@ async def test_trouble_is_told_while_it_lasts_and_logged_once_and_nobody_is_revo
     revoked = Revoked()
     await users.add("carla", SECRET)
     await watching.all()
-    async with watching.watched(revoked.put_nowait):
+    async with watching.watched(revoked.put_nowait, seconds=0.01):
         assert watching.trouble is None
         away.broken = True
         await looked(away)
@@ -503,15 +495,12 @@ class SlowAnswers(BreakableDatabase):
         return rows
 
 
-async def test_an_answer_that_comes_after_a_later_one_revokes_nobody(
-    nobody: Users, empty_database: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(users_module, "LOOK_SECONDS", 3600)
+async def test_an_answer_that_comes_after_a_later_one_revokes_nobody(nobody: Users, empty_database: Settings) -> None:
     revoked = Revoked()
     async with database.opened(empty_database) as engine:
         slow = SlowAnswers(engine)
         watching = Users.of(empty_database, slow)  # type: ignore[arg-type]
-        async with watching.watched(revoked.put_nowait):
+        async with watching.watched(revoked.put_nowait, seconds=3600):
             early = asyncio.create_task(watching.find("unknown"))
             await slow.asked.wait()
             secret = await nobody.add("carla")

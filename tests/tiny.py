@@ -90,5 +90,6 @@ def tiny_model(config: PreTrainedConfig) -> PreTrainedModel:
 async def opens_tiny(app: Starlette) -> AsyncIterator[Chat]:
     """What `create_app` takes to run on the tiny Llama."""
     app.state.tokenizer, app.state.model = tiny_tokenizer(), tiny_llama()
-    async with Chat.running(app.state.tokenizer, app.state.model, app.state.settings) as chat:
+    observe = app.state.metrics.step.observe
+    async with Chat.running(app.state.tokenizer, app.state.model, app.state.settings, observe) as chat:
         yield chat
