@@ -634,6 +634,7 @@ def serve(host: str, port: int, app: Starlette) -> None:
     app.state.url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/"
     config = uvicorn.Config(app, ws_max_size=UVICORN_FRAME_BYTES, ws_per_message_deflate=False, access_log=False)
     config.timeout_graceful_shutdown = SHUTDOWN_SECONDS
+    config.http = "h11"  # which bounds headers; httptools, where it happens to be there, does not
     server = uvicorn.Server(config)
     try:
         server.run([listener])

@@ -128,9 +128,10 @@ def _option(values: Json, name: str, ours: str) -> Any:
 
 
 def _switch(values: Json, name: str, param: str) -> bool:
-    if not isinstance(value := values.get(name, False), bool):
+    value = values.get(name)
+    if not isinstance(value, bool | None):
         raise InvalidValue(f"{param} must be true or false", param)
-    return value
+    return bool(value)
 
 
 def _include_usage(values: Json, stream: bool) -> bool:

@@ -352,6 +352,11 @@ def test_every_parameter_of_the_openai_package_is_known() -> None:
         ([{"role": "user", "content": ["Hi"]}], "unsupported_parameter", "messages[0].content[0]"),
         ([{"role": "user", "content": [{"type": "text"}]}], "unsupported_parameter", "messages[0].content[0]"),
         (
+            [{"role": "user", "content": [{"type": "input_text", "text": "Hi"}]}],
+            "unsupported_parameter",
+            "messages[0].content[0]",
+        ),
+        (
             [
                 *HI,
                 {

@@ -10,7 +10,6 @@ import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -608,33 +607,24 @@ def test_a_server_that_stops_in_a_stream_says_so(client: OpenAI, scripted_server
     assert raised.value.code == "server_shutdown"
 
 
-@pytest.mark.parametrize(
-    ("admission", "after"),
-    [(Admission(slots=9, queue=0, per_user=1), 1), (Admission(slots=1, queue=0, per_user=9), 5)],
-    ids=["too_many_responses", "queue_full"],
-)
 @streamed_or_not
 def test_the_package_tries_again_when_it_is_told_to_and_is_answered(
-    scripted_server: Served,
-    scripted: ScriptedChat,
-    monkeypatch: pytest.MonkeyPatch,
-    admission: Admission,
-    after: int,
-    stream: bool,
+    scripted_server: Served, scripted: ScriptedChat, stream: bool
 ) -> None:
-    scripted.admission = admission
-    slept: list[float] = []
+    scripted.admission = admission = Admission(slots=9, queue=0, per_user=1)
+    refused: list[str] = []
 
-    def sleep(seconds: float) -> None:
-        slept.append(seconds)
-        scripted_server.in_loop(scripted.release)
-        call(scripted_server, condition(lambda: not admission.in_flight))
+    def end_the_other(answer: httpx2.Response) -> None:
+        if answer.status_code == 429:
+            refused.append(answer.headers["retry-after"])
+            scripted_server.in_loop(scripted.release)
+            call(scripted_server, condition(lambda: not admission.in_flight))
 
-    monkeypatch.setattr("openai._base_client.time", SimpleNamespace(sleep=sleep))
-    with client_of(scripted_server, max_retries=1) as client:
+    with httpx2.Client(event_hooks={"response": [end_the_other]}) as http:
+        client = client_of(scripted_server, max_retries=1, http_client=http)
         with waiting(client):
             assert said(ask(client, "say at last", stream)) == "at last"
-    assert slept == [after]
+    assert refused == ["1"]
 
 
 # Hanging up
