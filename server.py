@@ -65,6 +65,7 @@ HERE = Path(__file__).parent
 COOKIE = "parley_session"
 FRAME_BYTES = 2**20
 CLOSE_SECONDS = 5  # for clients to answer that their connection is closed
+KEEP_ALIVE_SECONDS = 75  # most clients let go of a quiet connection after 5; if we do too, a request may meet that
 SHUTDOWN_SECONDS = 10  # else one client that does not read could put off the end for ever
 UVICORN_FRAME_BYTES = 4 * FRAME_BYTES  # it drops the connection in mid frame, and 1009 is often lost with it
 
@@ -634,6 +635,7 @@ def serve(host: str, port: int, app: Starlette) -> None:
     app.state.url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/"
     config = uvicorn.Config(app, ws_max_size=UVICORN_FRAME_BYTES, ws_per_message_deflate=False, access_log=False)
     config.timeout_graceful_shutdown = SHUTDOWN_SECONDS
+    config.timeout_keep_alive = KEEP_ALIVE_SECONDS
     config.http = "h11"  # which bounds headers; httptools, where it happens to be there, does not
     server = uvicorn.Server(config)
     try:
