@@ -144,8 +144,9 @@ async def drain(app: Starlette, seconds: float) -> None:
 
 
 def revoke(app: Starlette, user: User) -> None:
-    """Close the connections of a user whose secret is no longer good."""
+    """Close the connections of a user whose secret is no longer good, and end what is asked over HTTP."""
     log("revoked", user=user.id)
+    app.state.responses.revoke(user.id)
     app.state.presence.close(user.id, 4401, WrongCredentials.code)
 
 

@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 from models.admission import ServerStopping
@@ -15,7 +15,9 @@ from models.completion_request import CompletionRequest
 from models.events import Json, ResponseCreate
 from models.refused import Refused, ServerFailed
 from models.response import Response
+from models.users import WrongCredentials
 
+FAILURES: Mapping[str, type[Refused]] = {"server_shutdown": ServerStopping, "revoked": WrongCredentials}
 FINISH_REASONS = {"stop": "stop", "max_output_tokens": "length", "context_length": "length"}
 
 
@@ -80,7 +82,7 @@ class Completion:
                 refused.param = "messages"
             return refused
         if self.response.status == "failed":
-            return ServerStopping() if self.response.reason == "server_shutdown" else ServerFailed()
+            return FAILURES.get(str(self.response.reason), ServerFailed)()
         return None
 
     @property

@@ -79,10 +79,12 @@ class Engine:
         free = [slot for slot, other in enumerate(self.slots) if other is None]
         slot = self.prefixes.choose(free, source, length)
         self.sampler.place(slot, sequence.sampling, sequence.prompt)  # first, since it may want memory
+        held = len(self.prefixes.tokens[slot])
+        self.prefixes.hold(slot, sequence.prompt[:length] if slot == source else [])  # what follows may fail
         if length and slot != source:
             self.cache.copy(source, slot, length)
         if not self.native:
-            self.cache.clear(slot, length, len(self.prefixes.tokens[slot]))
+            self.cache.clear(slot, length, held)
         self.prefixes.hold(slot, sequence.prompt[:length])
         sequence.slot, sequence.cached, sequence.reused = slot, length, length
         self.slots[slot] = sequence

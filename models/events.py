@@ -18,7 +18,7 @@ MESSAGES = 1000  # in one request
 
 
 class InvalidEvent(Refused):
-    """A frame that is no client event of chat.v1."""
+    """What is no JSON object, or no client event of chat.v1."""
 
     def __init__(self, code: str, message: str, param: str | None = None, event_id: str | None = None) -> None:
         super().__init__(message)

@@ -57,8 +57,14 @@ class Journal:
         return items
 
     async def find(self, user: str, id: str) -> tuple[str | None, Item] | None:
-        """A reply that has ended, and its conversation, if it has one."""
-        return self._held.find(user, id) or await self._conversations.reply(user, id)
+        """A reply that has ended, and its conversation, if it has one. Raises DatabaseUnavailable."""
+        if held := self._held.find(user, id):
+            return held
+        try:
+            return await self._conversations.reply(user, id)
+        except Exception as error:
+            logger.error("a reply cannot be read: %s", explained(error))
+            raise DatabaseUnavailable from error
 
     async def add(self, held: Held) -> bool:
         """Add to a conversation what was said and the reply, of which there is nothing yet. False: it has to wait.

@@ -129,6 +129,12 @@ class Responses:
             if listener in response.listeners:
                 response.cancel()
 
+    def revoke(self, user: str) -> None:
+        """End the completions of a user whose secret is no longer good; other replies end with their listeners."""
+        for response in self._live.values():
+            if response.completion and response.user == user:
+                response.cancel("failed", "revoked")
+
     async def delete(self, user: str, conversation: str) -> None:
         """Delete a conversation, after the end of the reply that is being made in it. Raises ConversationNotFound."""
         for response in self._in(user, conversation):
@@ -170,9 +176,9 @@ class Responses:
 
     async def _before(self, response: Response) -> Sequence[Item]:
         """What was said before a reply's input."""
-        if response.conversation is None or response.new:
+        if response.conversation is None or response.request.conversation == "new":
             return []
-        items = await self._journal.read(response.user, response.conversation)
+        items = [] if response.new else await self._journal.read(response.user, response.conversation)
         if not items and not response.begins:
             raise ConversationNotFound
         return items if response.request.after is None else up_to(items, response.request.after)

@@ -59,7 +59,7 @@ class Settings:
 
     @property
     def model_name(self) -> str:
-        """What the page and `session.created` call the model."""
+        """What the page, `session.created` and OpenAI's API call the model."""
         return EMBEDDED if self.model is None else Path(self.model).name.removesuffix(".gguf") or self.model
 
     def public(self) -> dict[str, Any]:

@@ -113,12 +113,16 @@ class Users:
 
     async def log_in(self, secret: str, user_id: str | None, address: str) -> User:
         """As `find`, where a wrong secret counts against an address. Raises Refused."""
-        user = await self.find(secret, user_id)
+        try:
+            user = await self.find(secret, user_id)
+            refusal: Refused = WrongCredentials()
+        except DatabaseUnavailable as error:  # a guess all the same: whoever was known would have been found
+            user, refusal = None, error
         if self._throttle.blocked(address):  # after the look-up: nobody else's guess comes between this and the count
             raise TooManyFailures
         if user is None:
             self._throttle.failed(address)
-            raise WrongCredentials
+            raise refusal
         return user
 
     def ticket(self, user: User) -> str:

@@ -472,3 +472,16 @@ async def test_a_reply_of_no_conversation_is_held_while_there_is_room_and_linger
         await asyncio.sleep(0)
         with pytest.raises(ResponseNotFound):
             await responses.follow("ann", reply.id, 0, client)
+
+
+async def test_the_completions_of_a_user_end_with_the_secret_and_nobody_elses(
+    responses: Responses, scripted: ScriptedChat
+) -> None:
+    completions = [replace(asked("wait here", None, user), completion=True) for user in ("ann", "bob")]
+    clients = [Client(), Client()]
+    for completion, client in zip(completions, clients, strict=True):
+        responses.create(completion, client)
+        await client.until("response.output_text.delta")
+    responses.revoke("ann")
+    assert (await clients[0].until("response.done"))[-1]["response"]["status_details"] == {"reason": "revoked"}
+    assert scripted.running == 1
