@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from models.events import MESSAGES, Json, parse_object
+from models.events import MESSAGES, Json, parse_object, short
 from models.item import Message, Role
 from models.options import InvalidOption, check, text
 from models.refused import InvalidValue, Refused
@@ -111,7 +111,7 @@ def _check_supported(name: str, value: Any) -> None:
     if name in UNSUPPORTED and not any(_same(value, neutral) for neutral in UNSUPPORTED[name]):
         raise UnsupportedParameter(f"{name} is not supported here: leave it out", name)
     if name not in (*UNSUPPORTED, *OPTIONS, *LABELS, "model", "messages", "stream", "stream_options"):
-        shown = name.encode(errors="replace").decode()[:64]
+        shown = short(name, 64)
         raise UnsupportedParameter(f"{shown} is no parameter that is known here", shown, "unknown_parameter")
 
 
@@ -162,7 +162,7 @@ def _message(turn: Any, param: str) -> Message:
         raise InvalidValue(f"{param}.role must be one of {', '.join(ROLES)}", f"{param}.role")
     for name, value in turn.items():
         if name not in ("role", "content") and value not in (None, [], {}):
-            shown = f"{param}.{name}".encode(errors="replace").decode()[:64]
+            shown = short(f"{param}.{name}", 64)
             raise UnsupportedParameter(f"{shown} is not supported here: leave it out", shown)
     return {"role": ROLES[role], "content": _content(turn.get("content"), role, f"{param}.content")}
 

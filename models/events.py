@@ -97,7 +97,7 @@ def parse_object(text: str | bytes, what: str) -> Json:
     except RecursionError:
         raise InvalidEvent("invalid_json", f"{what} is nested too deep") from None
     except ValueError as error:  # bad JSON, bad UTF-8, a number of thousands of digits
-        raise InvalidEvent("invalid_json", f"{what} is not JSON: {_short(error)}") from None
+        raise InvalidEvent("invalid_json", f"{what} is not JSON: {short(error)}") from None
     if not isinstance(value, dict):
         raise InvalidEvent("invalid_json", f"{what} is not a JSON object")
     return value
@@ -107,9 +107,9 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _short(words: object) -> str:
+def short(words: object, most: int = 200) -> str:
     """Words about what a client sent, fit to be sent back."""
-    return str(words).encode(errors="replace").decode()[:200]
+    return str(words).encode(errors="replace").decode()[:most]
 
 
 def _object(event: Json, name: str) -> Json:
@@ -147,7 +147,7 @@ def _options(values: Json, param: str) -> Mapping[str, Any]:
         try:
             check(name, value)
         except InvalidOption as invalid:
-            raise InvalidEvent("invalid_value", _short(invalid), _short(f"{param}.{name}")) from None
+            raise InvalidEvent("invalid_value", short(invalid), short(f"{param}.{name}")) from None
     return values
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import chain
 
 from models.conversations import ConversationNotFound, Conversations
@@ -47,11 +47,8 @@ class Journal:
         missing = self._held.missing(user, conversation)
         items: Sequence[Item] = []
         if not missing or missing[0].position != 0:
-            try:
+            with _reading():
                 items = await self._conversations.items(user, conversation)
-            except Exception as error:
-                logger.error("a conversation cannot be read: %s", explained(error))
-                raise DatabaseUnavailable from error
         for held in missing:
             items = held.after(items)
         return items
@@ -60,11 +57,8 @@ class Journal:
         """A reply that has ended, and its conversation, if it has one. Raises DatabaseUnavailable."""
         if held := self._held.find(user, id):
             return held
-        try:
+        with _reading():
             return await self._conversations.reply(user, id)
-        except Exception as error:
-            logger.error("a reply cannot be read: %s", explained(error))
-            raise DatabaseUnavailable from error
 
     async def add(self, held: Held) -> bool:
         """Add to a conversation what was said and the reply, of which there is nothing yet. False: it has to wait.
@@ -143,3 +137,13 @@ class Journal:
         if not self.trouble:
             self.trouble = NotKept.message
             logger.error("what is said cannot be written down, and waits in memory: %s", explained(error))
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    """Whatever keeps the database from being read is told as DatabaseUnavailable."""
+    try:
+        yield
+    except Exception as error:
+        logger.error("what was said cannot be read: %s", explained(error))
+        raise DatabaseUnavailable from error
