@@ -1,34 +1,29 @@
-"""The environment, read once into one frozen object."""
+"""The settings of the server: environment variables and `.env`, read once into one frozen object."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import limits
 
-from models.options import CHECKS, check
+from models.errors import InvalidValueError, SettingsError
+from models.options import Options
+from models.validation import allowed
 
-Lookup = Callable[[str], str | None]  # a setting's name, without the prefix, to what the environment says
+Lookup = Callable[[str], str | None]  # gives the value of a setting, by its name without the prefix
 
 PREFIX = "PARLEY_"
 EMBEDDED = "SmolLM2-135M-Instruct"
 
 
-class StartError(Exception):
-    """What keeps the server from starting; the message is a line for the operator and says what to do."""
-
-
-class SettingsError(StartError):
-    """A setting with a value that is not allowed; the message names both and says what is."""
-
-
 @dataclass(frozen=True)
 class Settings:
-    """What the server runs with; the table in README.md says what each one means."""
+    """What the server runs with; the table in README.md explains each setting."""
 
     model: str | None = None
     revision: str | None = None
@@ -59,26 +54,29 @@ class Settings:
 
     @property
     def model_name(self) -> str:
-        """What the page, `session.created` and OpenAI's API call the model."""
+        """The name of the model on the page and in the protocols."""
         return EMBEDDED if self.model is None else Path(self.model).name.removesuffix(".gguf") or self.model
 
-    def public(self) -> dict[str, Any]:
-        """Every setting but the secrets, ready for JSON."""
+    def without_secrets(self) -> dict[str, Any]:
+        """Every setting but the secret ones, ready for JSON."""
         values = asdict(self)
         shown = {name: value for name, value in values.items() if name not in SECRET}
         return {name: str(value) if isinstance(value, Path) else value for name, value in shown.items()}
 
     @classmethod
     def unknown(cls, variables: Iterable[str]) -> list[str]:
-        """Those of the variables that look like settings and are none."""
+        """The variables that have the prefix of a setting, but name none."""
         known = {f"{PREFIX}{name.upper()}" for name in [*RULES, *OPTIONS]}
         return sorted(name for name in {*variables} - known if name.startswith(PREFIX))
 
     @classmethod
     def read(cls, lookup: Lookup) -> Settings:
-        """The settings of an environment; an empty value is as good as none. Raises SettingsError."""
+        """The settings of an environment; an empty value counts as none. Raises SettingsError."""
         values = {name: _read(lookup, name, *rule) for name, rule in RULES.items()}
-        options = {name: _read(lookup, name, CHECKS[name][0], convert) for name, convert in OPTIONS.items()}
+        options = {
+            name: _read(lookup, name, allowed(Options, name), partial(_option, name, parse))
+            for name, parse in OPTIONS.items()
+        }
         return cls(
             options={name: value for name, value in options.items() if value is not None},
             **{name: value for name, value in values.items() if value is not None},
@@ -91,9 +89,13 @@ def _read(lookup: Lookup, name: str, allowed: str, convert: Callable[[str], Any]
         return None
     try:
         return convert(value)
-    except ValueError:
+    except (ValueError, InvalidValueError):
         shown = "" if name in SECRET else f"={value!r}"
         raise SettingsError(f"{PREFIX}{name.upper()}{shown} is not allowed: it must be {allowed}") from None
+
+
+def _option(name: str, parse: Callable[[str], Any], value: str) -> Any:
+    return getattr(Options().updated({name: parse(value)}), name)
 
 
 def _choice(pattern: str) -> Callable[[str], str]:
@@ -147,15 +149,11 @@ def _hosts(value: str) -> tuple[str, ...]:
 def _rate(value: str) -> str:
     (limit,) = limits.parse_many(value)
     if not limit.amount:
-        raise ValueError("a limit of nothing")
+        raise ValueError("the amount is 0")
     return value
 
 
-def _option(name: str, parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    return lambda value: check(name, parse(value))
-
-
-SECRET = ("users", "database_url")  # secrets stand in these
+SECRET = ("users", "database_url")  # settings that contain secrets
 
 USER_ID = r"[\w.@-]{1,64}"
 
@@ -187,11 +185,11 @@ RULES: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "presence": ("true or false", _switch),
 }
 
-OPTIONS: Mapping[str, Callable[[str], Any]] = {
-    "instructions": _option("instructions", str),
-    "temperature": _option("temperature", float),
-    "top_p": _option("top_p", float),
-    "top_k": _option("top_k", int),
-    "repetition_penalty": _option("repetition_penalty", float),
-    "max_output_tokens": _option("max_output_tokens", int),
+OPTIONS: Mapping[str, Callable[[str], Any]] = {  # how an option is read from text; `Options` has its bounds
+    "instructions": str,
+    "temperature": float,
+    "top_p": float,
+    "top_k": int,
+    "repetition_penalty": float,
+    "max_output_tokens": int,
 }

@@ -12,16 +12,18 @@ from starlette.applications import Starlette
 from starlette.testclient import TestClient
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from models import database, kernels
-from models.conversations import Conversations
-from models.responses import Responses
+from models.engine.native import build
+from models.generation.manager import ResponseManager
 from models.settings import Settings
+from models.store.conversations import Conversations
+from models.store.database import open_database
 from server import create_app
-from tests.scripted import ScriptedChat, running
-from tests.serving import Served, serve
-from tests.tiny import opens_tiny, tiny_llama, tiny_tokenizer
+from tests.support.client import ANN, BOB
+from tests.support.scripted import ScriptedChat, running
+from tests.support.serving import Served, serve
+from tests.support.tiny import opens_tiny, tiny_llama, tiny_tokenizer
 
-ANN, BOB = "ann's secret", "bob's secret"
+pytest_plugins = ["tests.support.databases"]
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -40,9 +42,19 @@ def two_threads() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def compiled_kernels() -> None:
-    """As after any start but one on a machine without a compiler: the engine's kernels are there."""
-    kernels.load(kernels.build(user_cache_path("parley")))
+def compiled_kernels(request: pytest.FixtureRequest) -> None:
+    """Load the engine's kernels where a selected test needs a compiler; without such tests, torch computes all."""
+    if any(item.get_closest_marker("compiler") for item in request.session.items):
+        build.load(build.build(user_cache_path("parley")))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what needs a browser or a PostgreSQL server, so that it can be left out."""
+    for item in items:
+        if "browser" in item.path.parts:
+            item.add_marker("browser")
+        if "postgresql" in getattr(item, "fixturenames", ()):
+            item.add_marker("postgresql")
 
 
 @pytest.fixture
@@ -86,14 +98,14 @@ def scripted() -> ScriptedChat:
 @pytest.fixture
 async def conversations(settings: Settings) -> AsyncIterator[Conversations]:
     """The store of an empty database."""
-    async with database.opened(settings) as opened:
+    async with open_database(settings) as opened:
         yield Conversations(opened)
 
 
 @pytest.fixture
 async def responses(
     scripted: ScriptedChat, conversations: Conversations, settings: Settings
-) -> AsyncIterator[Responses]:
+) -> AsyncIterator[ResponseManager]:
     """Replies made by the scripted chat, and kept in `conversations`."""
     async with running(scripted, conversations, settings) as responses:
         yield responses

@@ -8,20 +8,31 @@ from typing import Any
 
 import pytest
 
-from models.settings import Settings, SettingsError
+from models.errors import SettingsError
+from models.settings import Settings
+
+LONG_ID = 40
+
+
+def short_id(value: Any) -> str:
+    return ascii(value).strip("'")[:LONG_ID]
 
 
 def read(**environment: str) -> Settings:
+    """The settings of an environment, whose names are without the prefix."""
     return Settings.read(environment.get)
 
 
 def test_an_empty_environment_gives_the_defaults() -> None:
     assert read() == Settings()
+
+
+def test_an_empty_value_counts_as_none() -> None:
     assert read(MODEL="", SLOTS="", USERS="", TEMPERATURE="") == Settings()
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "field", "held"),
+    ("name", "value", "field", "expected"),
     [
         ("MODEL", "HuggingFaceTB/SmolLM2-360M-Instruct", "model", "HuggingFaceTB/SmolLM2-360M-Instruct"),
         ("REVISION", "main", "revision", "main"),
@@ -29,6 +40,7 @@ def test_an_empty_environment_gives_the_defaults() -> None:
         ("DEVICE", "cuda:1", "device", "cuda:1"),
         ("DTYPE", "bfloat16", "dtype", "bfloat16"),
         ("QUANTIZE", "none", "quantize", "none"),
+        ("COMPILE", "FALSE", "compile", False),
         ("CHAT_TEMPLATE", "chat.jinja", "chat_template", Path("chat.jinja")),
         ("CONTEXT", "16", "context", 16),
         ("SLOTS", "1", "slots", 1),
@@ -73,9 +85,18 @@ def test_an_empty_environment_gives_the_defaults() -> None:
         ("MAX_OUTPUT_TOKENS", "100", "options", {"max_output_tokens": 100}),
         ("INSTRUCTIONS", "Be brief.", "options", {"instructions": "Be brief."}),
     ],
+    ids=short_id,
 )
-def test_a_variable_sets_its_field_and_nothing_else(name: str, value: str, field: str, held: Any) -> None:
-    assert read(**{name: value}) == Settings(**{field: held})
+def test_a_variable_sets_only_its_own_field(name: str, value: str, field: str, expected: Any) -> None:
+    assert read(**{name: value}) == Settings(**{field: expected})
+
+
+def test_a_path_may_begin_with_the_home_folder() -> None:
+    assert read(DATA="~/parley").data == Path.home() / "parley"
+
+
+def test_several_options_are_set_together() -> None:
+    assert read(TEMPERATURE="0", TOP_K="40").options == {"temperature": 0.0, "top_k": 40}
 
 
 @pytest.mark.parametrize(
@@ -86,10 +107,11 @@ def test_a_variable_sets_its_field_and_nothing_else(name: str, value: str, field
         ("DEVICE", "cuda:", "cuda:N"),
         ("DTYPE", "float8", "float32, bfloat16 or float16"),
         ("QUANTIZE", "int4", "none"),
+        ("COMPILE", "on", "true or false"),
         ("CONTEXT", "15", "a whole number from 16 to"),
         ("CONTEXT", "4k", "a whole number"),
         ("SLOTS", "0", "a whole number from 1 to"),
-        pytest.param("SLOTS", "9" * 5000, "a whole number", id="SLOTS-long"),
+        ("SLOTS", "9" * 5000, "a whole number"),
         ("QUEUE", "-1", "a whole number from 0 to"),
         ("RESPONSES_PER_USER", "1.5", "a whole number"),
         ("SOCKETS_PER_USER", "0", "a whole number"),
@@ -132,10 +154,9 @@ def test_a_variable_sets_its_field_and_nothing_else(name: str, value: str, field
         ("MAX_OUTPUT_TOKENS", "0", "1 or more"),
         ("INSTRUCTIONS", "\udc80", "a string"),
     ],
+    ids=short_id,
 )
-def test_a_bad_value_is_told_with_the_variable_the_value_and_what_is_allowed(
-    name: str, value: str, allowed: str
-) -> None:
+def test_a_bad_value_is_refused_with_what_is_allowed(name: str, value: str, allowed: str) -> None:
     with pytest.raises(SettingsError) as raised:
         read(**{name: value})
     assert str(raised.value).startswith(f"PARLEY_{name}={value!r} is not allowed: it must be ")
@@ -146,7 +167,7 @@ def test_a_bad_value_is_told_with_the_variable_the_value_and_what_is_allowed(
     "users",
     ["ann", "ann:", ":hunter2", "a n n:hunter2", "ann:hunter2,ann:hunter3", "ann:hunter2,bob:hunter2", "ann:hunter2,"],
 )
-def test_bad_users_are_told_without_their_secrets(users: str) -> None:
+def test_bad_users_are_refused_without_showing_secrets(users: str) -> None:
     with pytest.raises(SettingsError, match=r"^PARLEY_USERS is not allowed: it must be id:secret") as raised:
         read(USERS=users)
     assert "hunter" not in str(raised.value)
@@ -166,24 +187,39 @@ def test_bad_users_are_told_without_their_secrets(users: str) -> None:
         "sqlite:hunter2.db",
     ],
 )
-def test_a_bad_database_url_is_told_without_the_password(url: str) -> None:
+def test_a_bad_database_url_is_refused_without_showing_the_password(url: str) -> None:
     with pytest.raises(SettingsError, match=r"^PARLEY_DATABASE_URL is not allowed: it must be postgresql://") as raised:
         read(DATABASE_URL=url)
     assert "hunter" not in str(raised.value)
 
 
-@pytest.mark.parametrize("secret", [{"USERS": "ann:hunter2"}, {"DATABASE_URL": "postgresql://ann:hunter2@host/db"}])
-@pytest.mark.parametrize("shown", [repr, str, lambda settings: json.dumps(settings.public())])
-def test_secrets_are_left_out_wherever_settings_are_shown(
-    shown: Callable[[Settings], str], secret: dict[str, str]
-) -> None:
-    assert "hunter2" not in shown(read(**secret))
+@pytest.mark.parametrize(
+    "secret",
+    [
+        pytest.param({"USERS": "ann:hunter2"}, id="users"),
+        pytest.param({"DATABASE_URL": "postgresql://ann:hunter2@host/db"}, id="database-url"),
+    ],
+)
+@pytest.mark.parametrize(
+    "show",
+    [repr, str, pytest.param(lambda settings: json.dumps(settings.without_secrets()), id="json")],
+)
+def test_settings_are_shown_without_secrets(show: Callable[[Settings], str], secret: dict[str, str]) -> None:
+    assert "hunter2" not in show(read(**secret))
 
 
-def test_the_public_form_is_ready_for_json_and_has_every_other_setting() -> None:
-    public = json.loads(json.dumps(read(DATA="/data", CHAT_TEMPLATE="a.jinja", ORIGINS="http://a").public()))
-    assert public.keys() == {field.name for field in dataclasses.fields(Settings)} - {"users", "database_url"}
-    assert (public["data"], public["chat_template"], public["origins"]) == ("/data", "a.jinja", ["http://a"])
+def test_every_setting_without_secrets_can_be_written_as_json() -> None:
+    settings = read(DATA="/data", CHAT_TEMPLATE="a.jinja", ORIGINS="http://a")
+    shown = json.loads(json.dumps(settings.without_secrets()))
+    assert shown.keys() == {field.name for field in dataclasses.fields(Settings)} - {"users", "database_url"}
+    assert (shown["data"], shown["chat_template"], shown["origins"]) == ("/data", "a.jinja", ["http://a"])
+
+
+def test_unknown_variables_with_the_prefix_are_named() -> None:
+    known = ["PARLEY_MODEL", "PARLEY_USERS", "PARLEY_TEMPERATURE", "PARLEY_DATABASE_URL"]
+    unknown = ["PARLEY_SLOT", "PARLEY_", "PARLEY_model"]
+    others = ["PATH", "MODEL", "parley_slot", "XPARLEY_SLOTS"]
+    assert Settings.unknown([*known, *unknown, *others, *unknown]) == sorted(unknown)
 
 
 @pytest.mark.parametrize(
@@ -193,9 +229,11 @@ def test_the_public_form_is_ready_for_json_and_has_every_other_setting() -> None
         ("Qwen/Qwen3-0.6B", "Qwen3-0.6B"),
         ("/models/mine/", "mine"),
         ("models/Mine.Q4_1.gguf", "Mine.Q4_1"),
+        ("/", "/"),
     ],
+    ids=["embedded", "hub", "folder", "gguf", "root"],
 )
-def test_the_model_is_called_by_the_last_part_of_its_name(model: str, name: str) -> None:
+def test_the_model_has_the_last_part_of_its_path_as_name(model: str, name: str) -> None:
     assert read(MODEL=model).model_name == name
 
 

@@ -1,10 +1,10 @@
 import { say } from './words.js';
 
 const PAUSE_SECONDS = 1;
-// A full stop counts once something follows, and not behind a digit: "3.5", and "1." before an item.
+// A full stop ends a sentence when something follows it, and not after a digit: "3.5", and "1." before an item.
 const END = /\n|[。！？…]+[”’」』）]*|(?<!\d)[.!?]+["'”’)*_]*(?=\s)/;
 
-/** Says what happens to those who listen: words of the page, and a reply sentence by sentence as it is finished. */
+/** Tells screen readers what happens: words of the page, and each sentence of a reply when it is complete. */
 export class Announcer {
   constructor() {
     this.region = document.getElementById('announcer');
@@ -12,7 +12,7 @@ export class Announcer {
     this.forget();
   }
 
-  /** Another reply, of which `text` was there before: that is not said, nor what is left of the last reply. */
+  /** Starts another reply. Its `text` so far is not announced, nor the rest of the last reply. */
   forget(text = '') {
     this.pending = '';
     this.inCode = Boolean(text.match(/^\s*(```|~~~)/gm)?.length % 2);
@@ -24,7 +24,7 @@ export class Announcer {
     if (!this.timer) this.speak();
   }
 
-  // A live region that changes too often is read in pieces, or not at all.
+  // A screen reader reads a live region that changes too often in pieces, or not at all.
   speak() {
     this.timer = null;
     if (!this.waiting.length) return;
@@ -33,7 +33,7 @@ export class Announcer {
     this.timer = setTimeout(() => this.speak(), PAUSE_SECONDS * 1000);
   }
 
-  /** More of the reply. */
+  /** Adds text to the reply. */
   read(text) {
     this.pending += text;
     for (let end = END.exec(this.pending); end; end = END.exec(this.pending)) {
@@ -43,7 +43,7 @@ export class Announcer {
     }
   }
 
-  /** The reply is finished: the last sentence may lack its end. */
+  /** The reply is finished, so its last sentence is complete. */
   finish() {
     this.sentence(this.pending);
     this.forget();

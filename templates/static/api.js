@@ -1,8 +1,8 @@
-// The conversations of this user over HTTP. What fails raises ApiError, or TypeError where there is no network.
+// The conversations of this user over HTTP. Failed requests throw ApiError, or another error without a network.
 
 import { logInAgain } from './login.js';
 
-const CONVERSATIONS = 'v1/conversations'; // relative: the app may lie under a path
+const CONVERSATIONS = 'v1/conversations'; // relative, since the app may be under a path
 
 export class ApiError extends Error {
   constructor(status, { code, message }) {
@@ -15,9 +15,9 @@ async function request(path, options) {
   const response = await fetch(path, { headers: { Accept: 'application/json' }, ...options });
   if (response.status === 401) logInAgain();
   if (response.status === 204) return null;
+  if (response.ok) return response.json();
   const answer = await response.json().catch(() => ({}));
-  if (!response.ok) throw new ApiError(response.status, answer.error ?? { message: response.statusText });
-  return answer;
+  throw new ApiError(response.status, answer.error ?? { message: response.statusText });
 }
 
 const address = (id) => `${CONVERSATIONS}/${encodeURIComponent(id)}`;

@@ -1,4 +1,4 @@
-// The chat page: one WebSocket (chat.v1), a list of conversations, one of them open.
+// The chat page: one WebSocket (chat.v1), and a list of conversations, of which one is open.
 
 import { Announcer } from './announcer.js';
 import { Composer } from './composer.js';
@@ -81,7 +81,7 @@ class Chat {
     this.route();
   }
 
-  // Which conversation: the address says it, so that reload, back and forward lead where they should.
+  // The address names the open conversation, so that reload, back and forward work.
 
   route() {
     const id = location.hash.startsWith('#conv_') ? location.hash.slice(1) : null;
@@ -111,7 +111,7 @@ class Chat {
     if (this.conversation.ask(text)) this.composer.write('');
   }
 
-  // Esc in what lies on top of the chat closes that, and in a field that it ends, ends it.
+  // Esc stops the reply, unless it closes a dialog or a menu, or belongs to an input method.
   pressed(event) {
     if (event.key !== 'Escape' || event.isComposing || document.querySelector('dialog[open], :popover-open')) return;
     this.conversation.cancel();
@@ -132,7 +132,7 @@ class Chat {
     if (code === 4401) logInAgain();
   }
 
-  // A refused handshake is told by the close code that follows.
+  // The close code that follows says why a handshake was refused.
   refused(error) {
     if (this.connection.state === 'open') this.conversation.refused(error);
   }

@@ -2,7 +2,7 @@ import { button } from './elements.js';
 
 const DONE_SECONDS = 2;
 
-/** A button that copies what `text` returns, and says so to eyes; `onCopy` hears whether it worked. */
+/** A button that copies what `text` returns, and shows it; `onCopy` is told whether it worked. */
 export function copyButton(name, text, onCopy) {
   const node = button(name, async () => {
     const copied = await copy(text());
@@ -23,7 +23,7 @@ async function copy(text) {
   }
 }
 
-// Browsers have no navigator.clipboard on plain http, save on the same machine.
+// On plain http, browsers have navigator.clipboard only for the same machine.
 function copyBySelection(text) {
   const { activeElement } = document;
   const area = document.body.appendChild(document.createElement('textarea'));

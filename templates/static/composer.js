@@ -1,4 +1,4 @@
-/** Where a message is written: a draft for each conversation, and the button that sends it or stops the reply. */
+/** The field for a message, with a draft for each conversation, and the button that sends it or stops the reply. */
 export class Composer {
   constructor(user, { onSend, onStop }) {
     for (const id of ['composer', 'message', 'send', 'stop']) this[id] = document.getElementById(id);
@@ -13,7 +13,7 @@ export class Composer {
     this.message.addEventListener('input', () => this.write(this.text));
     this.message.addEventListener('keydown', (event) => this.pressed(event));
     this.stop.addEventListener('click', onStop);
-    // A tap leaves the focus where it is, so that stopping does not bring up a phone's keyboard.
+    // A tap does not move the focus, so that stopping a reply does not open the keyboard of a phone.
     this.stop.addEventListener('pointerdown', (event) => event.preventDefault());
   }
 
@@ -21,7 +21,7 @@ export class Composer {
     return this.message.value;
   }
 
-  /** Sets the text, and everything that hangs on it. */
+  /** Sets the text, and everything that depends on it. */
   write(text) {
     if (this.text !== text) this.message.value = text;
     this.keepDraft(text);
@@ -30,7 +30,7 @@ export class Composer {
     this.refresh();
   }
 
-  /** Gives a text back that was not sent: to a draft, or before whatever has been written since. */
+  /** Puts back a text that was not sent: into the draft, before anything that was written since. */
   giveBack(text, conversation) {
     const key = this.keyOf(conversation);
     if (key !== this.draftKey) return this.keepDraft(text, key);
@@ -42,7 +42,7 @@ export class Composer {
     this.message.focus();
   }
 
-  /** Shows the draft for a conversation; null is one that is yet to be made. */
+  /** Shows the draft for a conversation; null is a conversation that does not exist yet. */
   open(conversation) {
     this.draftKey = this.keyOf(conversation);
     this.write(sessionStorage.getItem(this.draftKey) ?? '');
@@ -59,7 +59,7 @@ export class Composer {
     return this.drafts + (conversation ?? 'new');
   }
 
-  /** Ready: the server takes messages. Busy: a reply is being made. */
+  /** `ready`: the server accepts messages. `busy`: a reply is running. */
   show(ready, busy) {
     this.ready = ready;
     this.busy = busy;
@@ -75,13 +75,13 @@ export class Composer {
   }
 
   pressed(event) {
-    // In Safari the composition is over before the Enter that ends it arrives, marked by nothing but the code 229.
+    // In Safari an input method has ended before its Enter arrives; only the key code 229 marks that Enter.
     if (event.key !== 'Enter' || event.shiftKey || event.isComposing || event.keyCode === 229) return;
     event.preventDefault();
     this.composer.requestSubmit();
   }
 
-  // A text too large for the storage is too large for the server too.
+  // A text that is too large for the storage is too large for the server as well.
   keepDraft(text, key = this.draftKey) {
     try {
       if (text) sessionStorage.setItem(key, text);

@@ -1,6 +1,6 @@
 import { say } from './words.js';
 
-// What a close code means to the reader, as keys of words. Codes not listed, and 1006 above all: we are offline.
+// The words for each close code. With any other code, above all 1006, the page is offline.
 const CLOSURES = {
   1009: { why: 'disconnected', error: 'message_too_long' },
   1011: { why: 'server_error' },
@@ -11,7 +11,7 @@ const CLOSURES = {
   4429: { why: 'too_many_connections', seconds: 60 },
 };
 
-/** A socket that comes back by itself, and says what it is doing. */
+/** A socket that reconnects by itself, and reports its state. */
 export class Connection {
   constructor(url, { onState, onEvent, onClose }) {
     Object.assign(this, { url, onState, onEvent, onClose, failures: 0, hurriable: false });
@@ -34,7 +34,7 @@ export class Connection {
     return true;
   }
 
-  // Open means that the server has spoken: it closes a socket without credentials only after accepting it.
+  // The socket counts as open when the server has sent an event: it accepts a socket before it checks credentials.
   receive(event) {
     if (event.type === 'session.created') {
       this.failures = 0;
@@ -48,13 +48,13 @@ export class Connection {
     this.report('closed', say(closure.why));
     this.onClose(code, closure);
     if (closure.final) return;
-    // Random from the first try on: a restarted server must not meet all its pages in the same instant.
+    // Random from the first try on, so that not all pages reconnect to a restarted server in the same instant.
     const seconds = closure.seconds ?? 1 + Math.random() * Math.min(29, 2 ** this.failures++);
     this.hurriable = !closure.seconds;
     this.wait(say(closure.why), Date.now() + seconds * 1000);
   }
 
-  // Counts towards a moment, not down by ticks: a tab in the background gets few ticks.
+  // Compares with a moment instead of counting ticks: a tab in the background gets few ticks.
   wait(why, moment) {
     const left = moment - Date.now();
     if (left <= 0) return this.open();

@@ -5,15 +5,15 @@ import { Reply } from './reply.js';
 import { Turn } from './turn.js';
 import { explain, say } from './words.js';
 
-// What is refused where another tab has changed the conversation.
+// The errors when another tab has changed the conversation.
 const OUTDATED = ['conversation_busy', 'item_not_found'];
 
-/** The conversation on the page; its id is null until the server has made it. */
+/** The conversation on the page; its id is null until the server has created it. */
 export class Conversation {
   constructor(parts) {
     // connection, log, composer, options, announcer; isListed, onNamed, onChange, onTitle, onMissing, onError
     Object.assign(this, parts, { id: null, turn: null, loaded: true, unreachable: false, wasCut: false });
-    this.untaken = new Map(); // Turns that the server has not taken yet, on the page or not, by their event_id.
+    this.untaken = new Map(); // turns that the server has not accepted yet, by event_id
     this.callbacks = {
       onCopy: (copied) => this.announcer.say(say(copied ? 'copied' : 'copy_failed')),
       onAgain: (reply) => this.askAgain(reply),
@@ -22,7 +22,7 @@ export class Conversation {
 
   // Opening
 
-  /** Shows another conversation. A reply that is being made in this one goes on, out of sight. */
+  /** Shows another conversation. A reply that is running in this one goes on. */
   open(id) {
     Object.assign(this, { id, turn: null, loaded: !id, unreachable: false });
     this.onError('');
@@ -81,7 +81,7 @@ export class Conversation {
     return new Question(text, id, (question, edited) => this.ask(edited, question));
   }
 
-  /** Whatever another tab or device said meanwhile. */
+  /** Loads what another tab or device said meanwhile. */
   async catchUp() {
     const { id, turn } = this;
     if (!id || turn || !this.loaded) return;
@@ -92,7 +92,7 @@ export class Conversation {
 
   // Asking
 
-  /** Asks, at the end or in the place of an earlier question. Says whether it could. */
+  /** Sends a question, at the end or in place of an earlier one. Returns whether it was sent. */
   ask(text, edited = null) {
     if (this.turn || !this.loaded || !text.trim()) return false;
     const after = edited ? { after: this.log.before(edited)?.id ?? 'none' } : {};
@@ -125,12 +125,12 @@ export class Conversation {
     this.sendCancel(this.turn);
   }
 
-  // Stopped before the server took the question, a reply has no id yet: accepted() then sends this.
+  // A reply that is stopped before the server accepts the question has no id yet: accepted() cancels it then.
   sendCancel({ cancelled, reply }) {
     if (cancelled && reply.id) this.connection.send({ type: 'response.cancel', response_id: reply.id });
   }
 
-  // Being answered
+  // Answers
 
   accepted({ event_id: eventId, response }) {
     const turn = this.untaken.get(eventId);
@@ -184,14 +184,14 @@ export class Conversation {
     if (param?.startsWith('response.')) this.options.complain(param.replace('response.', ''), message);
   }
 
-  // A reply to resume has gone, with the database perhaps; one to cancel finished in that very moment.
+  // The reply to resume no longer exists, or the reply to cancel has just finished.
   lost(eventId) {
     if (!this.turn || this.turn.eventId !== eventId) return;
     this.turn = null;
     this.load();
   }
 
-  /** The server never took the question: everything is as it was before, and the text is handed back. */
+  /** The server never accepted the question: restores the page, and puts the text back into the composer. */
   withdraw(turn, outdated = false) {
     this.untaken.delete(turn.eventId);
     const { text } = turn.question;
@@ -217,7 +217,7 @@ export class Conversation {
     this.wasCut = false;
   }
 
-  /** Goes on with the reply where it stands. */
+  /** Resumes the reply after its last delta. */
   resume() {
     const { eventId, reply } = this.turn;
     const resume = { type: 'response.resume', event_id: eventId, response_id: reply.id };
@@ -233,7 +233,7 @@ export class Conversation {
     this.refresh();
   }
 
-  /** The connection was lost before the server said that it took the question: finds out whether it did. */
+  /** The connection was lost before the server accepted the question: finds out whether it did. */
   async settle(turn) {
     try {
       const known = new Set([...this.log.list, ...turn.replaced].map((message) => message.id));
@@ -244,12 +244,12 @@ export class Conversation {
       this.named(conversation.id);
       this.show(conversation);
     } catch (error) {
-      // Without a status we are offline again, and the next connection settles it.
+      // Without a status, the page is offline again, and the next connection finds out.
       if (turn === this.turn && error.status) this.withdraw(turn);
     }
   }
 
-  /** The newest conversation, unless it is an older one, which the list has. */
+  /** The newest conversation, unless the list has it already. */
   async newest() {
     const [newest] = (await listConversations({ limit: 1 })).data;
     return newest && !this.isListed(newest.id) ? getConversation(newest.id) : null;

@@ -1,4 +1,4 @@
-/** Where the sidebar is when there is no room beside the chat: a dialog, so that what lies behind is inert. */
+/** The place of the sidebar on small screens: a dialog, so that the page behind it is inert. */
 export class Drawer {
   constructor() {
     for (const id of ['drawer', 'sidebar']) this[id] = document.getElementById(id);

@@ -5,7 +5,7 @@ export function element(tag, className, text = '') {
   return node;
 }
 
-/** A copy of what a <template> of the page holds. */
+/** A copy of the content of a <template>. */
 export function fromTemplate(id) {
   return document.getElementById(id).content.firstElementChild.cloneNode(true);
 }

@@ -52,7 +52,7 @@ export class Entry {
   endRename(save) {
     if (!this.input) return;
     const { input } = this;
-    this.input = null; // Removing the input is one more blur.
+    this.input = null; // removing the input fires blur once more
     input.remove();
     this.item.classList.remove('renaming');
     const title = input.value.trim();

@@ -1,7 +1,7 @@
 import { exportAddress } from './api.js';
 import { say } from './words.js';
 
-/** What can be done with a conversation of the list. */
+/** The menu of a conversation in the list. */
 export class EntryMenu {
   constructor({ onRename, onDelete }) {
     this.menu = document.getElementById('entry-menu');
@@ -27,7 +27,7 @@ export class EntryMenu {
     this.menu.querySelector('button').focus();
   }
 
-  // Below the button, or above it where there is no room.
+  // Below the button, or above it when there is no room.
   place({ left, top, bottom }) {
     const { offsetHeight, offsetWidth } = this.menu;
     const below = bottom + offsetHeight < innerHeight;

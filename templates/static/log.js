@@ -3,7 +3,7 @@ import { say } from './words.js';
 
 const FORMATTED_AT_ONCE = 8;
 
-/** The messages in their order, and the place of the reader among them. */
+/** The messages, and the scroll position of the reader. */
 export class Log {
   constructor() {
     for (const id of ['log', 'messages', 'jump']) this[id] = document.getElementById(id);
@@ -44,7 +44,7 @@ export class Log {
     }
   }
 
-  /** Takes a message and what follows it out of the log, and returns them. */
+  /** Removes a message and all that follow it, and returns them. */
   cut(message) {
     const messages = this.list.splice(this.list.indexOf(message));
     for (const { article } of messages) article.remove();
@@ -55,7 +55,7 @@ export class Log {
     return this.list[this.list.indexOf(message) - 1];
   }
 
-  /** Draws the line between the oldest `count` messages, system prompts not counted, and those the model still sees. */
+  /** Draws a line after the oldest `count` messages, without system prompts: the model no longer sees those. */
   divide(count) {
     const said = this.list.filter((message) => message.role !== 'system');
     if (count) said[count]?.article.before(this.divider);
@@ -79,12 +79,12 @@ export class Log {
   }
 
   scrolled() {
-    // No more slack than rounding needs, or a finger that scrolls up slowly would be pulled back down.
+    // Only as much slack as rounding needs: with more, slow scrolling up would be pulled back down.
     this.pinned = this.log.scrollHeight - this.log.scrollTop - this.log.clientHeight <= 2;
     this.jump.hidden = this.pinned;
   }
 
-  /** Keeps the end in sight, unless the reader has scrolled away from it. */
+  /** Keeps the end visible, unless the reader has scrolled up. */
   follow(always = false) {
     if (always) this.pinned = true;
     if (this.pinned) this.log.scrollTop = this.log.scrollHeight;

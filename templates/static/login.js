@@ -1,6 +1,6 @@
 const RELOADED = 'parley.reloaded';
 
-/** The session is gone, so / is the login form; were it the chat again, a second reload would not help. */
+/** The session has ended, so a reload shows the login form. If it shows the chat, another reload would not help. */
 export function logInAgain() {
   if (sessionStorage.getItem(RELOADED)) return;
   sessionStorage.setItem(RELOADED, 'yes');

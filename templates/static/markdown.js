@@ -1,4 +1,4 @@
-// Markdown to elements, with nothing in it that runs, loads or leads into this server.
+// Markdown to elements. Nothing in them runs, loads, or links to this server.
 
 import { copyButton } from './clipboard.js';
 import { element } from './elements.js';
@@ -8,12 +8,12 @@ import { say } from './words.js';
 const markdown = createMarkdown();
 
 function createMarkdown() {
-  // breaks: a line that ended while the reply streamed in stays ended when it is done.
+  // breaks: a line break that was visible while the reply streamed stays visible.
   const parser = new MarkdownIt({ html: false, linkify: false, breaks: true }).disable('image');
   const { rules } = parser.renderer;
   const plain = (tokens, index, options, env, renderer) => renderer.renderToken(tokens, index, options);
 
-  // A relative link from a model would lead into this very server: only full addresses are links.
+  // A relative link of a model would lead to this server, so only full addresses become links.
   parser.validateLink = (address) => /^(https?:\/\/|mailto:)/i.test(address.trim());
   rules.link_open = (tokens, index, ...rest) => {
     tokens[index].attrSet('target', '_blank');
@@ -21,7 +21,7 @@ function createMarkdown() {
     return plain(tokens, index, ...rest);
   };
 
-  // Column alignment comes as a style attribute, which the Content-Security-Policy forbids.
+  // markdown-it aligns columns by style attributes, which the Content-Security-Policy forbids.
   rules.th_open = rules.td_open = (tokens, index, ...rest) => {
     const alignment = tokens[index].attrGet('style')?.replace('text-align:', '');
     tokens[index].attrs = alignment ? [['class', alignment]] : null;
@@ -32,7 +32,7 @@ function createMarkdown() {
   return parser;
 }
 
-/** The elements of a Markdown text; `onCopy` hears of code blocks that were copied. */
+/** The elements of a Markdown text; `onCopy` is told when a code block is copied. */
 export function renderMarkdown(text, onCopy) {
   const template = document.createElement('template');
   template.innerHTML = markdown.render(text);
@@ -54,7 +54,7 @@ function frameCode(pre, onCopy) {
   frame.append(bar, pre);
 }
 
-/** What is too wide scrolls, so it has to be within the keyboard's reach. */
+/** A wide element scrolls, so the keyboard has to reach it. */
 function makeScrollable(part, label) {
   part.tabIndex = 0;
   part.setAttribute('role', 'group');

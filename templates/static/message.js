@@ -1,6 +1,6 @@
 import { element } from './elements.js';
 
-/** A message on the page; `id` is the server's, where the page knows it. */
+/** A message on the page; `id` is that of the server, if the page knows it. */
 export class Message {
   constructor(role, label, text, id = null) {
     Object.assign(this, { role, text, id });
@@ -24,6 +24,6 @@ export class Message {
     this.noteLine.hidden = !text;
   }
 
-  /** Called when the message first comes into sight. */
+  /** Called when the message becomes visible for the first time. */
   seen() {}
 }

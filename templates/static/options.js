@@ -4,7 +4,7 @@ const NUMBERS = ['temperature', 'top_p', 'max_output_tokens', 'seed'];
 const STOPS = 8;
 const STOP_LENGTH = 256;
 
-/** How replies are made, for each conversation; null is one that is yet to be made. */
+/** The options of each conversation; null is a conversation that does not exist yet. */
 export class Options {
   constructor() {
     this.dialog = document.getElementById('options');
@@ -30,7 +30,7 @@ export class Options {
     this.mark();
   }
 
-  /** The options of a conversation's last reply, unless they were changed here since. */
+  /** Takes over the options of the last reply of a conversation, unless they were changed here since. */
   learn(conversation, options) {
     if (!this.values.has(conversation)) this.values.set(conversation, options);
     this.mark();
@@ -42,7 +42,7 @@ export class Options {
     this.open(conversation);
   }
 
-  /** What the server does where a field is empty. */
+  /** Shows in empty fields what the server uses. */
   showDefaults(defaults) {
     for (const name of NUMBERS) this.fields[name].placeholder = defaults[name] ?? '';
     this.fields.max_output_tokens.placeholder ||= say('what_fits');
@@ -56,7 +56,7 @@ export class Options {
     this.dialog.showModal();
   }
 
-  /** Shows what the server says about an option. */
+  /** Shows an error of the server at the field of the option. */
   complain(name, message) {
     const field = this.fields[name];
     if (!field) return;
@@ -78,7 +78,7 @@ export class Options {
     this.dialog.close();
   }
 
-  // An option without a field here, which another client asked for, stays.
+  // An option that another client has set and that has no field here is kept.
   entered() {
     const options = { ...this.current };
     for (const name of ['instructions', 'stop', ...NUMBERS]) delete options[name];
@@ -94,7 +94,7 @@ export class Options {
     return this.fields.stop.value.split('\n').filter(Boolean);
   }
 
-  /** What is wrong with a field that browsers cannot check by themselves. */
+  /** The error of a field that browsers cannot check themselves. */
   complaint(field) {
     if (field !== this.fields.stop) return '';
     const stops = this.stops();

@@ -2,7 +2,7 @@ import { button, fromTemplate } from './elements.js';
 import { Message } from './message.js';
 import { say } from './words.js';
 
-/** What the user said; it can be edited, and asked again as `onAsk` does it. */
+/** A message of the user. It can be edited, and asked again by `onAsk`. */
 export class Question extends Message {
   constructor(text, id, onAsk) {
     super('user', say('you'), text, id);

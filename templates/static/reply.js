@@ -6,7 +6,7 @@ import { say } from './words.js';
 
 const BLOCK_LENGTH = 2000;
 
-/** What the model said. One that is in progress grows by deltas until it is finished. */
+/** A reply of the model. It grows by deltas until it is finished. */
 export class Reply extends Message {
   constructor(id, { onCopy, onAgain }) {
     super('assistant', say('reply'), '', id);
@@ -14,7 +14,7 @@ export class Reply extends Message {
     this.status = 'in_progress';
   }
 
-  /** A reply as the server has it, finished or not. */
+  /** Shows a reply as the server has stored it, finished or not. */
   static of(item, callbacks) {
     const reply = new Reply(item.id, callbacks);
     if (item.status === 'in_progress') {
@@ -26,7 +26,7 @@ export class Reply extends Message {
     return reply;
   }
 
-  /** Whether the delta is the next one; those that came already come again when a reply is resumed. */
+  /** Whether a delta is the next one; earlier deltas come again when a reply is resumed. */
   append(sequenceNumber, delta) {
     if (sequenceNumber !== this.sequenceNumber + 1) return false;
     this.sequenceNumber = sequenceNumber;
@@ -40,7 +40,7 @@ export class Reply extends Message {
     this.frame ??= requestAnimationFrame(() => this.draw());
   }
 
-  // Once per frame, into blocks cut at a line's end: the browser lays out the last block, not the whole reply.
+  // Once per frame, into blocks that end with a line: the browser lays out only the last block, not the whole reply.
   draw() {
     this.frame = null;
     this.note('');
@@ -78,7 +78,7 @@ export class Reply extends Message {
     if (this.footer) this.format();
   }
 
-  /** Markdown costs time, so a long history is plain text until it comes into sight. */
+  /** Markdown takes time, so messages are plain text until they become visible. */
   format() {
     if (this.formatted) return;
     this.formatted = true;

@@ -6,7 +6,7 @@ import { explain, say } from './words.js';
 const PAGE = 50;
 const TYPING_SECONDS = 0.2;
 
-/** The list of conversations, the newest first: as many as have been scrolled to, of those that a search finds. */
+/** The list of conversations, the newest first. It loads more as the user scrolls, and shows only what a search finds. */
 export class Sidebar {
   constructor({ onCurrent, onOpen, onDeleted, onError }) {
     Object.assign(this, { onCurrent, onOpen, onDeleted, onError, shown: [], hasMore: false, asked: 0 });
@@ -33,7 +33,7 @@ export class Sidebar {
     this.typing = setTimeout(() => this.refresh(true), TYPING_SECONDS * 1000);
   }
 
-  /** Loads the newest anew; older ones that were scrolled to stay, unless another search begins. */
+  /** Loads the newest again; older ones that are loaded stay, unless the search has changed. */
   async refresh(anew = false) {
     const page = await this.load({});
     if (!page) return;
@@ -55,7 +55,7 @@ export class Sidebar {
     this.show([...this.shown, ...fresh.map((conversation) => this.entry(conversation))]);
   }
 
-  /** A page of the list; null where there is none, or it is no longer asked for. */
+  /** A page of the list; null if it could not be loaded, or is no longer needed. */
   async load(parameters) {
     const asked = ++this.asked;
     const query = this.search.value.trim();
@@ -78,7 +78,7 @@ export class Sidebar {
     });
   }
 
-  // Nodes that are in their place already stay there, and keep the focus.
+  // Nodes that are in the right place are not moved, so they keep the focus.
   show(entries) {
     for (const entry of this.shown) if (!entries.includes(entry)) entry.item.remove();
     entries.forEach(({ item }, index) => {
@@ -89,7 +89,7 @@ export class Sidebar {
     const note = this.search.value.trim() ? 'nothing_found' : 'no_conversations';
     this['entries-note'].textContent = entries.length ? '' : say(note);
     this.mark();
-    // Observed anew, it tells again whether the end is in sight.
+    // A new observation reports again whether the end is visible.
     this.end.disconnect();
     this.end.observe(document.getElementById('more'));
   }
@@ -112,7 +112,7 @@ export class Sidebar {
       this.mark();
       this.onError(explain(error));
     }
-    this.refresh(); // A list that is under way still has the old title.
+    this.refresh(); // a list that is on its way still has the old title
   }
 
   async delete(entry) {
@@ -125,6 +125,6 @@ export class Sidebar {
     this.show(this.shown.filter((shown) => shown !== entry));
     (next?.link ?? this.search).focus();
     this.onDeleted(entry.id);
-    this.refresh(); // A list that is under way still has the entry.
+    this.refresh(); // a list that is on its way still has the entry
   }
 }

@@ -1,6 +1,6 @@
 let turns = 0;
 
-/** A question and the reply to it. The server has taken it once the reply has an id. */
+/** A question and its reply. The server has accepted the question when the reply has an id. */
 export class Turn {
   constructor(conversation, question, reply, replaced = []) {
     Object.assign(this, { conversation, question, reply, replaced, eventId: `turn-${++turns}`, cancelled: false });
@@ -10,7 +10,7 @@ export class Turn {
     return this.reply.id !== null;
   }
 
-  /** Whether the server took this turn, going by the conversation as the server has it now. */
+  /** Whether the server accepted this turn, according to the stored conversation. */
   isIn(items, known) {
     const [question, reply] = items.slice(-2);
     return question?.content === this.question.text && Boolean(reply) && !known.has(reply.id);

@@ -1,11 +1,11 @@
 const words = JSON.parse(document.getElementById('words').textContent);
 
-/** The sentence of the page's language, with values in place of what stands in {braces}. */
+/** A sentence in the language of the page, with values for the names in {braces}. */
 export function say(key, values = {}) {
   return (words[key] ?? '').replace(/\{(\w+)\}/g, (_, name) => values[name]);
 }
 
-/** An error of the server in the page's language, or in the server's words where the page has none. */
+/** An error of the server in the language of the page, or in the words of the server if the page has none. */
 export function explain({ code, message }) {
   return words[`error_${code}`] ?? message;
 }

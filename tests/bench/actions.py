@@ -1,4 +1,4 @@
-"""What users do in the load test: some behave, others vanish, stall, cancel, come back or lie."""
+"""What users do in the load test: good clients chat; others vanish, stall, cancel, come back or send nonsense."""
 
 from __future__ import annotations
 
@@ -14,278 +14,285 @@ from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed
 from websockets.typing import Subprotocol
 
-from server import FRAME_BYTES, UVICORN_FRAME_BYTES
+from models.web.chat_socket import FRAME_BYTES
+from server import UVICORN_FRAME_BYTES
 from tests.bench.clients import (
     REFUSALS,
     Action,
+    Chat,
     Json,
-    Line,
     Moment,
     Reply,
     User,
-    asked,
-    begun,
-    created,
-    ended,
+    at_once,
+    at_the_end,
     expect,
-    queued,
+    when_created,
+    when_queued,
+    when_streaming,
 )
 
-LONG: Json = {"max_output_tokens": None, "temperature": 0}  # not at its end before somebody can act
+LONG: Json = {"max_output_tokens": None, "temperature": 0}  # long enough that a client can act before the end
 
-# Such as behave
+# Good clients
 
 
 async def talk(user: User) -> None:
-    """A conversation, a question beside it, and another conversation that goes on over another connection."""
-    async with user.line() as line:
-        told = [await line.until(await line.ask(user.words(), **user.options())) for _ in range(2)]
-        await line.until(await line.ask(user.words(), conversation="none", **user.options()))
-        told.append(await line.until(await line.ask(user.words(), conversation="new", **user.options())))
-        await line.end()
-    if named := told[-1].conversation:
-        async with user.line() as line:
-            told.append(await line.until(await line.ask(user.words(), conversation=named, **user.options())))
-            await line.end()
-    await user.look_up(*told)
+    """Use a conversation, ask without one, and go on with another conversation over another connection."""
+    async with user.chat() as chat:
+        replies = [await chat.until(await chat.ask(user.message(), **user.options())) for _ in range(2)]
+        await chat.until(await chat.ask(user.message(), conversation="none", **user.options()))
+        replies.append(await chat.until(await chat.ask(user.message(), conversation="new", **user.options())))
+        await chat.finish()
+    if conversation := replies[-1].conversation:
+        async with user.chat() as chat:
+            reply = await chat.ask(user.message(), conversation=conversation, **user.options())
+            replies.append(await chat.until(reply))
+            await chat.finish()
+    await user.check_stored(*replies)
 
 
-async def ask_much_at_once(user: User) -> None:
-    """More than a user may ask for: the rest is refused, and what is not is cancelled."""
-    async with user.line() as line:
+async def ask_too_much(user: User) -> None:
+    """Ask for more replies than a user may have. The rest is refused, and those that run are cancelled."""
+    async with user.chat() as chat:
         for _ in range(10):
-            reply = await line.ask(user.words(), conversation="none", **LONG)
-        await line.until(reply, created)
-        await line.say({"type": "response.cancel"})
-        await line.end()
+            reply = await chat.ask(user.message(), conversation="none", **LONG)
+        await chat.until(reply, when_created)
+        await chat.send({"type": "response.cancel"})
+        await chat.finish()
 
 
-async def talk_plainly(user: User) -> None:
-    """Two messages in plain text."""
+async def talk_in_plain_text(user: User) -> None:
+    """Send two messages in plain text."""
     async with user.connect(user.query) as connection:
         for _ in range(2):
-            reply = await ask_plainly(user, connection)
-            while not (piece := await plain_piece(connection)).startswith("error: "):
-                reply.hear(piece)
-            if kept := await user.find(reply.input):
-                expect(kept == [reply.input, reply.text], f"{kept} is kept of {reply}")
-                expect(plain_code(piece) in (*REFUSALS, "context_length_exceeded"), piece)
+            reply = await ask_in_plain_text(user, connection)
+            while not (piece := await next_piece(connection)).startswith("error: "):
+                reply.add(piece)
+            if stored := await user.find(reply.input):
+                expect(stored == [reply.input, reply.text], f"{stored} is stored of {reply}")
+                expect(code_of(piece) in (*REFUSALS, "context_length_exceeded"), piece)
                 reply.outcome = "answered"
             else:
-                reply.refuse(plain_code(piece))
-                await plain_piece(connection)
+                reply.refuse(code_of(piece))
+                await next_piece(connection)
 
 
-async def ask_plainly(user: User, connection: ClientConnection) -> Reply:
-    """Ask, then say what must be refused: plain text tells in no other way where a reply ends."""
-    reply = user.asks(user.words())
+async def ask_in_plain_text(user: User, connection: ClientConnection) -> Reply:
+    """Ask, then send a message that is refused, since plain text has no other mark for the end of a reply."""
+    reply = user.new_reply(user.message())
     await connection.send(reply.input)
     await connection.send("too long " * 1000)
     return reply
 
 
-async def plain_piece(connection: ClientConnection) -> str:
-    """The next piece; in between one is told who left."""
+async def next_piece(connection: ClientConnection) -> str:
+    """The next piece of text, without the notices who left."""
     while str(piece := await connection.recv()).startswith("Client #"):
         pass
     return str(piece)
 
 
-def plain_code(piece: str) -> str:
-    """What chat.v1 calls an error in plain text."""
-    codes = {"in flight": "too_many_responses", "wait already": "queue_full", "shorten": "context_length_exceeded"}
-    return next((code for words, code in codes.items() if words in piece), piece)
+def code_of(message: str) -> str:
+    """The code of an error that plain text tells by its message."""
+    codes = {
+        "running or waiting": "too_many_responses",
+        "wait queue is full": "queue_full",
+        "shorten": "context_length_exceeded",
+    }
+    return next((code for words, code in codes.items() if words in message), message)
 
 
 async def complete(user: User) -> None:
-    """OpenAI's API, all in one piece."""
-    reply = user.asks(user.words())
-    answered(reply, await user.http.post(**await user.completion(reply, stream=False)))
+    """Ask for a chat completion as one object."""
+    reply = user.new_reply(user.message())
+    read_completion(reply, await user.http.post(**await user.completion(reply, stream=False)))
 
 
-def answered(reply: Reply, answer: httpx2.Response) -> None:
-    """Take what came of a request over HTTP."""
-    if answer.status_code == 200:
-        choice = answer.json()["choices"][0]
+def read_completion(reply: Reply, response: httpx2.Response) -> None:
+    """Read the response to a request for one object, or the error."""
+    if response.status_code == 200:
+        choice = response.json()["choices"][0]
         expect(choice["finish_reason"] in ("stop", "length"), choice)
         reply.text, reply.outcome = choice["message"]["content"], "answered"
     else:
-        reply.refuse(answer.json()["error"]["code"])
+        reply.refuse(response.json()["error"]["code"])
 
 
 async def stream(user: User) -> None:
-    """OpenAI's API, piece by piece."""
-    reply = user.asks(user.words())
-    await streamed(user, reply, await user.completion(reply, stream=True), ended)
+    """Ask for a chat completion as a stream."""
+    reply = user.new_reply(user.message())
+    await read_stream(user, reply, await user.completion(reply, stream=True), at_the_end)
 
 
-async def streamed(user: User, reply: Reply, request: Json, moment: Moment) -> None:
-    """Listen to a stream until some moment of the reply, or its end."""
-    finish = None
-    async with user.http.stream("POST", **request) as stream:
-        if stream.status_code != 200:
-            await stream.aread()
-            return answered(reply, stream)
-        async for line in stream.aiter_lines():
+async def read_stream(user: User, reply: Reply, request: Json, moment: Moment) -> None:
+    """Read a stream up to some moment of the reply, or its end."""
+    finish_reason = None
+    async with user.http.stream("POST", **request) as response:
+        if response.status_code != 200:
+            await response.aread()
+            return read_completion(reply, response)
+        async for line in response.aiter_lines():
             if line == "data: [DONE]":
-                expect(finish in ("stop", "length"), f"finish_reason {finish} in the end")
+                expect(finish_reason in ("stop", "length"), f"finish_reason {finish_reason} at the end")
                 reply.outcome = "answered"
             elif line.startswith("data: "):
                 expect(not reply.outcome, f"after the end: {line}")
                 choice = json.loads(line.removeprefix("data: "))["choices"][0]
-                finish = choice["finish_reason"] or finish
+                finish_reason = choice["finish_reason"] or finish_reason
                 if content := choice["delta"].get("content"):
-                    reply.hear(content)
+                    reply.add(content)
             if moment(reply):
                 return
     expect(reply.outcome, "the stream broke off")
 
 
-# Such as vanish
+# Clients that vanish
 
 
-async def vanish(user: User, moment: Moment, many: int = 1, words: int = 6) -> None:
-    """Ask for so many replies, the last of which is left at some moment; the messages are kept all the same."""
-    async with user.line() as line:
-        replies = [await line.ask(user.words(words), conversation="new", **LONG) for _ in range(many)]
-        await line.until(replies[-1], moment)
-        line.vanish()
-    for reply in replies:
+async def vanish(user: User, moment: Moment, replies: int = 1, words: int = 6) -> None:
+    """Ask for some replies and vanish at some moment of the last one. The messages must be stored anyway."""
+    async with user.chat() as chat:
+        asked = [await chat.ask(user.message(words), conversation="new", **LONG) for _ in range(replies)]
+        await chat.until(asked[-1], moment)
+        chat.vanish()
+    for reply in asked:
         reply.abandon()
         if reply.conversation:
-            expect((await user.items(reply.conversation))[0]["content"] == reply.input, f"{reply.input} is not kept")
+            stored = (await user.items(reply.conversation))[0]["content"]
+            expect(stored == reply.input, f"{reply.input} is not stored")
 
 
 async def vanish_at_once(user: User) -> None:
-    await vanish(user, asked)
+    await vanish(user, at_once)
 
 
 async def vanish_in_prefill(user: User) -> None:
-    await vanish(user, created, words=60)
+    await vanish(user, when_created, words=60)
 
 
 async def vanish_in_the_queue(user: User) -> None:
-    await vanish(user, queued, many=3)
+    await vanish(user, when_queued, replies=3)
 
 
 async def vanish_in_the_reply(user: User) -> None:
-    await vanish(user, begun)
+    await vanish(user, when_streaming)
 
 
-async def vanish_plainly(user: User) -> None:
+async def vanish_in_plain_text(user: User) -> None:
     async with user.connect(user.query) as connection:
-        reply = await ask_plainly(user, connection)
-        await plain_piece(connection)
+        reply = await ask_in_plain_text(user, connection)
+        await next_piece(connection)
         connection.transport.abort()
     reply.abandon()
 
 
-async def hang_up(user: User) -> None:
+async def hang_up_in_a_stream(user: User) -> None:
     """Close an HTTP stream in the middle."""
-    reply = user.asks(user.words())
-    await streamed(user, reply, await user.completion(reply, stream=True, tokens=300), begun)
+    reply = user.new_reply(user.message())
+    await read_stream(user, reply, await user.completion(reply, stream=True, tokens=300), when_streaming)
     reply.abandon()
 
 
-async def hang_up_waiting(user: User) -> None:
-    """Close an HTTP request that is not streamed, while another reply comes."""
-    reply = user.asks(user.words())
+async def hang_up_before_the_response(user: User) -> None:
+    """Close an HTTP request that is not streamed, during another reply."""
+    reply = user.new_reply(user.message())
     arguments = await user.completion(reply, stream=False, tokens=300)
-    async with asyncio.TaskGroup() as group, user.line() as line:
+    async with asyncio.TaskGroup() as group, user.chat() as chat:
         request = group.create_task(user.http.post(**arguments))
-        await line.ask(user.words(), conversation="none", max_output_tokens=3)
-        await line.end()
+        await chat.ask(user.message(), conversation="none", max_output_tokens=3)
+        await chat.finish()
         request.cancel()
     if not request.cancelled():
-        answered(reply, request.result())
+        read_completion(reply, request.result())
     reply.abandon()
 
 
-# Such as stall
+# Clients that stall
 
 
 @asynccontextmanager
-async def stalled(user: User, loud: int = 0) -> AsyncIterator[tuple[Line, Reply]]:
-    """A connection that has begun to hear a reply, asked for so many megabytes, and not read while another came."""
+async def stalled(user: User, megabytes: int = 0) -> AsyncIterator[tuple[Chat, Reply]]:
+    """A connection in a reply that has asked for some megabytes, and has not read them during another reply."""
     host, port = user.address.split(":")
     narrow = socket.create_connection((host, int(port)))
-    narrow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**18)  # else the system takes ever more for it
-    async with user.line(sock=narrow, max_queue=1, close_timeout=1) as line:
-        reply = await line.ask(user.words(), **LONG)
-        await line.until(reply, begun)
+    narrow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**18)  # else the system buffers more and more
+    async with user.chat(sock=narrow, max_queue=1, close_timeout=1) as chat:
+        reply = await chat.ask(user.message(), **LONG)
+        await chat.until(reply, when_streaming)
         with suppress(ConnectionClosed):
-            for _ in range(loud):
-                await line.say({"type": "session.update", "session": {"instructions": "x" * 1_000_000}})
-        async with user.line() as other:
-            await other.ask(user.words(), conversation="none", **user.options())
-            await other.end()
-        yield line, reply
+            for _ in range(megabytes):
+                await chat.send({"type": "session.update", "session": {"instructions": "x" * 1_000_000}})
+        async with user.chat() as other:
+            await other.ask(user.message(), conversation="none", **user.options())
+            await other.finish()
+        yield chat, reply
 
 
 async def stall(user: User) -> None:
-    """Read on as if nothing had been."""
-    async with stalled(user) as (line, reply):
-        await line.end()
-    await user.look_up(reply)
+    """Stall, then read on."""
+    async with stalled(user) as (chat, reply):
+        await chat.finish()
+    await user.check_stored(reply)
 
 
 async def stall_and_vanish(user: User) -> None:
-    async with stalled(user) as (line, reply):
-        line.vanish()
+    async with stalled(user) as (chat, reply):
+        chat.vanish()
     reply.abandon()
 
 
 async def stall_too_long(user: User) -> None:
-    """Let megabytes pile up: the connection is closed, and another one hears the reply to its end."""
-    async with stalled(user, loud=24) as (line, reply):
+    """Let megabytes wait until the server closes the connection, then get the rest of the reply over another one."""
+    async with stalled(user, megabytes=24) as (chat, reply):
         try:
             while True:
-                await line.hear()
-        except ConnectionClosed:  # 1006 where it read on too late to see why
-            expect(line.connection.close_code in (1013, 1006), f"closed with {line.connection.close_code}")
+                await chat.receive()
+        except ConnectionClosed:  # 1006 where it read on too late to see the code
+            expect(chat.connection.close_code in (1013, 1006), f"closed with {chat.connection.close_code}")
     await come_back(user, reply)
-    await user.look_up(reply)
+    await user.check_stored(reply)
 
 
-# Such as change their minds
+# Clients that cancel or come back
 
 
 async def cancel(user: User) -> None:
-    """End a reply, by its id or all there are, at any moment."""
-    async with user.line() as line:
-        reply = await line.ask(user.words(), **LONG)
-        await line.until(reply, user.moments.choice([asked, created, queued, begun]))
-        named = {"response_id": reply.id, "event_id": "cancel"} if reply.id and user.moments.random() < 0.5 else {}
-        await line.say({"type": "response.cancel"} | named)
-        await line.end()
-    await user.look_up(reply)
+    """End a reply at any moment, by its id or with all others."""
+    async with user.chat() as chat:
+        reply = await chat.ask(user.message(), **LONG)
+        await chat.until(reply, user.chance.choice([at_once, when_created, when_queued, when_streaming]))
+        names = {"response_id": reply.id, "event_id": "cancel"} if reply.id and user.chance.random() < 0.5 else {}
+        await chat.send({"type": "response.cancel"} | names)
+        await chat.finish()
+    await user.check_stored(reply)
 
 
 async def resume(user: User) -> None:
-    """Be cut off again and again, come back each time, and have heard all in the end."""
-    async with user.line() as line:
-        kept = user.moments.choice(["new", "none"])
-        reply = await line.ask(user.words(), conversation=kept, max_output_tokens=60, temperature=0)
-        await line.until(reply, begun)
-        line.vanish()
+    """Lose the connection again and again, come back each time, and have the whole reply at the end."""
+    async with user.chat() as chat:
+        conversation = user.chance.choice(["new", "none"])
+        reply = await chat.ask(user.message(), conversation=conversation, max_output_tokens=60, temperature=0)
+        await chat.until(reply, when_streaming)
+        chat.vanish()
     while not reply.outcome:
-        heard = reply.heard
-        await come_back(user, reply, lambda reply: reply.heard >= heard + 10)  # noqa: B023
-    await user.look_up(reply)
+        enough = reply.deltas + 10
+        await come_back(user, reply, lambda reply: reply.deltas >= enough)  # noqa: B023
+    await user.check_stored(reply)
 
 
-async def come_back(user: User, reply: Reply, moment: Moment = ended) -> None:
-    """Go on with a reply until some moment."""
+async def come_back(user: User, reply: Reply, moment: Moment = at_the_end) -> None:
+    """Resume a reply, up to some moment."""
     if reply.id and not reply.outcome:
-        async with user.line() as line:
-            await line.follow(reply)
-            await line.until(reply, moment)
-            line.vanish()
+        async with user.chat() as chat:
+            await chat.resume(reply)
+            await chat.until(reply, moment)
+            chat.vanish()
 
 
-# Such as lie
+# Clients that send nonsense
 
-GARBAGE: dict[str | bytes, str] = {
+NONSENSE: dict[str | bytes, str] = {
     "": "invalid_json",
     "{": "invalid_json",
     "[1]": "invalid_json",
@@ -301,108 +308,108 @@ GARBAGE: dict[str | bytes, str] = {
 BODIES = (b"", b"{", b"[]", b"[" * 100_000, b"\xff", b'{"messages": []}', b'{"messages": "x", "stream": 7}', b"null")
 
 
-async def send_garbage(user: User) -> None:
-    """Frames that are no events: each has its error, and the connection is as good as before, twenty times."""
-    async with user.line() as line:
-        for frame, code in GARBAGE.items():
-            expect(await line.refusal(frame) == code, f"not {code} for {frame[:80]!r}")
-        await line.ask(user.words(), conversation="none", **user.options())
-        await line.end()
+async def send_nonsense(user: User) -> None:
+    """Send bad frames. Each gets its error and the connection works on, until twenty of them come in a row."""
+    async with user.chat() as chat:
+        for frame, code in NONSENSE.items():
+            expect(await chat.error_code(frame) == code, f"not {code} for {frame[:80]!r}")
+        await chat.ask(user.message(), conversation="none", **user.options())
+        await chat.finish()
         for _ in range(20):
-            await line.connection.send("garbage")
-        expect(await closed_with(line.connection) == 4400, "twenty bad frames were not enough")
-    async with user.line() as line:
-        await line.connection.send(b"\xff\xfe", text=True)
-        expect(await closed_with(line.connection) == 1007, "not 1007 for text that is not UTF-8")
+            await chat.connection.send("nonsense")
+        expect(await close_code(chat.connection) == 4400, "twenty bad frames were not enough")
+    async with user.chat() as chat:
+        await chat.connection.send(b"\xff\xfe", text=True)
+        expect(await close_code(chat.connection) == 1007, "not 1007 for text that is not UTF-8")
 
 
-async def send_garbage_over_http(user: User) -> None:
+async def send_nonsense_over_http(user: User) -> None:
     for body in BODIES:
-        answer = await user.http.post("/v1/chat/completions", headers=user.headers, content=body)
-        expect(answer.status_code in (400, 413, 422), f"{answer.status_code} for {body[:80]!r}")
-        expect(answer.json()["error"]["type"] == "invalid_request_error", answer.text)
+        response = await user.http.post("/v1/chat/completions", headers=user.headers, content=body)
+        expect(response.status_code in (400, 413, 422), f"{response.status_code} for {body[:80]!r}")
+        expect(response.json()["error"]["type"] == "invalid_request_error", response.text)
 
 
-async def send_giants(user: User) -> None:
-    """Frames and a body beyond all limits."""
+async def send_too_much(user: User) -> None:
+    """Send frames and a body that are larger than allowed."""
     for size in (FRAME_BYTES + 1, UVICORN_FRAME_BYTES + 1):
-        async with user.line() as line:
+        async with user.chat() as chat:
             with suppress(ConnectionClosed):
-                await line.connection.send("x" * size)
-            code = await closed_with(line.connection)
+                await chat.connection.send("x" * size)
+            code = await close_code(chat.connection)
             expect(code == 1009 or (code == 1006 and size > UVICORN_FRAME_BYTES), f"{code} for {size} bytes")
-    with suppress(httpx2.TransportError):  # where it is not even read to its end
-        answer = await user.http.post("/v1/chat/completions", headers=user.headers, content=b"x" * (2 * FRAME_BYTES))
-        expect(answer.status_code in (400, 413), f"{answer.status_code} for a body of two MiB")
+    with suppress(httpx2.TransportError):  # the server may close before it has read all
+        response = await user.http.post("/v1/chat/completions", headers=user.headers, content=b"x" * (2 * FRAME_BYTES))
+        expect(response.status_code in (400, 413), f"{response.status_code} for a body of two MiB")
 
 
 async def guess_secrets(user: User) -> None:
-    """A secret that is nobody's, and somebody's that is not this user's."""
-    for userid, secret in ((user.id, user.words()), (user.neighbour.id, user.secret)):
+    """Log in with a secret of nobody, and with the secret of another user."""
+    for userid, secret in ((user.id, user.message()), (user.neighbour.id, user.secret)):
         query = f"?{httpx2.QueryParams(userid=userid, secret=secret)}"
-        async with user.connect(query, additional_headers=user.elsewhere) as connection:
-            expect(await closed_with(connection) in (1008, 4429), "plain text: believed")
+        async with user.connect(query, additional_headers=user.other_address) as connection:
+            expect(await close_code(connection) in (1008, 4429), "plain text: let in")
         async with user.connect(
-            query, additional_headers=user.elsewhere, subprotocols=[Subprotocol("chat.v1")]
+            query, additional_headers=user.other_address, subprotocols=[Subprotocol("chat.v1")]
         ) as connection:
-            expect(await closed_with(connection) in (4401, 4429), "chat.v1: believed")
-    headers = user.elsewhere | {"Authorization": "Bearer wrong"}
-    reply = Reply(user.id, user.words())
+            expect(await close_code(connection) in (4401, 4429), "chat.v1: let in")
+    headers = user.other_address | {"Authorization": "Bearer wrong"}
+    reply = Reply(user.id, user.message())
     for request in (await user.completion(reply, stream=True), {"url": "/v1/conversations"}):
         method = "POST" if "json" in request else "GET"
-        answer = await user.http.request(method, **request | {"headers": headers})
-        expect(answer.status_code in (401, 429), f"{request['url']}: {answer.status_code}")
+        response = await user.http.request(method, **request | {"headers": headers})
+        expect(response.status_code in (401, 429), f"{request['url']}: {response.status_code}")
 
 
-async def reach_for_others(user: User) -> None:
-    """Somebody else's reply and conversation are not there, and not disturbed."""
-    async with user.neighbour.line() as theirs, user.line() as own:
-        reply = await theirs.until(await theirs.ask(user.words(), **user.options()), begun)
-        names = {"response_id": reply.id, "response": {"input": user.words(), "conversation": reply.conversation}}
+async def use_replies_of_others(user: User) -> None:
+    """Name the reply and the conversation of another user, which must not exist for this one."""
+    async with user.neighbour.chat() as theirs, user.chat() as own:
+        reply = await theirs.until(await theirs.ask(user.message(), **user.options()), when_streaming)
+        names = {"response_id": reply.id, "response": {"input": user.message(), "conversation": reply.conversation}}
         for kind in ("response.resume", "response.cancel", "response.create") if reply.id else ():
-            code = await own.refusal(json.dumps(names | {"type": kind}))
+            code = await own.error_code(json.dumps(names | {"type": kind}))
             expect(code in (*REFUSALS, "conversation_not_found"), f"{kind}: {code}")
-        answer = await user.http.get(f"/v1/conversations/{reply.conversation}", headers=user.headers)
-        expect(answer.status_code == 404, f"somebody else's conversation: {answer.status_code}")
-        await theirs.end()
-    expect(reply.outcome != "cancelled", "somebody else could cancel a reply")
-    await user.neighbour.look_up(reply)
+        response = await user.http.get(f"/v1/conversations/{reply.conversation}", headers=user.headers)
+        expect(response.status_code == 404, f"the conversation of another user: {response.status_code}")
+        await theirs.finish()
+    expect(reply.outcome != "cancelled", "another user could cancel a reply")
+    await user.neighbour.check_stored(reply)
 
 
-async def closed_with(connection: ClientConnection) -> int | None:
-    """The code of the close, after whatever comes before it; 1006 where there is none."""
+async def close_code(connection: ClientConnection) -> int | None:
+    """The code of the close, after everything that comes before it; 1006 where there is none."""
     with suppress(ConnectionClosed):
         while True:
             await connection.recv()
     return connection.close_code
 
 
-WELL_BEHAVED: tuple[Action, ...] = (talk, talk_plainly, complete, stream)
+GOOD: tuple[Action, ...] = (talk, talk_in_plain_text, complete, stream)
 OTHERS: tuple[Action, ...] = (
-    ask_much_at_once,
+    ask_too_much,
     vanish_at_once,
     vanish_in_prefill,
     vanish_in_the_queue,
     vanish_in_the_reply,
-    vanish_plainly,
-    hang_up,
-    hang_up_waiting,
+    vanish_in_plain_text,
+    hang_up_in_a_stream,
+    hang_up_before_the_response,
     stall,
     stall_and_vanish,
     stall_too_long,
     cancel,
     resume,
-    send_garbage,
-    send_garbage_over_http,
-    send_giants,
+    send_nonsense,
+    send_nonsense_over_http,
+    send_too_much,
     guess_secrets,
-    reach_for_others,
+    use_replies_of_others,
 )
 
 
-def deck(moments: random.Random) -> Iterator[Action]:
-    """Actions without end, in no order; after so many as there are all have occurred, good ones most often."""
+def deck(chance: random.Random) -> Iterator[Action]:
+    """Actions without end, in random order, like cards: each one comes once in a round, good ones three times."""
     while True:
-        cards = [*WELL_BEHAVED * 3, *OTHERS]
-        moments.shuffle(cards)
+        cards = [*GOOD * 3, *OTHERS]
+        chance.shuffle(cards)
         yield from cards

@@ -1,8 +1,8 @@
-"""Parley and the peers that are installed, in turn, on one model and one machine: the README's table.
+"""Compare Parley and the installed peers on one model and one machine. Prints the table of README.md.
 
     python tests/bench/compare.py --peers .bench/peers
 
-Peers live in an environment of their own (see README.md). A round takes six minutes; use the machine for nothing else.
+Peers have an environment of their own (see README.md). A round takes six minutes; use the machine for nothing else.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from tests.bench.gguf_files import gguf_files
 from tests.bench.servers import ROOT, Server, has, llama_cpp, parley, transformers_serve
 
 STREAMS = (1, 8, 32)
-Measured = dict[str, dict[str, list[float]]]  # of each server, of each measure, one number a round
+Measured = dict[str, dict[str, list[float]]]  # by server, then by measure: one number per round
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Parley and its peers.")
+    parser = argparse.ArgumentParser(description="Compare Parley and its peers.")
     parser.add_argument("--peers", type=Path, default=ROOT / ".bench" / "peers", help="the environment of the peers")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=128)
@@ -43,7 +43,7 @@ def main() -> None:
         for round_ in range(arguments.rounds):
             print(f"round {round_ + 1} of {arguments.rounds}", file=sys.stderr, flush=True)
             for measure in _measures(arguments.tokens, 10_000 * round_):
-                for server in servers:  # one after the other, since a machine is not as fast at all times
+                for server in servers:  # in turn, since the speed of a machine changes over time
                     for name, value in measure(server).items():
                         measured[server.name][name].append(value)
     own = measured["Parley"]
@@ -88,21 +88,21 @@ def _measures(tokens: int, number: int) -> Iterator[Callable[[Server], dict[str,
 
 
 def _engine_alone(tokens: int) -> float:
-    """Tokens a second of 32 streams in a process without a server."""
+    """Tokens per second of 32 streams in a process without a server."""
     command = [sys.executable, str(ROOT / "tests/bench/engine.py"), "--streams", "32", "--tokens", str(tokens)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(json.loads(done.stdout.splitlines()[-1])["32"])
 
 
 def _memory() -> float:
-    """The peak of a server that answers 32 streams of 512 tokens, in bytes."""
+    """The peak memory of a server that answers 32 streams of 512 tokens, in bytes."""
     with parley() as server:
         server.load("throughput", streams=32, tokens=512)
         return server.peak_memory
 
 
 def _start() -> float:
-    """Seconds from the command to the first replies of a client, which starts meanwhile; everything cached."""
+    """Seconds from the command to the first replies of a client that starts meanwhile; everything is cached."""
     began = time.perf_counter()
     with parley(compiled=False) as server:
         server.load("throughput", streams=1, tokens=1)
@@ -130,14 +130,14 @@ def _table(servers: dict[str, dict[str, float]]) -> Iterator[str]:
     cells = [f"{own['first token']:.2f} s", *_against(own, llamas, "first token", 1.0, min, " s")]
     cells += _against(own, [other], "first token", None, min, " s")
     yield "| first token of a 1,000-token prompt | 1 | " + " | ".join(cells) + " |"
-    for key, label, streams, best, target in (
+    for key, label, streams, best, goal in (
         ("second turn", "first token of a second turn, against the first's", 1, min, "0.2 or less"),
         ("gap", "p99 gap while a 2,000-token prompt arrives, against p50", 8, min, "4 or less"),
         ("depth", "tokens/s at 3,000 tokens of context, against 100", 1, max, "0.6 or more"),
     ):
         llama = f"{best(each[key] for each in llamas):.2f}" if llamas else ""
         slow = f"{other[key]:.2f}" if other else ""
-        yield f"| {label} | {streams} | {own[key]:.2f} | {llama} | | {target} | {slow} | | |"
+        yield f"| {label} | {streams} | {own[key]:.2f} | {llama} | | {goal} | {slow} | | |"
     socket = own["speed 32"] / own["engine"]
     yield f"| over `/ws`, against the engine alone | 32 | {socket:.2f} | | | 0.95 or more | | | |"
     yield f"| peak memory, 512 tokens each | 32 | {own['memory'] / 1e9:.2f} GB | | | 1.5 GB or less | | | |"
@@ -152,7 +152,7 @@ def _against(
     best: Callable[..., float] = max,
     unit: str = "",
 ) -> list[str]:
-    """The best of the others, the ratio to it, and what it should be."""
+    """The best value of the others, our ratio to it, and the target."""
     known = [other[key] for other in others if other and key in other]
     if not known:
         return ["", "", ""]

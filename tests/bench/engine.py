@@ -1,4 +1,4 @@
-"""The engine alone, with no server and no text: tokens a second, in this process.
+"""Measure the engine alone, without a server and without text: tokens per second, in this process.
 
 python tests/bench/engine.py --streams 1 8 32 --tokens 128
 """
@@ -15,12 +15,13 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from platformdirs import user_cache_path
 
-from models.engine import Engine
-from models.engine_thread import keep_memory
-from models.sampling import Sampling
-from models.sequence import Sequence
+from models.engine.async_engine import keep_memory
+from models.engine.engine import Engine
+from models.engine.model_runner import ModelRunner
+from models.engine.sampling_params import SamplingParams
+from models.engine.sequence import Sequence
+from models.language.loader import load
 from models.settings import Settings
-from models.weights import load
 from tests.bench.load import story
 
 
@@ -32,21 +33,21 @@ def main() -> None:
     parser.add_argument("--quantize", default="auto")
     arguments = parser.parse_args()
     tokenizer, model = load(Settings(quantize=arguments.quantize))
-    engine = Engine(model, 32, 4096)
+    engine = Engine(ModelRunner(model, 32, 4096))
     keep_memory()
     if arguments.compile:
-        engine.compile(user_cache_path("parley") / "compiled")
+        engine.runner.compile(user_cache_path("parley") / "compiled")
 
     def run(streams: int, tokens: int, first: int) -> float:
-        """Tokens a second of so many sequences that begin together."""
+        """Tokens per second of some sequences that begin together."""
         for number in range(first, first + streams):
-            text = tokenizer.apply_chat_template(story(number), add_generation_prompt=True, tokenize=False)  # type: ignore[arg-type]
+            text = tokenizer.apply_chat_template(story(number), add_generation_prompt=True, tokenize=False)
             prompt = tokenizer.encode(str(text), add_special_tokens=False)
-            engine.add(Sequence(prompt, Sampling(), tokens, frozenset([tokenizer.eos_token_id])))
-        began, made = time.perf_counter(), 0
+            engine.add(Sequence(prompt, SamplingParams(), tokens, frozenset([tokenizer.eos_token_id])))
+        started, tokens_made = time.perf_counter(), 0
         while not engine.idle:
-            made += len(engine.step())
-        return made / (time.perf_counter() - began)
+            tokens_made += len(engine.step())
+        return tokens_made / (time.perf_counter() - started)
 
     run(2, 16, 10**6)
     print(json.dumps({streams: run(streams, arguments.tokens, 1000 * streams) for streams in arguments.streams}))

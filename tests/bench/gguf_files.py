@@ -1,4 +1,4 @@
-"""The embedded model as the GGUF files that llama.cpp runs: Q4_1 as it is published, and Q8_0."""
+"""The embedded model in two GGUF files for llama.cpp: the published one in Q4_1, and one in Q8_0."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType, quants
 
-from models.weights import fetch
+from models.language.model_files import fetch
 
 
 def gguf_files(folder: Path) -> list[Path]:
-    """Both files, made in `folder` where they are missing."""
+    """Both files in a folder; missing ones are made."""
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / "model.Q4_1.gguf", folder / "model.Q8_0.gguf"]
     if not files[0].exists():

@@ -1,9 +1,9 @@
-"""Many idle sockets: how much memory each one takes, and how long they make others wait for the next piece of a reply.
+"""Measure many idle sockets: the memory of each, and how long they delay the streams of others.
 
     python tests/bench/idle.py --idle 2000 --streams 50 --seconds 30
 
-The same is measured of a bare uvicorn application that knows nothing of chats and sends pieces at the same rate.
-Server and idle sockets have processes of their own.
+The same is measured for a bare uvicorn application that only sends pieces at the same rate. The server and the idle
+sockets have processes of their own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -32,20 +32,17 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.protocol import State
 from websockets.typing import Subprotocol
 
-from models import kernels
-from models.admission import Ticket
-from models.item import Message
-from models.options import Options
-from models.reply import Delta, Event, Started, Usage
+from models.engine.native import build
+from models.language.events import Event, TextDelta
 from models.settings import Settings
 from server import create_app
 from tests.bench.soak import Errors, in_process, memory, processes, run_app
-from tests.scripted import ScriptedChat
-from tests.tiny import opens_tiny
+from tests.support.scripted import ScriptedChat, ScriptedReply
+from tests.support.tiny import opens_tiny
 
-RATE = 20  # pieces a second of each stream, where no model says
+RATE = 20  # pieces per second of each stream without a model
 SETTLE = 2.0  # seconds before anything is measured
-EACH = 10  # idle sockets of a user
+PER_USER = 10  # idle sockets
 
 Json = dict[str, Any]
 Receive = Callable[[], Awaitable[Json]]
@@ -56,27 +53,24 @@ Send = Callable[[Json], Awaitable[None]]
 
 
 class FixedChat(ScriptedChat):
-    """Says the same again and again, at a fixed rate, until nobody listens."""
+    """Says the same piece again and again, at a fixed rate, until nobody follows."""
 
-    async def reply(
-        self, ticket: Ticket, messages: Sequence[Message], options: Options, whole: bool = False
-    ) -> AsyncGenerator[Event, None]:
-        yield Started(Usage(1))
+    async def events(self, reply: ScriptedReply) -> AsyncGenerator[Event, None]:
         while True:
             await asyncio.sleep(1 / RATE)
-            yield Delta("piece ")
+            yield TextDelta("piece ")
 
 
 def serve_parley(settings: Settings, model: str, started: Connection) -> None:
     """Serve a tiny model, or pieces at a fixed rate."""
     logging.basicConfig(handlers=[Errors()])
     torch.set_num_threads(1)
-    kernels.load(kernels.build(user_cache_path("parley")))
+    build.load(build.build(user_cache_path("parley")))
     run_app(create_app(settings, opens_tiny if model == "tiny" else FixedChat().opened), started)
 
 
 async def echo(scope: Json, receive: Receive, send: Send) -> None:
-    """Send a number so many times back, at the rate."""
+    """Read a number n, and send it back n times at the rate."""
     await receive()
     await send({"type": "websocket.accept"})
     while (message := await receive())["type"] == "websocket.receive":
@@ -86,7 +80,7 @@ async def echo(scope: Json, receive: Receive, send: Send) -> None:
 
 
 def serve_echo(started: Connection) -> None:
-    """Serve next to nothing."""
+    """Serve the bare application."""
     logging.basicConfig(handlers=[Errors()])
     run_app(echo, started)
 
@@ -96,7 +90,7 @@ def serve_echo(started: Connection) -> None:
 
 @dataclass(frozen=True)
 class Subject:
-    """A server to be measured, what asks it for a stream, and by what the stream's pieces are known."""
+    """A server to be measured, the frame that requests a stream, and a text that each piece of the stream contains."""
 
     address: str
     request: str
@@ -114,7 +108,7 @@ def secret(user: int) -> str:
 
 
 async def gaps(subject: Subject, user: int, seconds: float) -> list[float]:
-    """The seconds between the pieces of a stream, which is asked for again if it ends."""
+    """The seconds between the pieces of a stream, which is requested again when it ends."""
     found: list[float] = []
     async with subject.connect(user) as connection:
         await connection.send(subject.request)
@@ -134,21 +128,21 @@ async def gaps(subject: Subject, user: int, seconds: float) -> list[float]:
 
 
 async def streamed(subject: Subject, streams: int, seconds: float) -> list[float]:
-    """The gaps of so many streams at once."""
+    """The gaps of some streams at once."""
     each = await asyncio.gather(*(gaps(subject, user, seconds) for user in range(streams)))
     return [gap for found in each for gap in found]
 
 
 def hold(subject: Subject, idle: int, parent: Connection) -> None:
-    """Keep idle sockets open until told otherwise; sends when all are, and in the end how many still are."""
+    """Keep idle sockets open until the parent sends something. Sends their number at the start and at the end."""
     asyncio.run(_hold(subject, idle, parent))
 
 
 async def _hold(subject: Subject, idle: int, parent: Connection) -> None:
     connections: list[ClientConnection] = []
     reading: list[asyncio.Task[None]] = []
-    for user in range(idle // EACH):
-        opened = await asyncio.gather(*(subject.connect(user) for _ in range(EACH)))
+    for user in range(idle // PER_USER):
+        opened = await asyncio.gather(*(subject.connect(user) for _ in range(PER_USER)))
         connections += opened
         reading += [asyncio.create_task(_read(connection)) for connection in opened]
     parent.send(len(connections))
@@ -160,14 +154,14 @@ async def _hold(subject: Subject, idle: int, parent: Connection) -> None:
 
 
 async def _read(connection: ClientConnection) -> None:
-    with suppress(Exception):  # however it ends, what counts is whether it has
+    with suppress(Exception):  # `hold` looks whether it has ended
         async for _ in connection:
             pass
 
 
 @contextmanager
 def held(subject: Subject, idle: int) -> Iterator[Callable[[], int]]:
-    """Have another process hold idle sockets; what is yielded ends that and says how many are open still."""
+    """Hold idle sockets in another process. Yields a function that ends it and returns how many are still open."""
 
     def end() -> int:
         ours.send(None)
@@ -196,10 +190,10 @@ class Measured:
     still_open: int
 
     def lines(self, name: str, idle: int) -> Iterator[str]:
-        """What came of it."""
+        """The lines of the report."""
         before, after = self.memory
         yield f"{name}: {before / 2**20:.1f} MiB, with {idle} idle sockets {after / 2**20:.1f} MiB,"
-        yield f"    {(after - before) / idle:.0f} bytes each; in the end {self.still_open} were open still"
+        yield f"    {(after - before) / idle:.0f} bytes each; {self.still_open} were still open at the end"
         medians = [1000 * statistics.median(found) for found in self.gaps]
         longest = [1000 * statistics.quantiles(found, n=100)[98] for found in self.gaps]
         for when, count, median, most in zip(("without", "with"), map(len, self.gaps), medians, longest, strict=True):
@@ -219,7 +213,7 @@ async def measure(subject: Subject, process: int, plan: argparse.Namespace) -> M
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Many idle sockets.")
+    parser = argparse.ArgumentParser(description="Measure many idle sockets.")
     parser.add_argument("--idle", type=int, default=2000)
     parser.add_argument("--streams", type=int, default=50)
     parser.add_argument("--seconds", type=float, default=30, help="uvicorn pings every 20")
@@ -228,7 +222,7 @@ def main() -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # for all processes that this one starts
     request = json.dumps({"type": "response.create", "response": {"input": "Hello", "temperature": 0}})
-    users = {f"user{user}": secret(user) for user in range(max(plan.streams, plan.idle // EACH))}
+    users = {f"user{user}": secret(user) for user in range(max(plan.streams, plan.idle // PER_USER))}
     with tempfile.TemporaryDirectory() as data:
         settings = Settings(slots=plan.streams, linger=0, compile=False, data=Path(data), users=users)
         with in_process(serve_parley, settings, plan.model) as (process, address):

@@ -1,8 +1,8 @@
-"""Load on one server, from a process of its own: so many streams at once, each timed token by token.
+"""Put a load on one server, from a process of its own: some streams at once, each timed token by token.
 
     python tests/bench/load.py parley http://127.0.0.1:7777 --secret pw --streams 8 --tokens 128
 
-prints a line of JSON. Knows Parley's `/ws` and OpenAI's `/v1/chat/completions`.
+prints a line of JSON. It speaks Parley's `/ws` and OpenAI's `/v1/chat/completions`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import asyncio
 import json
 import statistics
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,9 +27,9 @@ TOPICS = ["the sea", "bread", "clocks", "mountains", "glass", "bees", "rivers", 
 
 @dataclass
 class Reply:
-    """One reply: when it was asked for, when each piece of text came, in seconds, and what the server counted."""
+    """One reply: when it was requested and when each piece of text came, in seconds, and what the server counted."""
 
-    asked: float
+    asked_at: float
     arrivals: list[float] = field(default_factory=list)
     text: str = ""
     tokens: int = 0
@@ -37,18 +37,18 @@ class Reply:
 
     @property
     def first(self) -> float:
-        return self.arrivals[0] - self.asked
+        return self.arrivals[0] - self.asked_at
 
     @property
     def gaps(self) -> list[float]:
         return [after - before for before, after in zip(self.arrivals, self.arrivals[1:], strict=False)]
 
 
-Ask = Callable[[Messages, int], Awaitable[Reply]]
+Ask = Callable[[Messages, int], Coroutine[Any, Any, Reply]]
 
 
 async def ask_parley(url: str, secret: str, messages: Messages, tokens: int) -> Reply:
-    """A reply over a socket of its own."""
+    """Request a reply over a WebSocket of its own."""
     address = url.replace("http", "ws", 1) + "/ws"
     headers = {"Authorization": f"Bearer {secret}"}
     async with websockets.connect(address, subprotocols=["chat.v1"], additional_headers=headers) as socket:  # type: ignore[list-item]
@@ -68,11 +68,11 @@ async def ask_parley(url: str, secret: str, messages: Messages, tokens: int) -> 
                 return reply
             elif event["type"] == "error":
                 raise RuntimeError(event)
-    raise RuntimeError("the socket closed in the middle of a reply")
+    raise RuntimeError("the socket was closed in a reply")
 
 
 async def ask_openai(client: httpx2.AsyncClient, model: str, messages: Messages, tokens: int) -> Reply:
-    """A reply over an HTTP stream of its own. A server that reports no usage has its pieces counted."""
+    """Request a reply over an HTTP stream of its own. Without usage from the server, pieces count as tokens."""
     body = {"model": model, "messages": messages, "max_tokens": tokens, "temperature": 0, "stream": True}
     body["stream_options"] = {"include_usage": True}
     reply = Reply(time.perf_counter())
@@ -96,21 +96,21 @@ async def _events(lines: AsyncIterator[str]) -> AsyncIterator[dict[str, Any]]:
 
 
 def story(number: int) -> Messages:
-    """A question with a long answer, another for each number."""
+    """A question with a long answer; each number gives another question."""
     topic = TOPICS[number % len(TOPICS)]
     return [{"role": "user", "content": f"Write a long story number {number} about {topic}, with many details."}]
 
 
 def long_prompt(words: int, number: int) -> Messages:
-    """A message of about as many tokens as words, another from its first word on for each number."""
+    """A message of about as many tokens as words; each number gives another message, from the first word on."""
     text = " ".join(f"{TOPICS[(number + i * i) % len(TOPICS)]} {i}" for i in range(words // 4))
     return [{"role": "user", "content": f"{number}: {text}\nWhat is this list about? Explain at length."}]
 
 
 def speed(replies: list[Reply]) -> float:
-    """Tokens a second of all replies together, from the first question to the last piece."""
+    """Tokens per second of all replies together, from the first request to the last piece."""
     end = max(reply.arrivals[-1] for reply in replies)
-    return sum(reply.tokens for reply in replies) / (end - min(reply.asked for reply in replies))
+    return sum(reply.tokens for reply in replies) / (end - min(reply.asked_at for reply in replies))
 
 
 async def many(ask: Ask, streams: int, tokens: int, number: int = 0) -> list[Reply]:
@@ -127,7 +127,7 @@ async def throughput(ask: Ask, streams: int, tokens: int, number: int) -> dict[s
 
 
 async def first_token(ask: Ask, words: int, first: int) -> dict[str, float]:
-    """Time to the first token of a long prompt: cold, and of a second turn after it."""
+    """Seconds to the first token of a long prompt, and to that of a second turn after it."""
     cold, warm, size = [], [], []
     for number in range(first, first + 3):
         messages = long_prompt(words, number)
@@ -145,14 +145,15 @@ async def first_token(ask: Ask, words: int, first: int) -> dict[str, float]:
 
 
 async def disturbed(ask: Ask, streams: int, words: int, number: int) -> dict[str, float]:
-    """The gaps between tokens of running streams while a long prompt arrives, against those before it."""
+    """The gaps between tokens of running streams while a long prompt arrives, and those before it."""
     running = [asyncio.create_task(ask(story(number + i), 250)) for i in range(streams)]
-    await asyncio.sleep(1.5)  # they run
+    await asyncio.sleep(1.5)  # until they run
     began = time.perf_counter()
     long = await ask(long_prompt(words, number + 77), 1)
     ended = time.perf_counter()
     replies = await asyncio.gather(*running)
-    quiet, busy = [], []
+    quiet: list[float] = []
+    busy: list[float] = []
     for reply in replies:
         for before, after in zip(reply.arrivals, reply.arrivals[1:], strict=False):
             (busy if before < ended and after > began else quiet).append(after - before)
@@ -166,7 +167,7 @@ async def disturbed(ask: Ask, streams: int, words: int, number: int) -> dict[str
 
 
 async def depth(ask: Ask, words: int, tokens: int, number: int) -> dict[str, float]:
-    """Tokens a second of one stream after a prompt of so many words."""
+    """Tokens per second of one stream after a prompt of some words."""
     reply = await ask(long_prompt(words, number + 55), tokens)
     return {
         "prompt_tokens": reply.prompt_tokens,
@@ -184,9 +185,9 @@ async def main() -> None:
     parser.add_argument("--streams", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--words", type=int, default=1000)
-    parser.add_argument("--number", type=int, default=0, help="another number makes other prompts")
+    parser.add_argument("--number", type=int, default=0, help="each number gives other prompts")
     arguments = parser.parse_args()
-    fresh = httpx2.Limits(max_keepalive_connections=0)  # llama.cpp's server closes what is kept, unannounced
+    fresh = httpx2.Limits(max_keepalive_connections=0)  # the server of llama.cpp closes idle connections without notice
     async with httpx2.AsyncClient(base_url=arguments.url, timeout=LIMIT, trust_env=False, limits=fresh) as client:
 
         async def ask(messages: Messages, tokens: int) -> Reply:
@@ -194,7 +195,7 @@ async def main() -> None:
                 return await ask_parley(arguments.url, arguments.secret, messages, tokens)
             return await ask_openai(client, arguments.model, messages, tokens)
 
-        await ask(story(10**6), 8)  # what is done once is done
+        await ask(story(10**6), 8)  # a warm-up
         if arguments.what == "throughput":
             result = await throughput(ask, arguments.streams, arguments.tokens, arguments.number)
         elif arguments.what == "first_token":

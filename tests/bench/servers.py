@@ -1,4 +1,4 @@
-"""The servers under load: Parley and its peers, each started as its users would start it, on this machine."""
+"""The servers to be measured, Parley and its peers. Each is started on this machine as its users start it."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ import httpx2
 
 ROOT = Path(__file__).parents[2]
 SECRET = "bench"
-START = 300.0  # seconds that a server may take to be ready
+START = 300.0  # seconds until a server must be ready
 
 
 @dataclass(frozen=True)
 class Server:
-    """A server that runs: how to ask it, and its process."""
+    """A running server: its protocol, its address and its process."""
 
     name: str
-    kind: str  # what load.py calls its protocol
+    kind: str  # the protocol, as load.py calls it
     url: str
     model: str
     process: subprocess.Popen[bytes]
 
     def load(self, what: str, **options: int) -> dict[str, float]:
-        """What `load.py`, in a process of its own, measures. Between two measurements the server stands still."""
+        """Run `load.py` in a process of its own, and return its result. The server is stopped between two loads."""
         command = [sys.executable, str(ROOT / "tests/bench/load.py"), self.kind, self.url, "--what", what]
         command += ["--secret", SECRET, "--model", self.model]
         for name, value in options.items():
             command += [f"--{name}", str(value)]
         self.process.send_signal(signal.SIGCONT)
         done = subprocess.run(command, capture_output=True, text=True)
-        self.process.send_signal(signal.SIGSTOP)  # while another is measured
+        self.process.send_signal(signal.SIGSTOP)  # while another server is measured
         if done.returncode:
             raise RuntimeError(f"{self.name}: {done.stderr.strip().splitlines()[-1]}")
         result: dict[str, float] = json.loads(done.stdout)
@@ -49,7 +49,7 @@ class Server:
 
     @property
     def peak_memory(self) -> float:
-        """The most that the process ever held, in bytes."""
+        """The peak memory of the process, in bytes."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return 1024 * float(re.findall(r"VmHWM:\s+(\d+)", status)[0])
 
@@ -90,7 +90,7 @@ def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
 
 @contextmanager
 def parley(port: int = 7801, compiled: bool = True) -> Iterator[Server]:
-    """Parley with its defaults, and, if asked for, with its compiling done."""
+    """Parley with its defaults; where `compiled` is set, once it has compiled the model."""
     command = [sys.executable, "server.py", "--port", str(port)]
     data = ROOT / ".bench" / "data"
     shutil.rmtree(data, ignore_errors=True)
@@ -103,7 +103,7 @@ def parley(port: int = 7801, compiled: bool = True) -> Iterator[Server]:
 
 @contextmanager
 def llama_cpp(python: Path, gguf: Path, port: int = 7802) -> Iterator[Server]:
-    """llama.cpp's server from the `xllamacpp` wheel: as many slots, context and threads as Parley has."""
+    """The server of llama.cpp from the `xllamacpp` wheel, with the slots, context and threads of Parley."""
     script = (
         "import sys, time, xllamacpp as x\n"
         "p = x.CommonParams(); p.model.path = sys.argv[1]; p.port = int(sys.argv[2]); p.n_parallel = 32\n"
@@ -120,7 +120,7 @@ def llama_cpp(python: Path, gguf: Path, port: int = 7802) -> Iterator[Server]:
 
 @contextmanager
 def transformers_serve(python: Path, folder: Path, port: int = 7803) -> Iterator[Server]:
-    """transformers' own server, batching continuously, in bfloat16."""
+    """The server of transformers, with continuous batching, in bfloat16."""
     command = [str(python.parent / "transformers"), "serve", str(folder), "--continuous-batching"]
     command += ["--dtype", "bfloat16", "--device", "cpu", "--port", str(port)]
     with _running("transformers", "openai", command, "/health", port, str(folder)) as server:

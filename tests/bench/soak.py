@@ -1,10 +1,10 @@
-"""The load test: many users for a long time, of whom some vanish, stall, cancel, come back or lie. Nothing may be lost.
+"""The load test: many users for a long time. Some vanish, stall, cancel, come back or send nonsense; nothing gets lost.
 
     python tests/bench/soak.py --users 64 --seconds 600
 
-The server, with a tiny random model on few slots, has a process of its own. Exits with 1 where a request has had no
-end, or not the right one, or where the server, once all are gone, has more tasks, threads or descriptors than after
-the first tenth of the time.
+The server has a process of its own, with a tiny random model on few slots. Exits with 1 where a request had no end or a
+wrong one, where the server logged an error, or where at the end, without clients, it has more tasks, threads or
+descriptors than after the first tenth of the time.
 """
 
 from __future__ import annotations
@@ -40,32 +40,32 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from models import kernels
+from models.engine.native import build
 from models.settings import Settings
 from server import SHUTDOWN_SECONDS, UVICORN_FRAME_BYTES, create_app, listen
 from tests.bench.actions import deck
 from tests.bench.clients import DEADLINE, Action, Tally, User
-from tests.tiny import opens_tiny
+from tests.support.tiny import opens_tiny
 
-QUIET = 300  # tenths of a second that the server has to end what the last clients left
+QUIET = 300  # tenths of a second until the server must have ended what the last clients left
 processes = multiprocessing.get_context("forkserver")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much of a load: each user acts for `seconds`, or so often where `actions` is given."""
+    """The size of a load: each user acts for `seconds`, or `actions` times where that is given."""
 
     users: int = 64
     seconds: float = 600
     actions: int | None = None
-    pause: float = 3.0  # seconds between two actions of a user, in the mean
+    pause: float = 3.0  # seconds between two actions of a user, on average
     slots: int = 8
     queue: int = 32
     linger: int = 2
     seed: int = 0
 
     def settings(self, data: Path) -> Settings:
-        """What the server runs with."""
+        """The settings of the server."""
         users = {f"user{number}": f"secret of user{number}" for number in range(self.users)}
         return Settings(
             slots=self.slots,
@@ -79,7 +79,7 @@ class Plan:
         )
 
     def part(self, share: float) -> Plan:
-        """Less of the same."""
+        """A share of the load."""
         actions = self.actions and math.ceil(self.actions * share)
         return replace(self, seconds=self.seconds * share, actions=actions)
 
@@ -88,22 +88,22 @@ class Plan:
 
 
 def run_app(app: Callable[..., Any], started: Connection) -> None:
-    """Serve as `python server.py` does, until told to end; sends the port first."""
+    """Serve as `python server.py` does, until a signal. Sends the port first."""
     listener = listen("127.0.0.1", 0)
     started.send(listener.getsockname()[1])
     config = uvicorn.Config(app, log_config=None, ws_max_size=UVICORN_FRAME_BYTES, ws_per_message_deflate=False)
     config.timeout_graceful_shutdown = SHUTDOWN_SECONDS
-    with suppress(KeyboardInterrupt):  # how uvicorn ends at a signal
+    with suppress(KeyboardInterrupt):  # uvicorn raises it after a signal
         uvicorn.Server(config).run([listener])
 
 
 @contextmanager
 def in_process(serve: Callable[..., None], *arguments: Any) -> Iterator[tuple[int, str]]:
-    """A server in a process of its own: the process's id, and host:port."""
+    """A server in a process of its own: the id of the process, and host:port."""
     reading, writing = processes.Pipe(duplex=False)
     process = processes.Process(target=serve, args=(*arguments, writing))
     process.start()
-    writing.close()  # so that a server that fails ends the wait for its port
+    writing.close()  # else a server that fails leaves us waiting for its port
     try:
         yield process.pid or 0, f"127.0.0.1:{reading.recv()}"
     finally:
@@ -112,9 +112,9 @@ def in_process(serve: Callable[..., None], *arguments: Any) -> Iterator[tuple[in
 
 
 def serve(settings: Settings, started: Connection) -> None:
-    """Serve a tiny model, and tell at `/reading` how the process is."""
+    """Serve a tiny model, and what the process holds at `/reading`."""
     torch.set_num_threads(1)
-    kernels.load(kernels.build(user_cache_path("parley")))
+    build.load(build.build(user_cache_path("parley")))
     errors = Errors()
     logging.basicConfig(level=logging.WARNING, handlers=[errors])
     app = create_app(settings, opens_tiny)
@@ -124,7 +124,7 @@ def serve(settings: Settings, started: Connection) -> None:
 
 
 class Errors(logging.StreamHandler[TextIO]):
-    """Shows and remembers what is logged as an error, but for text of clients that is not UTF-8."""
+    """Prints and keeps logged errors, except for frames of clients that are not UTF-8."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -143,21 +143,21 @@ def memory(process: int | str) -> int:
 
 
 def links() -> list[str]:
-    """What the descriptors of this process stand for."""
+    """The targets of the file descriptors of this process."""
     return [str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
 
 
 async def read(request: Request) -> Response:
-    """What the server's process holds, but for the database: its pool grows with need, to fifteen."""
+    """What the process of the server holds, without the database, whose pool grows up to fifteen connections."""
     gc.collect()
     state = request.app.state
     tasks = [getattr(task.get_coro(), "__qualname__", "") for task in asyncio.all_tasks()]
     threads = [thread.name for thread in threading.enumerate() if "_connection_worker" not in thread.name]
     descriptors = [link.partition(":[")[0] for link in links() if not link.startswith(str(state.settings.data))]
-    admission = state.chat.admission
+    admission, scheduler = state.admission, state.chat._engine.scheduler
     reading = {"tasks": tasks, "threads": threads, "descriptors": descriptors, "errors": state.errors}
     reading |= {"places": sum(admission.in_flight.values()) + len(admission.waiting)}
-    reading |= {"slots": state.settings.slots - min(admission.free, state.chat.free_slots)}
+    reading |= {"slots": state.settings.slots - min(admission.free, scheduler.free_slots)}
     return JSONResponse(reading | {"memory": memory("self")})
 
 
@@ -166,18 +166,18 @@ async def read(request: Request) -> Response:
 
 @dataclass(frozen=True)
 class Reading:
-    """What the server's process holds at some moment."""
+    """What the process of the server holds at some moment."""
 
     tasks: list[str]
     threads: list[str]
     descriptors: list[str]
-    errors: list[str]  # all that were logged so far
-    places: int  # that are taken, in slots and in the queue
-    slots: int  # that are taken
+    errors: list[str]  # all logged ones so far
+    places: int  # taken ones, in slots and in the wait queue
+    slots: int  # taken ones
     memory: int
 
-    def beyond(self, before: Reading, *kinds: str) -> list[str]:
-        """What there is of some kinds and was not before, and the places that are taken."""
+    def more_than(self, before: Reading, *kinds: str) -> list[str]:
+        """What is there of some kinds and was not before, and the places that are taken."""
         left = Counter({"places": self.places, "slots": self.slots})
         for kind in kinds:
             more = Counter(getattr(self, kind)) - Counter(getattr(before, kind))
@@ -187,7 +187,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Soak:
-    """What came of a load: what the clients say, and what the server held after the warm-up and in the end."""
+    """The result of a load: what the clients tell, and what the server held after the warm-up and at the end."""
 
     tally: Tally
     warm: Reading
@@ -195,17 +195,17 @@ class Soak:
 
     @property
     def left(self) -> list[str]:
-        """What the server has not let go of."""
-        return self.end.beyond(self.warm, "tasks", "threads", "descriptors")
+        """What the server still holds."""
+        return self.end.more_than(self.warm, "tasks", "threads", "descriptors")
 
     @property
     def outcomes(self) -> Counter[str]:
-        """How many requests ended in which way."""
+        """How many requests ended in each way."""
         return Counter(reply.outcome or "without an end" for reply in self.tally.replies)
 
     @property
     def waits(self) -> list[list[float]]:
-        """Of each user, the seconds from requests to first deltas."""
+        """For each user, the seconds from requests to first deltas."""
         waits = defaultdict(list)
         for reply in self.tally.replies:
             if reply.wait is not None:
@@ -214,20 +214,20 @@ class Soak:
 
 
 async def soak(plan: Plan, data: Path) -> Soak:
-    """Put a load on a server, twice: first for a tenth of the time, to have it make all that it makes but once."""
+    """Put a load on a server, twice: first for a tenth of the time, in which it makes everything that it keeps."""
     tally, actions, seeds = Tally(), deck(random.Random(plan.seed)), random.Random(plan.seed)
     with in_process(serve, plan.settings(data)) as (_, address):
         idle = await reading(address)
         await load(plan.part(0.1), address, tally, actions, seeds)
-        warm = await quiet(plan, address, idle)
+        warm = await reading_at_rest(plan, address, idle)
         await load(plan.part(0.9), address, tally, actions, seeds)
-        return Soak(tally, warm, await quiet(plan, address, warm))
+        return Soak(tally, warm, await reading_at_rest(plan, address, warm))
 
 
 async def load(plan: Plan, address: str, tally: Tally, actions: Iterator[Action], seeds: random.Random) -> None:
-    """Have all users act, and leave."""
+    """Let all users act, and leave."""
     until = time.monotonic() + plan.seconds
-    fresh = httpx2.Limits(max_keepalive_connections=0)  # uvicorn closes what is kept, unannounced
+    fresh = httpx2.Limits(max_keepalive_connections=0)  # uvicorn closes idle connections without notice
     url = f"http://{address}"
     async with httpx2.AsyncClient(base_url=url, timeout=DEADLINE, trust_env=False, limits=fresh) as http:
         secrets = plan.settings(Path()).users
@@ -239,11 +239,11 @@ async def load(plan: Plan, address: str, tally: Tally, actions: Iterator[Action]
 
 
 async def live(user: User, plan: Plan, actions: Iterator[Action], until: float) -> None:
-    """Do one thing after the other, with pauses."""
+    """Act again and again, with pauses."""
     done = 0
     while time.monotonic() < until if plan.actions is None else done < plan.actions:
         await user.act(next(actions))
-        await asyncio.sleep(user.moments.uniform(0, 2 * plan.pause))
+        await asyncio.sleep(user.chance.uniform(0, 2 * plan.pause))
         done += 1
 
 
@@ -253,12 +253,12 @@ async def reading(address: str) -> Reading:
         return Reading(**(await http.get(f"http://{address}/reading")).raise_for_status().json())
 
 
-async def quiet(plan: Plan, address: str, before: Reading) -> Reading:
-    """What the server holds once what clients left has ended, or a while later where that does not end."""
-    await asyncio.sleep(plan.linger)  # for so long it keeps what nobody may come back for
+async def reading_at_rest(plan: Plan, address: str, before: Reading) -> Reading:
+    """What the server holds when the replies of clients that left have ended, or after a while where they have not."""
+    await asyncio.sleep(plan.linger)  # so long it keeps replies that nobody follows
     for _ in range(QUIET):
         held = await reading(address)
-        if not held.beyond(before, "tasks", "descriptors"):
+        if not held.more_than(before, "tasks", "descriptors"):
             break
         await asyncio.sleep(0.1)
     return held
@@ -268,8 +268,8 @@ async def quiet(plan: Plan, address: str, before: Reading) -> Reading:
 
 
 def report(soak: Soak) -> Iterator[str]:
-    """The lines of it."""
-    yield from (f"{times:7} {name.replace('_', ' ')}" for name, times in sorted(soak.tally.acted.items()))
+    """The lines of the report."""
+    yield from (f"{times:7} {name.replace('_', ' ')}" for name, times in sorted(soak.tally.actions.items()))
     yield from (f"{times:7} left in the {stage}" for stage, times in sorted(soak.tally.vanished.items()))
     yield f"\n{len(soak.tally.replies):7} asked"
     yield from (f"{count:7} {outcome}" for outcome, count in soak.outcomes.most_common())
@@ -279,8 +279,8 @@ def report(soak: Soak) -> Iterator[str]:
         each = [choose(waits) for waits in soak.waits]
         yield f"{name} wait for the first delta: {min(each):.3f} to {max(each):.3f} s, by user"
     for kind in ("tasks", "threads", "descriptors"):
-        yield f"{kind}: {len(getattr(soak.warm, kind))} after the warm-up, {len(getattr(soak.end, kind))} in the end"
-    yield f"memory: {soak.warm.memory / 2**20:.1f} MiB after the warm-up, {soak.end.memory / 2**20:.1f} in the end"
+        yield f"{kind}: {len(getattr(soak.warm, kind))} after the warm-up, {len(getattr(soak.end, kind))} at the end"
+    yield f"memory: {soak.warm.memory / 2**20:.1f} MiB after the warm-up, {soak.end.memory / 2**20:.1f} at the end"
     yield from (f"    LEFT {left}" for left in soak.left)
     yield from (f"    LOGGED {error}" for error in soak.end.errors[:20])
 

@@ -1,4 +1,4 @@
-"""The page in Chromium, over a server whose model says what the test wants."""
+"""The page in Chromium, at a server with a scripted model."""
 
 from __future__ import annotations
 
@@ -10,46 +10,45 @@ from playwright.sync_api import Browser, ConsoleMessage, Page, WebError
 
 from tests.browser.chromium import PATH, launched
 from tests.browser.proxy import Proxy
-from tests.browser.steps import log_in
-from tests.conftest import ANN
-from tests.serving import Served
+from tests.browser.steps import open_chat
+from tests.support.serving import Served
 
 
 class OpenPage(Protocol):
     def __call__(self, **options: Any) -> Page: ...
 
 
-# For a module and no longer: while Playwright runs, no asyncio test can.
-@pytest.fixture(scope="module")
+# Its scope is this folder, since no asyncio test can run while Playwright does.
+@pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
     if PATH is None:
-        pytest.skip("no Chromium is installed: there is none on PATH")
+        pytest.skip("there is no Chromium on PATH")
     with launched() as browser:
         yield browser
 
 
 @pytest.fixture
 def open_page(browser: Browser) -> Iterator[OpenPage]:
-    """Opens a page with cookies of its own. None may fail, nor try what the Content-Security-Policy forbids."""
-    wrong: list[str] = []
+    """Opens pages with cookies of their own. No page may raise an error or break the Content-Security-Policy."""
+    errors: list[str] = []
 
-    def told(message: ConsoleMessage) -> None:
+    def on_console(message: ConsoleMessage) -> None:
         if "Content Security Policy" in message.text:
-            wrong.append(message.text)
+            errors.append(message.text)
 
-    def failed(error: WebError) -> None:
-        wrong.append(str(error.error))
+    def on_error(error: WebError) -> None:
+        errors.append(str(error.error))
 
     def open_page(**options: Any) -> Page:
         context = browser.new_context(**options)
-        context.on("console", told)
-        context.on("weberror", failed)
+        context.on("console", on_console)
+        context.on("weberror", on_error)
         return context.new_page()
 
     yield open_page
     for context in browser.contexts:
         context.close()
-    assert not wrong
+    assert not errors
 
 
 @pytest.fixture
@@ -59,13 +58,13 @@ def page(open_page: OpenPage) -> Page:
 
 @pytest.fixture
 def chat(scripted_server: Served, page: Page) -> Page:
-    """The page with ann logged in."""
-    log_in(page, scripted_server.url, ANN)
+    """The page of ann, connected."""
+    open_chat(page, scripted_server.url)
     return page
 
 
 @pytest.fixture
 def proxy(scripted_server: Served) -> Iterator[Proxy]:
-    """A way to the server that can be cut."""
+    """A proxy before the server, whose connections can be cut."""
     with Proxy.to(scripted_server.port) as proxy:
         yield proxy

@@ -1,4 +1,4 @@
-"""A way to the server that can be cut, or lose what goes along it."""
+"""A proxy whose connections can be cut, and which can lose data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Direction = Literal["up", "down"]  # towards the server, or the page
 
 
 class Proxy(socketserver.ThreadingTCPServer):
-    """Passes TCP connections on to a port of this machine. What goes in a direction of `lost` does not arrive."""
+    """Passes TCP connections on to a port of this machine. Data in a direction of `lost` does not arrive."""
 
     daemon_threads = False
 
@@ -27,7 +27,7 @@ class Proxy(socketserver.ThreadingTCPServer):
     @classmethod
     @contextmanager
     def to(cls, port: int) -> Iterator[Proxy]:
-        """A proxy that runs as long as the context."""
+        """A proxy that runs while the context lasts."""
         with cls(port) as proxy:
             thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.05})
             thread.start()
@@ -43,20 +43,20 @@ class Proxy(socketserver.ThreadingTCPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def cut(self) -> None:
-        """End all connections, and let none through until `mend`."""
+        """End all connections, and refuse new ones until `mend`."""
         self.is_cut = True
         for end in list(self.open):
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
 
     def mend(self) -> None:
-        """Let connections through again, and all that goes along them."""
+        """Pass on all connections and all data again."""
         self.lost.clear()
         self.is_cut = False
 
 
 class Connection(socketserver.BaseRequestHandler):
-    """A connection from the page, and its other half to the server."""
+    """A connection of the page, and the one to the server that belongs to it."""
 
     server: Proxy
 

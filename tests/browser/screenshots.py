@@ -1,31 +1,33 @@
-"""Take the README's pictures: `python -m tests.browser.screenshots` in the repository's root."""
+"""Take the pictures of README.md: `python tests/browser/screenshots.py`."""
 
 from __future__ import annotations
 
 import asyncio
+import sys
 import tempfile
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from playwright.sync_api import Page, ViewportSize, expect
 
-from models.admission import Ticket
-from models.item import Message
+from models.language.events import Event
+from models.messages import Message
 from models.options import Options
-from models.reply import Event
 from models.settings import EMBEDDED, Settings
 from server import create_app
 from tests.browser.chromium import launched
-from tests.browser.steps import PHONE, entry, log_in, send
-from tests.scripted import ScriptedChat
-from tests.serving import serve
+from tests.browser.steps import PHONE, entry, open_chat, send
+from tests.support.scripted import ScriptedChat, ScriptedReply
+from tests.support.serving import serve
 
 PICTURES = Path(__file__).parent / "pictures"
 SECRET = "the photographer's"
-PIECES_A_SECOND = 20
+PIECES_PER_SECOND = 20
 DESKTOP: ViewportSize = {"width": 1280, "height": 880}
 
-# What the embedded model said, greedily, when it was asked.
+# Greedy replies of the embedded model.
 CONVERSATION = {
     "Give me three tips for a walk in the mountains.": """\
 1. **Be prepared**: Don't forget to pack your carry-on and bring essentials like sunscreen, snacks, water, and a map \
@@ -49,7 +51,7 @@ If it's not divisible by 2, it returns `False`. Otherwise, it returns `True`, in
 }
 
 
-# Only the list shows them.
+# Other conversations, of which only the titles are shown.
 EARLIER = [
     "Translate a menu from French",
     "Names for a small grey cat",
@@ -63,28 +65,28 @@ EARLIER = [
 
 
 class RecordedChat(ScriptedChat):
-    """Says what the embedded model said, about as fast as it did."""
+    """Says what the embedded model said, about as fast."""
 
     model_name = EMBEDDED
 
-    async def reply(
-        self, ticket: Ticket, messages: Sequence[Message], options: Options, whole: bool = False
-    ) -> AsyncGenerator[Event, None]:
-        said = CONVERSATION.get(messages[-1]["content"])
-        async for event in super().reply(ticket, [{"role": "user", "content": f"say {said}"}], options):
+    async def prepare(self, messages: list[Message], options: Options, whole: bool = False) -> ScriptedReply:
+        text = CONVERSATION.get(messages[-1]["content"], "...")
+        return await super().prepare([{"role": "user", "content": f"say {text}"}], options, whole)
+
+    async def events(self, reply: ScriptedReply) -> AsyncGenerator[Event, None]:
+        async for event in super().events(reply):
             yield event
-            if said:
-                await asyncio.sleep(1 / PIECES_A_SECOND)
+            await asyncio.sleep(1 / PIECES_PER_SECOND)
 
 
 def main() -> None:
-    """Hold the conversations once, and look at them in four ways."""
+    """Have the conversations once, and take four pictures of them."""
     PICTURES.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as data, launched() as browser:
         settings = Settings(users={"ann": SECRET}, data=Path(data))
         with serve(create_app(settings, RecordedChat().opened)) as served:
             page = browser.new_page(viewport=DESKTOP)
-            log_in(page, served.url, SECRET)
+            open_chat(page, served.url, SECRET)
             for question in reversed(EARLIER):
                 converse(page, question)
             converse(page, *CONVERSATION)
@@ -110,7 +112,7 @@ def main() -> None:
 
 
 def converse(page: Page, *questions: str) -> None:
-    """Ask the questions in a new conversation."""
+    """Ask questions in a new conversation."""
     page.get_by_role("button", name="New chat").click()
     for count, question in enumerate(questions, start=1):
         send(page, question)

@@ -1,34 +1,34 @@
-"""How smooth the page is: `python -m tests.browser.smoothness` in the repository's root.
+"""Measure how smooth the page is: `python tests/browser/smoothness.py`.
 
-A table of the time from one frame to the next, in milliseconds, while 500 messages are opened, scrolled through and
-added to by 100 deltas a second; beside it the same for next to nothing, which is what the machine can do.
+Prints the time from one frame to the next, in milliseconds, while 500 messages are opened, scrolled and extended by 100
+deltas per second. The first row, in which nothing happens, shows what the machine can do.
 """
 
 from __future__ import annotations
 
 import asyncio
 import statistics
+import sys
 import tempfile
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
 from playwright.sync_api import CDPSession, Page, expect
 
-from models.admission import Ticket
-from models.item import Message
-from models.options import Options
-from models.reply import Event
+from models.language.events import Event
 from models.settings import Settings
 from server import create_app
 from tests.browser.chromium import launched
-from tests.browser.steps import DESKTOP, entry, last_reply, log_in, send
-from tests.scripted import ScriptedChat
-from tests.serving import serve
+from tests.browser.steps import DESKTOP, STORE, entry, last_reply, open_chat, send
+from tests.support.scripted import ScriptedChat, ScriptedReply
+from tests.support.serving import serve
 
 MESSAGES = 500
-DELTAS_A_SECOND = 100
+DELTAS_PER_SECOND = 100
 SECONDS = 5
 SCROLLED_PIXELS = 30_000
 SECRET = "the stopwatch's"
@@ -47,16 +47,6 @@ def answer(question):
 
 That is all there is to say about it.
 """
-FILL = """(contents) => new Promise((resolve) => {
-    const socket = new WebSocket('ws', ['chat.v1']);
-    const input = contents.map((content, index) => ({ role: index % 2 ? 'assistant' : 'user', content }));
-    socket.onmessage = ({ data }) => {
-        const { type } = JSON.parse(data);
-        const response = { input, conversation: 'new' };
-        if (type === 'session.created') socket.send(JSON.stringify({ type: 'response.create', response }));
-        if (type === 'response.done') resolve();
-    };
-})"""
 WATCH = """() => {
     window.frames = [];
     window.watching = true;
@@ -71,14 +61,12 @@ STOP_WATCHING = """() => new Promise((resolve) => requestAnimationFrame(() => re
 
 
 class SteadyChat(ScriptedChat):
-    """Says so many pieces a second."""
+    """Says DELTAS_PER_SECOND pieces per second."""
 
-    async def reply(
-        self, ticket: Ticket, messages: Sequence[Message], options: Options, whole: bool = False
-    ) -> AsyncGenerator[Event, None]:
-        async for event in super().reply(ticket, messages, options):
+    async def events(self, reply: ScriptedReply) -> AsyncGenerator[Event, None]:
+        async for event in super().events(reply):
             yield event
-            await asyncio.sleep(1 / DELTAS_A_SECOND)
+            await asyncio.sleep(1 / DELTAS_PER_SECOND)
 
 
 def main() -> None:
@@ -88,7 +76,7 @@ def main() -> None:
         settings = Settings(users={"ann": SECRET}, data=Path(data))
         with serve(create_app(settings, SteadyChat().opened)) as served:
             page = browser.new_page(viewport=DESKTOP)
-            log_in(page, served.url, SECRET)
+            open_chat(page, served.url, SECRET)
             devices = page.context.new_cdp_session(page)
             devices.send("Performance.enable")
 
@@ -98,7 +86,7 @@ def main() -> None:
             row("nothing happens", lambda: page.wait_for_timeout(1000 * SECONDS))
             row("stream into a new chat", lambda: stream(page))
             contents = [REPLY.format(number=number) for number in range(MESSAGES - 1)]
-            page.evaluate(FILL, ["say hello", *contents[1:-1], "say hello"])
+            page.evaluate(STORE, ["say hello", *contents[1:-1], "say hello"])
             page.reload()
             row(f"open {MESSAGES} messages", lambda: open_long(page))
             row("scroll through them", lambda: scroll(devices))
@@ -124,7 +112,7 @@ def metrics(devices: CDPSession) -> dict[str, Any]:
 
 
 def stream(page: Page) -> None:
-    send(page, "say " + "some words. " * (DELTAS_A_SECOND * SECONDS // 3))
+    send(page, "say " + "some words. " * (DELTAS_PER_SECOND * SECONDS // 3))
     expect(last_reply(page)).to_have_attribute("data-status", "completed", timeout=60_000)
 
 

@@ -1,19 +1,48 @@
-"""What somebody who chats does, and what is seen of it."""
+"""Steps of tests: what a user does on the page, and what the page must show then."""
 
 from __future__ import annotations
 
 from playwright.sync_api import Locator, Page, ViewportSize, expect
 
+from tests.support.client import ANN
+
 DESKTOP: ViewportSize = {"width": 1200, "height": 800}
 PHONE: ViewportSize = {"width": 390, "height": 844}
 
+STORE = """(contents) => new Promise((resolve) => {
+    const socket = new WebSocket('ws', ['chat.v1']);
+    const input = contents.map((content, index) => ({ role: index % 2 ? 'assistant' : 'user', content }));
+    socket.onmessage = ({ data }) => {
+        const { type, response } = JSON.parse(data);
+        const request = { type: 'response.create', response: { input, conversation: 'new' } };
+        if (type === 'session.created') socket.send(JSON.stringify(request));
+        if (type === 'response.done') resolve(response.conversation);
+    };
+})"""
+
+
+def open_chat(page: Page, url: str, secret: str = ANN) -> None:
+    """Log in without the form, open the page and wait for the connection."""
+    page.request.post(f"{url}/login", form={"secret": secret}, max_redirects=0)  # which sets the cookie of the page
+    page.goto(url)
+    expect_connection(page)
+
 
 def log_in(page: Page, url: str, secret: str) -> None:
-    """Open the page, log in and wait for the connection."""
+    """Open the page, log in with the form and wait for the connection."""
     page.goto(url)
     page.locator("#secret").fill(secret)
     page.locator("#secret").press("Enter")
+    expect_connection(page)
+
+
+def expect_connection(page: Page) -> None:
     expect(page.locator("#status")).to_have_attribute("data-state", "open")
+
+
+def pass_time(page: Page, seconds: float) -> None:
+    """Set the clock of the page forward, so that its timers run. To be used after `page.clock.install()`."""
+    page.clock.fast_forward(int(1000 * seconds))
 
 
 def send(page: Page, text: str) -> None:
@@ -27,25 +56,31 @@ def last_reply(page: Page) -> Locator:
 
 
 def expect_reply(page: Page, text: str, status: str = "completed") -> None:
-    """See the last reply have this text and this status."""
+    """Wait until the last reply has a text and a status."""
     expect(last_reply(page)).to_have_attribute("data-status", status)
     expect(last_reply(page).locator(".content")).to_have_text(text)
 
 
-def converse(page: Page, *questions: str) -> None:
-    """Ask "say X" questions, each after the reply to the one before it."""
-    for question in questions:
-        send(page, question)
-        expect_reply(page, question.removeprefix("say "))
+def converse(page: Page, *messages: str) -> None:
+    """Send messages "say X", each after the reply to the one before it."""
+    for message in messages:
+        send(page, message)
+        expect_reply(page, message.removeprefix("say "))
+
+
+def open_stored(page: Page, *contents: str) -> None:
+    """Open a new conversation with messages of the user and the assistant in turn, and the reply to the last one."""
+    page.evaluate("id => { location.hash = id; }", page.evaluate(STORE, contents))
+    expect(page.locator("article")).to_have_count(len(contents) + 1)
 
 
 def entry(page: Page, title: str) -> Locator:
-    """The list's entry with a title."""
+    """The entry of the list with a title."""
     return page.locator(".entry").filter(has=page.get_by_role("link", name=title, exact=True))
 
 
 def manage(page: Page, title: str, action: str) -> None:
-    """Choose what to do with a conversation of the list."""
+    """Choose an action in the menu of an entry."""
     entry(page, title).hover()
     entry(page, title).get_by_role("button").click()
     page.locator("#entry-menu").get_by_text(action).click()

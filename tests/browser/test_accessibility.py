@@ -1,4 +1,4 @@
-"""The page for everybody: axe-core finds nothing, and the keyboard is enough."""
+"""Accessibility: axe-core finds no violations, the keyboard is enough, targets are large."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-unt
 from playwright.sync_api import Page, ViewportSize, expect
 
 from tests.browser.conftest import OpenPage
-from tests.browser.steps import DESKTOP, PHONE, converse, entry, expect_reply, last_reply, log_in, send
-from tests.conftest import ANN
-from tests.scripted import ScriptedChat
-from tests.serving import Served
+from tests.browser.steps import DESKTOP, PHONE, converse, entry, expect_reply, last_reply, log_in, open_chat, send
+from tests.support.client import ANN
+from tests.support.scripted import ScriptedChat
+from tests.support.serving import Served
 
 FORMATTED = (
     """\
@@ -42,14 +42,14 @@ print("hello")
 
 
 def expect_accessible(page: Page) -> None:
-    # What fades in has less contrast meanwhile.
+    # Parts that are fading in have less contrast.
     page.evaluate("Promise.allSettled(document.getAnimations().map(animation => animation.finished))")
     results = Axe().run(page)
     assert not results.response["violations"], results.generate_report()
 
 
 def empty(page: Page) -> None:
-    """Nothing said yet."""
+    """A new conversation."""
 
 
 def formatted(page: Page) -> None:
@@ -115,7 +115,7 @@ def viewport(request: pytest.FixtureRequest) -> ViewportSize:
 
 
 @pytest.mark.parametrize("state", STATES, ids=lambda state: state.__name__)
-def test_axe_finds_nothing(chat: Page, viewport: ViewportSize, state: Callable[[Page], None]) -> None:
+def test_axe_finds_no_violation(chat: Page, viewport: ViewportSize, state: Callable[[Page], None]) -> None:
     chat.set_viewport_size(viewport)
     state(chat)
     schemes: list[Literal["light", "dark"]] = ["light", "dark"]
@@ -124,7 +124,7 @@ def test_axe_finds_nothing(chat: Page, viewport: ViewportSize, state: Callable[[
         expect_accessible(chat)
 
 
-def test_axe_finds_nothing_on_the_login_form(scripted_server: Served, page: Page, viewport: ViewportSize) -> None:
+def test_axe_finds_no_violation_on_the_login_form(scripted_server: Served, page: Page, viewport: ViewportSize) -> None:
     page.set_viewport_size(viewport)
     page.goto(scripted_server.url)
     page.get_by_label("Secret").fill("no secret")
@@ -135,14 +135,14 @@ def test_axe_finds_nothing_on_the_login_form(scripted_server: Served, page: Page
     expect_accessible(page)
 
 
-def test_the_keyboard_alone_is_enough(scripted_server: Served, page: Page, scripted: ScriptedChat) -> None:
+def test_everything_can_be_done_with_the_keyboard(scripted_server: Served, page: Page, scripted: ScriptedChat) -> None:
     def tab_to(name: str) -> None:
         for _ in range(30):
             page.keyboard.press("Tab")
             focused = page.evaluate("document.activeElement.ariaLabel || document.activeElement.textContent.trim()")
             if focused == name:
                 return
-        raise AssertionError(f"Tab does not lead to {name}")
+        raise AssertionError(f"Tab does not reach {name}")
 
     log_in(page, scripted_server.url, ANN)
     page.keyboard.type("say one")
@@ -169,7 +169,7 @@ def test_the_keyboard_alone_is_enough(scripted_server: Served, page: Page, scrip
     expect_reply(page, "one and two")
 
 
-def test_nothing_moves_for_those_who_want_no_motion(chat: Page) -> None:
+def test_nothing_moves_with_reduced_motion(chat: Page) -> None:
     chat.emulate_media(reduced_motion="reduce")
     chat.get_by_role("button", name="Options").click()
     expect(chat.get_by_role("dialog", name="Options")).to_be_visible()
@@ -179,9 +179,9 @@ def test_nothing_moves_for_those_who_want_no_motion(chat: Page) -> None:
     assert chat.evaluate("document.getAnimations().length") == 0
 
 
-def test_on_a_touch_screen_targets_are_large(scripted_server: Served, open_page: OpenPage) -> None:
+def test_targets_are_large_on_a_touch_screen(scripted_server: Served, open_page: OpenPage) -> None:
     page = open_page(has_touch=True, is_mobile=True, viewport=PHONE)
-    log_in(page, scripted_server.url, ANN)
+    open_chat(page, scripted_server.url)
     converse(page, "say one")
     shown = page.locator("button:visible, #entries a:visible")
     for is_list in (False, True):

@@ -1,27 +1,24 @@
-"""What those who listen to the page are told."""
+"""The words of the page for screen readers."""
 
 from __future__ import annotations
 
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.browser.steps import expect_reply, send
-from tests.scripted import ScriptedChat
-from tests.serving import Served
+from tests.browser.steps import expect_reply, open_chat, pass_time, send
+from tests.support.scripted import ScriptedChat
+from tests.support.serving import Served
 
 COLLECT = """() => {
-    window.told = [];
+    window.announced = [];
     const collect = (changes) => {
-        for (const { target } of changes) if (target.id === 'announcer') window.told.push(target.textContent);
+        for (const { target } of changes) if (target.id === 'announcer') window.announced.push(target.textContent);
     };
     new MutationObserver(collect).observe(document, { childList: true, subtree: true });
 }"""
-KEPT = """async (text) => {
+STORED = """async (text) => {
     const read = async () => (await fetch(`v1/conversations/${location.hash.slice(1)}`)).json();
-    for (let tries = 100; !(await read()).items.at(-1).content.includes(text); tries--) {
-        if (!tries) throw new Error('the reply is not kept');
-        await new Promise((resolve) => setTimeout(resolve, 100));
-    }
+    return (await read()).items.at(-1).content.includes(text);
 }"""
 ENGLISH = """\
 ## A walk
@@ -34,47 +31,65 @@ It takes 3.5 hours. Do you **like** that?
 print("Hello. World.")
 ```
 That is all. Or is it"""
-ENGLISH_TOLD = (
+ENGLISH_ANNOUNCED = (
     "A walk It takes 3.5 hours. Do you like that? Take water. Go slowly Code block skipped. That is all. Or is it "
     "The reply is finished."
 )
 CHINESE = "你好！今天去哪里？带上“水。”慢慢走"
-CHINESE_TOLD = "你好！ 今天去哪里？ 带上“水。” 慢慢走 The reply is finished."
+CHINESE_ANNOUNCED = "你好！ 今天去哪里？ 带上“水。” 慢慢走 The reply is finished."
 
 
-def expect_told(page: Page, text: str) -> None:
-    page.wait_for_function("text => window.told.join(' ') === text", arg=text)
+@pytest.fixture
+def chat(page: Page, scripted_server: Served) -> Page:
+    """The page of ann, connected, with a clock that tests set forward."""
+    page.clock.install()
+    open_chat(page, scripted_server.url)
+    expect(page.locator("#announcer")).to_have_text("Connected")
+    pass_time(page, 1)  # until the page may announce something else
+    page.evaluate(COLLECT)
+    return page
 
 
-@pytest.mark.parametrize(("said", "told"), [(ENGLISH, ENGLISH_TOLD), (CHINESE, CHINESE_TOLD)], ids=["en", "zh"])
-def test_a_reply_is_read_sentence_by_sentence(chat: Page, said: str, told: str) -> None:
-    chat.wait_for_function("() => document.getElementById('announcer').textContent === 'Connected'")
-    chat.evaluate(COLLECT)
-    send(chat, f"say {said}")
-    expect_told(chat, told)
+def expect_announced(page: Page, text: str) -> None:
+    """Wait until the page has announced a text, in as many pieces as it likes."""
+    pass_time(page, 1)  # the pause after a piece
+    page.wait_for_function("text => window.announced.join(' ') === text", arg=text)
 
 
-def test_a_sentence_is_read_when_it_is_finished(chat: Page, scripted: ScriptedChat, scripted_server: Served) -> None:
-    chat.wait_for_function("() => document.getElementById('announcer').textContent === 'Connected'")
-    chat.evaluate(COLLECT)
+@pytest.mark.parametrize(
+    ("text", "announced"), [(ENGLISH, ENGLISH_ANNOUNCED), (CHINESE, CHINESE_ANNOUNCED)], ids=["en", "zh"]
+)
+def test_a_reply_is_announced_sentence_by_sentence(chat: Page, text: str, announced: str) -> None:
+    send(chat, f"say {text}")
+    expect(chat.locator("article.assistant")).to_have_attribute("data-status", "completed")
+    expect_announced(chat, announced)
+
+
+def test_a_sentence_is_announced_when_it_is_complete(
+    chat: Page, scripted: ScriptedChat, scripted_server: Served
+) -> None:
     send(chat, "wait One sentence. Half of ano")
-    expect_told(chat, "One sentence.")
+    expect_reply(chat, "One sentence. Half of ano", "in_progress")
+    expect_announced(chat, "One sentence.")
     scripted_server.in_loop(scripted.release)
-    expect_told(chat, "One sentence. Half of ano The reply is finished.")
+    expect_reply(chat, "One sentence. Half of ano")
+    expect_announced(chat, "One sentence. Half of ano The reply is finished.")
 
 
-def test_the_log_itself_is_not_live(chat: Page) -> None:
+def test_the_message_log_itself_is_not_live(chat: Page) -> None:
     expect(chat.get_by_role("log")).to_have_attribute("aria-live", "off")
 
 
-def test_what_was_read_before_a_reload_is_not_read_again(
+def test_text_from_before_a_reload_is_not_announced_again(
     chat: Page, scripted: ScriptedChat, scripted_server: Served
 ) -> None:
     chat.add_init_script(f"({COLLECT})()")
     send(chat, "wait One sentence. ```\nOne more")
     expect_reply(chat, "One sentence. ```\nOne more", "in_progress")
-    chat.evaluate(KEPT, "more")  # wait_for_function takes any promise for true
+    while not chat.evaluate(STORED, "more"):
+        chat.wait_for_timeout(20)
     chat.reload()
     expect_reply(chat, "One sentence. ```\nOne more", "in_progress")
     scripted_server.in_loop(scripted.release)
-    expect_told(chat, "Connected The reply is finished.")
+    expect_reply(chat, "One sentence. ```\nOne more")
+    expect_announced(chat, "Connected The reply is finished.")

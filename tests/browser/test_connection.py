@@ -1,155 +1,156 @@
-"""The page where the connection fails it."""
+"""The page when its connection fails."""
 
 from __future__ import annotations
 
 import re
 import threading
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 
+import pytest
 from playwright.sync_api import Page, WebSocketRoute, expect
 
-from models.admission import Ticket
-from models.item import Message
-from models.options import Options
-from models.reply import Event
+from models.language.events import Event
 from models.settings import Settings
 from server import create_app
 from tests.browser.proxy import Proxy
-from tests.browser.steps import converse, expect_reply, last_reply, log_in, send
-from tests.conftest import ANN
-from tests.scripted import ScriptedChat
-from tests.serving import Served, serve
+from tests.browser.steps import converse, expect_reply, last_reply, open_chat, send
+from tests.support.scripted import ScriptedChat, ScriptedReply
+from tests.support.serving import Served, serve
 
 
 class TellingChat(ScriptedChat):
-    """Says when it has been asked."""
+    """Sets `asked` when a request has arrived."""
 
     def __init__(self) -> None:
         super().__init__()
         self.asked = threading.Event()
 
-    async def reply(
-        self, ticket: Ticket, messages: Sequence[Message], options: Options, whole: bool = False
-    ) -> AsyncGenerator[Event, None]:
-        async for event in super().reply(ticket, messages, options):
+    async def events(self, reply: ScriptedReply) -> AsyncGenerator[Event, None]:
+        self.asked.set()
+        async for event in super().events(reply):
             yield event
-            self.asked.set()
 
 
-def expect_cut(page: Page) -> None:
+def expect_disconnected(page: Page) -> None:
     expect(page.locator("#status")).to_have_text(re.compile("retrying in"))
 
 
-def expect_mended(page: Page) -> None:
+def expect_connected(page: Page) -> None:
     expect(page.locator("#status")).to_have_text("Connected", timeout=30_000)
 
 
-def test_a_reply_goes_on_after_the_network_was_cut(
+def cut(page: Page, proxy: Proxy) -> None:
+    """Cut the connection, and wait until the page shows it."""
+    proxy.cut()
+    expect_disconnected(page)
+
+
+def mend(page: Page, proxy: Proxy) -> None:
+    """Mend the connection, and wait until the page is connected. The browser tells the page, so it need not wait."""
+    proxy.mend()
+    page.evaluate("window.dispatchEvent(new Event('online'))")
+    expect_connected(page)
+
+
+def test_a_reply_goes_on_after_a_lost_connection(
     page: Page, proxy: Proxy, scripted: ScriptedChat, scripted_server: Served
 ) -> None:
-    log_in(page, proxy.url, ANN)
+    open_chat(page, proxy.url)
     send(page, "hold every word of it")
     expect(last_reply(page)).to_have_text("Waiting, position 3")
-    proxy.cut()
-    expect_cut(page)
+    cut(page, proxy)
     scripted_server.in_loop(scripted.release)
-    proxy.mend()
-    expect_mended(page)
+    mend(page, proxy)
     expect_reply(page, "every word of it", "in_progress")
-    proxy.cut()
-    expect_cut(page)
+    cut(page, proxy)
     expect_reply(page, "every word of it", "in_progress")
     scripted_server.in_loop(scripted.release)
-    proxy.mend()
-    expect_mended(page)
+    mend(page, proxy)
     expect_reply(page, "every word of it")
     assert len(scripted.heard) == 1
     converse(page, "say more")
 
 
-def test_a_delta_that_comes_twice_counts_once(scripted_server: Served, page: Page) -> None:
+def test_a_repeated_delta_is_shown_once(scripted_server: Served, page: Page) -> None:
     def repeat(socket: WebSocketRoute) -> None:
         server = socket.connect_to_server()
 
-        def passed_on(message: str | bytes) -> None:
+        def send_twice(message: str | bytes) -> None:
             for _ in range(2):
                 socket.send(message)
 
-        server.on_message(passed_on)
+        server.on_message(send_twice)
 
     page.route_web_socket("**/ws", repeat)
-    log_in(page, scripted_server.url, ANN)
+    open_chat(page, scripted_server.url)
     send(page, "wait for every word")
     expect_reply(page, "for every word", "in_progress")
 
 
-def test_a_stop_without_a_connection_counts_once_there_is_one(page: Page, proxy: Proxy, scripted: ScriptedChat) -> None:
-    log_in(page, proxy.url, ANN)
+def test_a_stop_without_a_connection_is_sent_after_reconnecting(page: Page, proxy: Proxy) -> None:
+    open_chat(page, proxy.url)
     send(page, "wait for me")
     expect_reply(page, "for me", "in_progress")
-    proxy.cut()
-    expect_cut(page)
+    cut(page, proxy)
     page.get_by_role("button", name="Stop").click()
-    proxy.mend()
-    expect_mended(page)
+    mend(page, proxy)
     expect_reply(page, "for me", "cancelled")
 
 
-def test_a_question_that_never_arrived_is_handed_back(page: Page, proxy: Proxy, scripted: ScriptedChat) -> None:
-    log_in(page, proxy.url, ANN)
+def test_a_lost_message_returns_to_the_input(page: Page, proxy: Proxy, scripted: ScriptedChat) -> None:
+    open_chat(page, proxy.url)
     for _ in range(2):  # in a new conversation, then in that one
         proxy.lost.add("up")
         send(page, "say one")
         expect(page.locator("#message")).to_have_value("")
-        proxy.cut()
-        expect_cut(page)
-        proxy.mend()
-        expect_mended(page)
+        cut(page, proxy)
+        mend(page, proxy)
         expect(page.locator("#message")).to_have_value("say one")
         page.locator("#message").press("Enter")
         expect_reply(page, "one")
     assert len(scripted.heard) == 2
 
 
-def test_a_question_that_arrived_unknown_to_the_page_is_answered(page: Page, settings: Settings) -> None:
+def test_a_message_that_arrived_unconfirmed_is_answered(page: Page, settings: Settings) -> None:
     scripted = TellingChat()
     with serve(create_app(settings, scripted.opened)) as served, Proxy.to(served.port) as proxy:
-        log_in(page, proxy.url, ANN)
-        for question in ("say one", "say two"):  # in a new conversation, then in that one
+        open_chat(page, proxy.url)
+        for message in ("say one", "say two"):  # in a new conversation, then in that one
             scripted.asked.clear()
             proxy.lost.add("down")
-            send(page, question)
+            send(page, message)
             assert scripted.asked.wait(30)
-            proxy.cut()
-            expect_cut(page)
-            proxy.mend()
-            expect_mended(page)
-            expect_reply(page, question.removeprefix("say "))
+            cut(page, proxy)
+            mend(page, proxy)
+            expect_reply(page, message.removeprefix("say "))
             expect(page.locator("#message")).to_have_value("")
         expect(page.locator("article .content")).to_have_text(["say one", "one", "say two", "two"])
         assert len(scripted.heard) == 2
 
 
-def test_a_conversation_that_could_not_be_loaded_is_loaded_later(page: Page, proxy: Proxy) -> None:
-    log_in(page, proxy.url, ANN)
+def test_a_conversation_that_failed_to_load_is_loaded_after_reconnecting(page: Page, proxy: Proxy) -> None:
+    open_chat(page, proxy.url)
     converse(page, "say one")
     page.get_by_role("button", name="New chat").click()
-    proxy.cut()
+    cut(page, proxy)
     page.go_back()
     expect(page.get_by_role("alert")).to_have_text("The conversation could not be loaded.")
-    proxy.mend()
+    mend(page, proxy)
     expect_reply(page, "one")
     expect(page.get_by_role("alert")).to_be_hidden()
 
 
-def test_the_page_comes_back_after_a_restart(page: Page, settings: Settings, scripted: ScriptedChat) -> None:
+@pytest.mark.slow
+def test_the_page_reconnects_by_itself_after_a_restart_of_the_server(
+    page: Page, settings: Settings, scripted: ScriptedChat
+) -> None:
     with serve(create_app(settings, scripted.opened)) as first:
-        log_in(page, first.url, ANN)
+        open_chat(page, first.url)
         send(page, "wait for it")
         expect_reply(page, "for it", "in_progress")
-    expect_cut(page)
+    expect_disconnected(page)
     with serve(create_app(settings, ScriptedChat().opened), port=first.port):
-        expect_mended(page)
+        expect_connected(page)
         expect_reply(page, "for it", "failed")
         note = last_reply(page).locator(".note")
         expect(note).to_have_text("The server was shut down before the reply was finished.")

@@ -1,36 +1,30 @@
-"""What stays: conversations over reloads, in other tabs, behind back and forward."""
+"""Conversations after reloads, in other tabs, with back and forward, and after edits."""
 
 from __future__ import annotations
-
-from collections.abc import AsyncGenerator, Sequence
 
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
-from models.admission import Ticket
-from models.item import Message
+from models.messages import Message
 from models.options import Options
-from models.reply import Event, Started
 from models.settings import Settings
 from server import create_app
-from tests.browser.steps import converse, entry, expect_reply, last_reply, log_in, send
-from tests.conftest import ANN
-from tests.scripted import ScriptedChat
-from tests.serving import Served, serve
+from tests.browser.steps import converse, entry, expect_connection, expect_reply, last_reply, open_chat, send
+from tests.support.scripted import ScriptedChat, ScriptedReply
+from tests.support.serving import Served, serve
 
 
 class ForgetfulChat(ScriptedChat):
-    """Leaves all but the last two messages out."""
+    """Has room for three messages in the context."""
 
-    async def reply(
-        self, ticket: Ticket, messages: Sequence[Message], options: Options, whole: bool = False
-    ) -> AsyncGenerator[Event, None]:
-        async for event in super().reply(ticket, messages, options):
-            yield Started(event.usage, max(0, len(messages) - 3)) if isinstance(event, Started) else event
+    async def prepare(self, messages: list[Message], options: Options, whole: bool = False) -> ScriptedReply:
+        reply = await super().prepare(messages, options, whole)
+        reply.left_out = max(0, len(messages) - 3)
+        return reply
 
 
 def texts(page: Page) -> Locator:
-    """What was said, message by message."""
+    """The texts of all messages and replies."""
     return page.locator("article .content")
 
 
@@ -42,16 +36,18 @@ def test_a_reload_keeps_the_conversation(chat: Page) -> None:
     expect(texts(chat)).to_have_count(6)
 
 
-def test_a_conversation_is_loaded_once(chat: Page) -> None:
+def test_a_reload_loads_the_conversation_only_once(chat: Page) -> None:
     converse(chat, "say one")
     loaded: list[str] = []
     chat.on("request", lambda request: loaded.append(request.url) if "/v1/conversations/" in request.url else None)
     chat.reload()
+    expect_connection(chat)
+    expect(texts(chat)).to_have_text(["say one", "one"])
     converse(chat, "say two")
     assert len(loaded) == 1
 
 
-def test_a_reload_in_mid_reply_goes_on_with_it(chat: Page, scripted: ScriptedChat, scripted_server: Served) -> None:
+def test_a_reload_during_a_reply_goes_on_with_it(chat: Page, scripted: ScriptedChat, scripted_server: Served) -> None:
     send(chat, "wait I am thinking of it.")
     expect_reply(chat, "I am thinking of it.", "in_progress")
     chat.reload()
@@ -62,7 +58,9 @@ def test_a_reload_in_mid_reply_goes_on_with_it(chat: Page, scripted: ScriptedCha
     assert len(scripted.heard) == 1
 
 
-def test_a_reload_in_the_queue_keeps_the_place(chat: Page, scripted: ScriptedChat, scripted_server: Served) -> None:
+def test_a_reload_in_the_wait_queue_keeps_the_position(
+    chat: Page, scripted: ScriptedChat, scripted_server: Served
+) -> None:
     send(chat, "hold on")
     expect(last_reply(chat)).to_have_text("Waiting, position 3")
     chat.reload()
@@ -90,7 +88,7 @@ def test_a_reply_goes_on_while_another_conversation_is_open(
     expect(texts(chat)).to_have_text(["wait for me", "for me"])
 
 
-def test_back_and_forward_lead_through_conversations(chat: Page) -> None:
+def test_back_and_forward_open_other_conversations(chat: Page) -> None:
     converse(chat, "say one")
     chat.get_by_role("button", name="New chat").click()
     converse(chat, "say two")
@@ -101,7 +99,7 @@ def test_back_and_forward_lead_through_conversations(chat: Page) -> None:
     expect(texts(chat)).to_have_text(["say two", "two"])
 
 
-def test_two_tabs_on_one_reply_show_it_whole(chat: Page, scripted: ScriptedChat, scripted_server: Served) -> None:
+def test_two_tabs_show_the_same_reply(chat: Page, scripted: ScriptedChat, scripted_server: Served) -> None:
     send(chat, "wait for both of us")
     expect_reply(chat, "for both of us", "in_progress")
     other = chat.context.new_page()
@@ -123,7 +121,7 @@ def test_a_reply_can_be_stopped_from_another_tab(chat: Page) -> None:
         expect_reply(tab, "for nobody", "cancelled")
 
 
-def test_who_asks_while_another_tab_is_answered_sees_that_reply(
+def test_a_message_during_a_reply_in_another_tab_shows_that_reply(
     chat: Page, scripted: ScriptedChat, scripted_server: Served
 ) -> None:
     converse(chat, "say one")
@@ -141,25 +139,27 @@ def test_who_asks_while_another_tab_is_answered_sees_that_reply(
     expect(texts(other)).to_have_text(["say one", "one", "wait for it", "for it"])
 
 
-def test_what_another_tab_said_shows_when_a_tab_is_looked_at_again(chat: Page) -> None:
+def test_a_tab_loads_messages_of_another_tab_when_it_becomes_visible(chat: Page) -> None:
     converse(chat, "say one")
     other = chat.context.new_page()
     other.goto(chat.url)
+    expect_connection(other)
+    expect_reply(other, "one")
     converse(other, "say two")
     expect(texts(chat)).to_have_count(2)
     chat.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
     expect(texts(chat)).to_have_text(["say one", "one", "say two", "two"])
 
 
-def test_a_conversation_that_is_gone_is_told(chat: Page, scripted_server: Served) -> None:
+def test_a_deleted_conversation_is_an_error(chat: Page, scripted_server: Served) -> None:
     chat.goto(f"{scripted_server.url}/#conv_none")
     expect(chat.get_by_role("alert")).to_have_text("There is no such conversation any more.")
     converse(chat, "say one")
 
 
-def test_a_line_says_from_where_on_the_model_sees(page: Page, settings: Settings) -> None:
+def test_a_divider_shows_where_the_context_begins(page: Page, settings: Settings) -> None:
     with serve(create_app(settings, ForgetfulChat().opened)) as served:
-        log_in(page, served.url, ANN)
+        open_chat(page, served.url)
         converse(page, "say one")
         expect(page.locator(".divider")).to_have_count(0)
         converse(page, "say two", "say three")
@@ -172,7 +172,7 @@ def test_a_line_says_from_where_on_the_model_sees(page: Page, settings: Settings
 
 
 @pytest.mark.parametrize("key", ["Enter", "button"])
-def test_a_question_can_be_edited_and_asked_again(chat: Page, scripted: ScriptedChat, key: str) -> None:
+def test_a_message_can_be_edited_and_asked_again(chat: Page, scripted: ScriptedChat, key: str) -> None:
     converse(chat, "say one", "say two", "say three")
     chat.get_by_role("button", name="Edit").nth(1).click()
     expect(chat.get_by_label("Edit message")).to_have_value("say two")
@@ -189,7 +189,7 @@ def test_a_question_can_be_edited_and_asked_again(chat: Page, scripted: Scripted
     expect(texts(chat)).to_have_text(["say one", "one", "say better", "better"])
 
 
-def test_the_first_question_can_be_edited(chat: Page, scripted: ScriptedChat) -> None:
+def test_the_first_message_can_be_edited(chat: Page, scripted: ScriptedChat) -> None:
     converse(chat, "say one", "say two")
     chat.get_by_role("button", name="Edit").first.click()
     chat.get_by_label("Edit message").fill("say first")
@@ -200,7 +200,7 @@ def test_the_first_question_can_be_edited(chat: Page, scripted: ScriptedChat) ->
     assert [message["content"] for message in messages] == ["say first"]
 
 
-def test_an_edit_can_be_given_up(chat: Page, scripted: ScriptedChat) -> None:
+def test_an_edit_can_be_cancelled(chat: Page, scripted: ScriptedChat) -> None:
     converse(chat, "say one")
     for way in ("Escape", "Cancel"):
         chat.get_by_role("button", name="Edit").click()
@@ -214,7 +214,7 @@ def test_an_edit_can_be_given_up(chat: Page, scripted: ScriptedChat) -> None:
     assert len(scripted.heard) == 1
 
 
-def test_giving_up_an_edit_stops_no_reply(chat: Page) -> None:
+def test_escape_in_an_edit_does_not_stop_the_reply(chat: Page) -> None:
     converse(chat, "say one")
     chat.get_by_role("button", name="Edit").click()
     send(chat, "wait for me")
@@ -224,11 +224,11 @@ def test_giving_up_an_edit_stops_no_reply(chat: Page) -> None:
     expect_reply(chat, "for me", "in_progress")
 
 
-def test_an_edit_that_is_refused_loses_nothing(chat: Page, scripted: ScriptedChat) -> None:
+def test_a_refused_edit_loses_nothing(chat: Page, scripted: ScriptedChat) -> None:
     converse(chat, "say one", "say two")
     chat.get_by_role("button", name="Edit").first.click()
     chat.get_by_label("Edit message").fill("say better")
-    scripted.admission.queue = scripted.admission.free = 0
+    scripted.admission.shrink(0)
     chat.get_by_label("Edit message").press("Enter")
     expect(chat.get_by_role("alert")).to_have_text("Too many replies are waiting already: try again later.")
     expect(chat.get_by_label("Edit message")).to_have_value("say better")
@@ -236,7 +236,7 @@ def test_an_edit_that_is_refused_loses_nothing(chat: Page, scripted: ScriptedCha
     expect(texts(chat)).to_have_text(["say one", "one", "say two", "two"])
 
 
-def test_what_failed_can_be_asked_again(chat: Page, scripted: ScriptedChat) -> None:
+def test_a_failed_reply_can_be_asked_again(chat: Page, scripted: ScriptedChat) -> None:
     converse(chat, "say one")
     send(chat, "break half a reply")
     expect_reply(chat, "half a reply", "failed")

@@ -1,4 +1,4 @@
-"""The options of a conversation's replies."""
+"""The panel with the options of replies."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from playwright.sync_api import Locator, Page, expect
 
 from tests.browser.steps import converse, entry, expect_reply, last_reply, send
-from tests.scripted import ScriptedChat
+from tests.support.scripted import ScriptedChat
 
 ENTERED = {
     "System prompt": "Be brief.",
@@ -30,7 +30,7 @@ def open_panel(page: Page) -> Locator:
 
 
 def choose(page: Page, **fields: str) -> None:
-    """Fill in fields, whose labels have an underscore for a blank, and save."""
+    """Fill in fields and save; labels have underscores for blanks."""
     options = open_panel(page)
     for label, value in fields.items():
         options.get_by_label(label.replace("_", " ")).fill(value)
@@ -38,7 +38,7 @@ def choose(page: Page, **fields: str) -> None:
     expect(options).to_be_hidden()
 
 
-def test_options_go_with_the_question(chat: Page, scripted: ScriptedChat) -> None:
+def test_options_are_sent_with_the_message(chat: Page, scripted: ScriptedChat) -> None:
     choose(chat, **{label.replace(" ", "_"): value for label, value in ENTERED.items()})
     converse(chat, "say one")
     _, options = scripted.heard[-1]
@@ -47,7 +47,7 @@ def test_options_go_with_the_question(chat: Page, scripted: ScriptedChat) -> Non
     assert options.top_k == scripted.defaults.top_k
 
 
-@pytest.mark.parametrize("reloaded", [False, True], ids=["on the page", "after a reload"])
+@pytest.mark.parametrize("reloaded", [False, True], ids=["same page", "after a reload"])
 def test_options_stay_with_their_conversation(chat: Page, scripted: ScriptedChat, reloaded: bool) -> None:
     choose(chat, Temperature="0.8", Stop_at="END")
     converse(chat, "say zero", "say one")
@@ -70,7 +70,7 @@ def test_options_stay_with_their_conversation(chat: Page, scripted: ScriptedChat
     assert (scripted.heard[-1][1].temperature, scripted.heard[-1][1].stop) == (0.8, ("END",))
 
 
-def test_an_empty_field_is_left_to_the_server(chat: Page, scripted: ScriptedChat) -> None:
+def test_an_empty_field_means_the_default(chat: Page, scripted: ScriptedChat) -> None:
     choose(chat, Temperature="0.8")
     converse(chat, "say one")
     options = open_panel(chat)
@@ -100,7 +100,7 @@ def test_options_that_are_not_saved_change_nothing(chat: Page, scripted: Scripte
     ("label", "value"),
     [("Temperature", "2.5"), ("Top-p", "0"), ("Length", "1.5"), ("Seed", "-1"), ("Stop at", "\n".join("abcdefghi"))],
 )
-def test_a_bad_value_is_told_at_its_field(chat: Page, label: str, value: str) -> None:
+def test_a_bad_value_is_shown_at_its_field(chat: Page, label: str, value: str) -> None:
     options = open_panel(chat)
     options.get_by_label(label).fill(value)
     options.get_by_role("button", name="Save").click()
@@ -112,7 +112,7 @@ def test_a_bad_value_is_told_at_its_field(chat: Page, label: str, value: str) ->
     expect(options).to_be_hidden()
 
 
-def test_what_the_server_says_of_an_option_is_told_at_its_field(chat: Page) -> None:
+def test_an_error_of_the_server_is_shown_at_its_field(chat: Page) -> None:
     open_panel(chat).get_by_label("Temperature").evaluate("field => field.removeAttribute('max')")
     chat.keyboard.press("Escape")
     choose(chat, Temperature="3")

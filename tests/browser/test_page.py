@@ -1,4 +1,4 @@
-"""The page, as somebody who chats meets it."""
+"""Logging in, chatting and stopping, drafts, scrolling and layout."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from typing import Literal
 import pytest
 from playwright.sync_api import Page, ViewportSize, expect
 
-from models.admission import Admission
 from tests.browser.conftest import OpenPage
-from tests.browser.steps import DESKTOP, PHONE, converse, expect_reply, last_reply, log_in, send
-from tests.conftest import ANN, BOB
-from tests.scripted import ScriptedChat
-from tests.serving import Served
+from tests.browser.steps import DESKTOP, PHONE, converse, expect_reply, last_reply, log_in, open_chat, send
+from tests.support.client import ANN, BOB
+from tests.support.scripted import ScriptedChat
+from tests.support.serving import Served
 
 WIDE = f"""\
 {"long" * 100}
@@ -35,7 +34,7 @@ def test_a_secret_opens_the_chat(scripted_server: Served, page: Page) -> None:
     expect(page.locator("#status")).to_have_text("Connected")
 
 
-def test_a_wrong_secret_is_told_on_the_login_form(scripted_server: Served, page: Page) -> None:
+def test_a_wrong_secret_is_an_error_on_the_login_form(scripted_server: Served, page: Page) -> None:
     page.goto(scripted_server.url)
     page.get_by_label("Secret").fill("no secret")
     page.get_by_label("Secret").press("Enter")
@@ -43,20 +42,20 @@ def test_a_wrong_secret_is_told_on_the_login_form(scripted_server: Served, page:
     expect(page.get_by_label("Secret")).to_be_focused()
 
 
-def test_logging_out_leads_to_the_login_form(chat: Page) -> None:
+def test_logging_out_opens_the_login_form(chat: Page) -> None:
     chat.get_by_role("button", name="Log out").click()
     expect(chat.get_by_label("Secret")).to_be_visible()
     chat.reload()
     expect(chat.get_by_label("Secret")).to_be_visible()
 
 
-def test_a_session_that_has_ended_leads_to_the_login_form(chat: Page) -> None:
+def test_an_expired_session_opens_the_login_form(chat: Page) -> None:
     chat.context.clear_cookies()
     chat.get_by_label("Search").fill("anything")
     expect(chat.get_by_label("Secret")).to_be_visible()
 
 
-def test_a_reply_shows_as_it_grows(chat: Page, scripted: ScriptedChat, scripted_server: Served) -> None:
+def test_a_reply_is_shown_while_it_grows(chat: Page, scripted: ScriptedChat, scripted_server: Served) -> None:
     send(chat, "wait I am thinking.")
     expect(chat.get_by_role("article", name="You")).to_have_text("wait I am thinking.")
     expect_reply(chat, "I am thinking.", "in_progress")
@@ -64,7 +63,7 @@ def test_a_reply_shows_as_it_grows(chat: Page, scripted: ScriptedChat, scripted_
     expect_reply(chat, "I am thinking.")
 
 
-def test_a_finished_reply_tells_its_tokens_and_their_speed(chat: Page) -> None:
+def test_a_finished_reply_shows_its_tokens_and_their_speed(chat: Page) -> None:
     send(chat, "say I am thinking.")
     usage = last_reply(chat).locator(".usage")
     expect(usage).to_have_text(re.compile(r"^4 tokens · \d+\.\d tokens/s$"))
@@ -73,7 +72,7 @@ def test_a_finished_reply_tells_its_tokens_and_their_speed(chat: Page) -> None:
     expect(usage).to_have_text(before)
 
 
-def test_the_next_question_goes_on_with_the_conversation(chat: Page, scripted: ScriptedChat) -> None:
+def test_the_next_message_continues_the_conversation(chat: Page, scripted: ScriptedChat) -> None:
     converse(chat, "say one", "say two")
     messages, _ = scripted.heard[-1]
     assert [message["content"] for message in messages] == ["say one", "one", "say two"]
@@ -94,7 +93,7 @@ def test_a_reply_can_be_stopped(chat: Page, scripted: ScriptedChat, way: str) ->
     assert scripted.running == 0
 
 
-def test_a_new_chat_knows_nothing_of_the_last(chat: Page, scripted: ScriptedChat) -> None:
+def test_a_new_chat_starts_without_the_old_messages(chat: Page, scripted: ScriptedChat) -> None:
     converse(chat, "say one")
     chat.get_by_role("button", name="New chat").click()
     expect(chat.locator("#messages")).to_be_empty()
@@ -103,13 +102,13 @@ def test_a_new_chat_knows_nothing_of_the_last(chat: Page, scripted: ScriptedChat
     assert [message["content"] for message in messages] == ["say two"]
 
 
-def test_a_text_not_yet_sent_outlives_a_reload(chat: Page) -> None:
+def test_a_draft_survives_a_reload(chat: Page) -> None:
     chat.get_by_label("Message", exact=True).fill("say nothing lost")
     chat.reload()
     expect(chat.get_by_label("Message", exact=True)).to_have_value("say nothing lost")
 
 
-def test_each_conversation_has_its_own_text_not_yet_sent(chat: Page) -> None:
+def test_each_conversation_has_its_own_draft(chat: Page) -> None:
     message = chat.get_by_label("Message", exact=True)
     converse(chat, "say one")
     message.fill("more of one")
@@ -122,14 +121,16 @@ def test_each_conversation_has_its_own_text_not_yet_sent(chat: Page) -> None:
     expect(message).to_have_value("something new")
 
 
-def test_logging_out_forgets_texts_not_yet_sent(chat: Page, scripted_server: Served) -> None:
+def test_logging_out_deletes_drafts(chat: Page, scripted_server: Served) -> None:
     chat.get_by_label("Message", exact=True).fill("a secret thought")
     chat.get_by_role("button", name="Log out").click()
     log_in(chat, scripted_server.url, ANN)
     expect(chat.get_by_label("Message", exact=True)).to_have_value("")
 
 
-def test_a_reader_who_scrolls_up_is_left_there(chat: Page, scripted: ScriptedChat, scripted_server: Served) -> None:
+def test_a_growing_reply_does_not_scroll_a_reader_down(
+    chat: Page, scripted: ScriptedChat, scripted_server: Served
+) -> None:
     jump, usage = chat.get_by_role("button", name="Jump to latest"), last_reply(chat).locator("footer")
     send(chat, "wait " + "a line\n" * 200)
     expect(last_reply(chat)).to_contain_text("a line")
@@ -144,7 +145,7 @@ def test_a_reader_who_scrolls_up_is_left_there(chat: Page, scripted: ScriptedCha
     expect(jump).to_be_hidden()
 
 
-def test_shift_and_enter_break_the_line(chat: Page) -> None:
+def test_shift_and_enter_start_a_new_line(chat: Page) -> None:
     message = chat.get_by_label("Message", exact=True)
     message.press_sequentially("say one")
     message.press("Shift+Enter")
@@ -154,7 +155,7 @@ def test_shift_and_enter_break_the_line(chat: Page) -> None:
     expect_reply(chat, "one\ntwo")
 
 
-def test_the_place_in_the_queue_is_shown(chat: Page, scripted: ScriptedChat, scripted_server: Served) -> None:
+def test_the_position_in_the_wait_queue_is_shown(chat: Page, scripted: ScriptedChat, scripted_server: Served) -> None:
     send(chat, "hold on")
     expect(last_reply(chat)).to_have_text("Waiting, position 3")
     scripted_server.in_loop(scripted.release)
@@ -164,7 +165,7 @@ def test_the_place_in_the_queue_is_shown(chat: Page, scripted: ScriptedChat, scr
     expect_reply(chat, "on")
 
 
-def test_a_reply_that_fails_keeps_its_text_and_says_so(chat: Page) -> None:
+def test_a_failed_reply_keeps_its_text_and_shows_an_error(chat: Page) -> None:
     send(chat, "break half a reply")
     expect_reply(chat, "half a reply", "failed")
     expect(last_reply(chat).locator(".note")).to_have_text("The server failed; try again.")
@@ -172,22 +173,22 @@ def test_a_reply_that_fails_keeps_its_text_and_says_so(chat: Page) -> None:
     expect_reply(chat, "better")
 
 
-def test_a_refused_text_comes_back_to_be_sent_again(chat: Page, scripted: ScriptedChat) -> None:
-    scripted.admission = Admission(slots=0, queue=0, per_user=1)
+def test_a_refused_message_returns_to_the_input(chat: Page, scripted: ScriptedChat) -> None:
+    scripted.admission.shrink(0)
     send(chat, "say it later")
     expect(chat.get_by_role("alert")).to_have_text("Too many replies are waiting already: try again later.")
     expect(chat.get_by_label("Message", exact=True)).to_have_value("say it later")
     expect(chat.locator("#messages")).to_be_empty()
 
 
-def test_others_who_come_are_told(chat: Page, scripted_server: Served, open_page: OpenPage) -> None:
-    log_in(open_page(), scripted_server.url, BOB)
+def test_other_users_who_join_are_announced(chat: Page, scripted_server: Served, open_page: OpenPage) -> None:
+    open_chat(open_page(), scripted_server.url, BOB)
     expect(chat.locator("#notice")).to_have_text("bob joined")
 
 
 @pytest.mark.parametrize("colors", ["light", "dark"])
 @pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
-def test_everything_is_in_sight_and_in_reach(
+def test_everything_is_visible_and_can_be_clicked(
     chat: Page, colors: Literal["light", "dark"], viewport: ViewportSize
 ) -> None:
     chat.emulate_media(color_scheme=colors)

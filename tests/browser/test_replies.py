@@ -1,4 +1,4 @@
-"""What a reply looks like, and what can be taken from it."""
+"""How replies are shown, and how they are copied."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from tests.browser.conftest import OpenPage
-from tests.browser.steps import converse, expect_reply, last_reply, log_in, send
-from tests.conftest import ANN
-from tests.scripted import ScriptedChat
-from tests.serving import Served
+from tests.browser.steps import expect_reply, last_reply, open_chat, open_stored, pass_time, send
+from tests.support.scripted import ScriptedChat
+from tests.support.serving import Served
 
 MARKUP = "<img src=x onerror=\"document.title='run'\"><script>document.title='run'</script><b>bold</b>"
 FORMATTED = """\
@@ -29,14 +28,14 @@ print("<hello>")
 
 
 def clipboard(page: Page) -> str:
-    """What a paste would bring."""
+    """The text of the clipboard."""
     message = page.get_by_label("Message", exact=True)
     message.fill("")
     message.press("ControlOrMeta+v")
     return message.input_value()
 
 
-@pytest.mark.parametrize("reloaded", [False, True], ids=["made", "reloaded"])
+@pytest.mark.parametrize("reloaded", [False, True], ids=["live", "reloaded"])
 def test_markup_in_a_reply_is_text(chat: Page, scripted: ScriptedChat, scripted_server: Served, reloaded: bool) -> None:
     send(chat, f"wait {MARKUP}")
     expect_reply(chat, MARKUP, "in_progress")
@@ -50,7 +49,7 @@ def test_markup_in_a_reply_is_text(chat: Page, scripted: ScriptedChat, scripted_
     expect(chat).not_to_have_title("run")
 
 
-@pytest.mark.parametrize("reloaded", [False, True], ids=["made", "reloaded"])
+@pytest.mark.parametrize("reloaded", [False, True], ids=["live", "reloaded"])
 def test_a_finished_reply_is_formatted(chat: Page, reloaded: bool) -> None:
     send(chat, f"say {FORMATTED}")
     reply = last_reply(chat)
@@ -62,40 +61,47 @@ def test_a_finished_reply_is_formatted(chat: Page, reloaded: bool) -> None:
     expect(reply.locator("pre code")).to_have_text('print("<hello>")')
 
 
-def test_only_full_addresses_are_links_and_pictures_are_not_loaded(chat: Page) -> None:
+def test_only_full_urls_are_links_and_images_are_not_loaded(chat: Page) -> None:
     send(chat, f"say {FORMATTED}")
     expect(last_reply(chat).get_by_role("link")).to_have_text(["a site", "a picture"])
     expect(last_reply(chat).get_by_role("link").first).to_have_attribute("rel", "noopener noreferrer")
     expect(chat.locator("#log img")).to_have_count(0)
 
 
-def test_a_long_history_is_formatted_where_it_is_read(chat: Page) -> None:
-    converse(chat, *("say " + "a line\n" * 30 + f"{number}" for number in range(12)))
-    send(chat, "say **the end**")
+def test_a_long_history_is_formatted_where_it_is_visible(chat: Page) -> None:
+    open_stored(chat, *["a line\n" * 30] * 24, "say **the end**")
     expect(last_reply(chat).locator("strong")).to_have_text("the end")
-    chat.reload()
     first = chat.locator("article.assistant").first
     expect(first.locator("p")).to_have_count(0)
     first.scroll_into_view_if_needed()
     expect(first.locator("p").first).to_contain_text("a line")
 
 
-@pytest.mark.parametrize("way", ["https", "http"])
-def test_a_reply_can_be_copied_as_markdown(scripted_server: Served, open_page: OpenPage, way: str) -> None:
-    page = open_page(permissions=["clipboard-read", "clipboard-write"])
-    if way == "http":
-        page.add_init_script("Object.defineProperty(Navigator.prototype, 'clipboard', { value: undefined })")
-    log_in(page, scripted_server.url, ANN)
-    send(page, f"say {FORMATTED}")
-    page.get_by_role("button", name="Copy", exact=True).click()
+def copy(page: Page, button: str) -> None:
+    """Click on a button that copies something, and wait until the page has announced it."""
+    page.get_by_role("button", name=button, exact=True).wait_for()
+    pass_time(page, 1)  # until the reply is announced
+    page.get_by_role("button", name=button, exact=True).click()
+    pass_time(page, 1)  # until the next announcement
     expect(page.locator("#announcer")).to_have_text(re.compile("Copied"))
+
+
+@pytest.mark.parametrize("scheme", ["https", "http"])
+def test_a_reply_can_be_copied_as_markdown(scripted_server: Served, open_page: OpenPage, scheme: str) -> None:
+    page = open_page(permissions=["clipboard-read", "clipboard-write"])
+    page.clock.install()
+    if scheme == "http":
+        page.add_init_script("Object.defineProperty(Navigator.prototype, 'clipboard', { value: undefined })")
+    open_chat(page, scripted_server.url)
+    send(page, f"say {FORMATTED}")
+    copy(page, "Copy")
     assert clipboard(page) == FORMATTED.rstrip()
 
 
 def test_a_code_block_can_be_copied(scripted_server: Served, open_page: OpenPage) -> None:
     page = open_page(permissions=["clipboard-read", "clipboard-write"])
-    log_in(page, scripted_server.url, ANN)
+    page.clock.install()
+    open_chat(page, scripted_server.url)
     send(page, f"say {FORMATTED}")
-    page.get_by_role("button", name="Copy code").click()
-    expect(page.locator("#announcer")).to_have_text(re.compile("Copied"))
+    copy(page, "Copy code")
     assert clipboard(page) == 'print("<hello>")\n'

@@ -9,24 +9,24 @@ import pytest
 from playwright.sync_api import Locator, Page, expect
 
 from tests.browser.conftest import OpenPage
-from tests.browser.steps import PHONE, converse, entry, expect_reply, log_in, manage, send
-from tests.conftest import BOB
-from tests.scripted import ScriptedChat
-from tests.serving import Served
+from tests.browser.steps import PHONE, converse, entry, expect_reply, manage, open_chat, pass_time, send
+from tests.support.client import BOB
+from tests.support.scripted import ScriptedChat
+from tests.support.serving import Served
 
 
 def titles(page: Page) -> Locator:
     return page.locator("#entries a")
 
 
-def begin(page: Page, *questions: str) -> None:
-    """Ask each in a conversation of its own."""
-    for question in questions:
+def begin(page: Page, *messages: str) -> None:
+    """Send each message in a new conversation."""
+    for message in messages:
         page.get_by_role("button", name="New chat").click()
-        converse(page, question)
+        converse(page, message)
 
 
-def test_a_conversation_is_listed_once_it_is_made(chat: Page, scripted: ScriptedChat, scripted_server: Served) -> None:
+def test_a_conversation_is_listed_when_it_begins(chat: Page, scripted: ScriptedChat, scripted_server: Served) -> None:
     expect(chat.locator("#entries-note")).to_have_text("Your conversations will be listed here.")
     send(chat, "wait for me")
     expect(titles(chat)).to_have_text(["wait for me"])
@@ -55,14 +55,14 @@ def test_the_open_conversation_is_marked(chat: Page) -> None:
     expect(current).to_have_count(0)
 
 
-def test_others_conversations_are_not_listed(chat: Page, scripted_server: Served, open_page: OpenPage) -> None:
+def test_conversations_of_other_users_are_not_listed(chat: Page, scripted_server: Served, open_page: OpenPage) -> None:
     begin(chat, "say one")
     other = open_page()
-    log_in(other, scripted_server.url, BOB)
+    open_chat(other, scripted_server.url, BOB)
     expect(other.locator("#entries-note")).to_have_text("Your conversations will be listed here.")
 
 
-def test_a_long_list_loads_as_it_is_scrolled(chat: Page) -> None:
+def test_a_long_list_is_loaded_while_it_is_scrolled(chat: Page) -> None:
     chat.evaluate("""() => new Promise((resolve) => {
         const socket = new WebSocket('ws', ['chat.v1']);
         let asked = 0;
@@ -83,18 +83,30 @@ def test_a_long_list_loads_as_it_is_scrolled(chat: Page) -> None:
     assert titles(chat).all_inner_texts() == [f"say {number}" for number in range(120, 0, -1)]
 
 
-def test_a_search_finds_titles_and_what_was_said(chat: Page) -> None:
+def test_a_list_that_is_cut_off_is_an_error(chat: Page) -> None:
+    chat.route("**/v1/conversations?*", lambda route: route.fulfill(body='{"data": ['))
+    chat.reload()
+    expect(chat.locator("#entries-note")).to_have_text("The list could not be loaded.")
+
+
+def search_for(page: Page, words: str) -> None:
+    """Type into the search field, and skip the time for which the page waits for more words."""
+    page.get_by_label("Search").fill(words)
+    pass_time(page, 1)
+
+
+def test_a_search_finds_titles_and_messages(chat: Page) -> None:
     begin(chat, "say apples and pears", "say plums")
     converse(chat, "say cherries")
-    search = chat.get_by_label("Search")
-    search.fill("apples")
+    chat.clock.install()
+    search_for(chat, "apples")
     expect(titles(chat)).to_have_text(["say apples and pears"])
-    search.fill("cherries")
+    search_for(chat, "cherries")
     expect(titles(chat)).to_have_text(["say plums"])
-    search.fill("bananas")
+    search_for(chat, "bananas")
     expect(titles(chat)).to_have_count(0)
     expect(chat.get_by_role("status")).to_have_text("Nothing found.")
-    search.fill("")
+    search_for(chat, "")
     expect(titles(chat)).to_have_count(2)
 
 
@@ -124,7 +136,7 @@ def test_the_open_conversation_shows_its_new_title(chat: Page) -> None:
     expect(chat).to_have_title("Numbers · Parley")
 
 
-def test_a_rename_can_be_given_up(chat: Page) -> None:
+def test_a_rename_can_be_cancelled(chat: Page) -> None:
     begin(chat, "say one")
     manage(chat, "say one", "Rename")
     chat.get_by_label("New title").fill("Numbers")
@@ -134,7 +146,7 @@ def test_a_rename_can_be_given_up(chat: Page) -> None:
     expect(titles(chat)).to_have_text(["say one"])
 
 
-def test_a_conversation_is_deleted_once_that_is_confirmed(chat: Page) -> None:
+def test_a_conversation_is_deleted_after_confirmation(chat: Page) -> None:
     begin(chat, "say one", "say two")
     manage(chat, "say one", "Delete")
     question = chat.get_by_role("alertdialog", name="Delete this conversation?")
@@ -149,7 +161,7 @@ def test_a_conversation_is_deleted_once_that_is_confirmed(chat: Page) -> None:
     expect(titles(chat)).to_have_text(["say two"])
 
 
-def test_deleting_the_open_conversation_leads_to_a_new_one(chat: Page, scripted: ScriptedChat) -> None:
+def test_deleting_the_open_conversation_opens_a_new_one(chat: Page, scripted: ScriptedChat) -> None:
     send(chat, "wait for me")
     expect_reply(chat, "for me", "in_progress")
     manage(chat, "wait for me", "Delete")
@@ -172,7 +184,7 @@ def test_a_conversation_can_be_exported(chat: Page, action: str, ending: str) ->
         assert [item["content"] for item in json.loads(text)["items"]] == ["say one", "one"]
 
 
-def test_on_a_phone_the_list_is_a_drawer(chat: Page) -> None:
+def test_the_list_is_a_drawer_on_a_phone(chat: Page) -> None:
     begin(chat, "say one", "say two")
     chat.set_viewport_size(PHONE)
     drawer, opener = chat.get_by_role("dialog"), chat.get_by_role("button", name="Conversations")
@@ -183,7 +195,7 @@ def test_on_a_phone_the_list_is_a_drawer(chat: Page) -> None:
     expect(drawer).to_be_hidden()
     expect(opener).to_be_focused()
     opener.click()
-    for _ in range(20):  # the focus goes round in the drawer, and maybe the browser's own bars
+    for _ in range(20):  # the focus stays in the drawer, and perhaps the bars of the browser
         chat.keyboard.press("Tab")
         assert chat.evaluate("document.activeElement.closest('.room')") is None
     entry(chat, "say one").get_by_role("link").click()
@@ -193,7 +205,7 @@ def test_on_a_phone_the_list_is_a_drawer(chat: Page) -> None:
     expect(titles(chat).first).to_be_visible()
 
 
-def test_escape_in_an_open_drawer_stops_no_reply(chat: Page, scripted: ScriptedChat) -> None:
+def test_escape_in_the_drawer_does_not_stop_the_reply(chat: Page, scripted: ScriptedChat) -> None:
     chat.set_viewport_size(PHONE)
     send(chat, "wait for me")
     expect_reply(chat, "for me", "in_progress")

@@ -1,0 +1,151 @@
+"""Runs the engine in a thread of its own, and hands its tokens to the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import gc
+import logging
+import queue
+import threading
+from collections.abc import AsyncGenerator, Callable, Iterable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+from models.engine.engine import Engine
+from models.engine.recovery import Outcome, StepRecovery
+from models.engine.sequence import Sequence, Token
+from models.errors import EngineError, one_line
+
+logger = logging.getLogger("parley")
+
+
+class AsyncEngine:
+    """Steps an engine in a thread while it has sequences; the thread sleeps while it has none.
+
+    Commands reach the thread through a queue and run between two steps; tokens come back to the event loop, one call
+    for each step. All methods belong to the event loop, where `on_shrink` is called with the number of slots that are
+    left after the memory ran out. `on_step` is called in the thread, with the seconds of each step.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        on_shrink: Callable[[int], None] | None = None,
+        on_step: Callable[[float], None] | None = None,
+    ) -> None:
+        self.engine = engine
+        self.trouble: str | None = None  # why no more tokens come, in one line
+        self.died = asyncio.Event()  # set when the thread has failed, not when it was stopped
+        self._commands: queue.SimpleQueue[tuple[Callable[[Sequence], None], Sequence] | None] = queue.SimpleQueue()
+        self._streams: dict[Sequence, asyncio.Queue[Token | None]] = {}
+        self._loop = asyncio.get_running_loop()
+        self._recovery = StepRecovery(engine, partial(self._call, on_shrink) if on_shrink else None, on_step)
+        _end_openmp_threads()
+        _freeze_garbage()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    async def generate(self, sequence: Sequence) -> AsyncGenerator[Token, None]:
+        """Yield the tokens of a sequence. Closing the generator frees its slot. Raises EngineError."""
+        if self.trouble:
+            raise EngineError(self.trouble)
+        stream = self._streams[sequence] = asyncio.Queue()
+        self._commands.put((self.engine.add, sequence))
+        try:
+            while token := await stream.get():
+                yield token
+                if token.finish_reason:
+                    return
+            raise EngineError("the engine could not go on with a reply")
+        finally:
+            del self._streams[sequence]
+            self._commands.put((self.engine.cancel, sequence))
+
+    def compile(self, cache: Path) -> None:
+        """Compile the model in another thread while the engine goes on. If that fails, the engine stays as it is."""
+
+        def run() -> None:
+            try:
+                self.engine.runner.compile(cache)
+            except Exception as error:  # torch's compiler and the system raise many kinds
+                logger.warning("the model is not compiled and stays a little slower: %s", one_line(error))
+
+        threading.Thread(target=run, name="compile", daemon=True).start()
+
+    async def stop(self) -> None:
+        """End the thread after its current step; sequences that still run fail."""
+        self._commands.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    def _run(self) -> None:
+        trouble = None
+        try:
+            keep_memory()
+            while self._run_commands():
+                self._call(self._deliver, self._recovery.step())
+        except BaseException as error:  # whatever it is, those who wait for tokens must hear of it
+            logger.critical("the engine stopped", exc_info=True)
+            trouble = one_line(f"the engine stopped: {one_line(error)}")
+        self._call(self._end, trouble)
+
+    def _run_commands(self) -> bool:
+        """Run all commands in the queue; wait for one while there is nothing to step. False means stop."""
+        while True:
+            try:
+                command = self._commands.get(block=self.engine.idle)
+            except queue.Empty:
+                return True
+            if command is None:
+                return False
+            self._run_command(*command)
+
+    def _run_command(self, method: Callable[[Sequence], None], sequence: Sequence) -> None:
+        try:
+            method(sequence)
+        except Exception:
+            logger.exception("the engine could not take a sequence; its reply ends here")
+            self.engine.cancel(sequence)
+            self._call(self._deliver, [(sequence, None)])
+            self.engine.runner.probe()
+
+    def _call(self, function: Callable[..., object], *arguments: object) -> None:
+        """Have the event loop call a function."""
+        with suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(function, *arguments)
+
+    def _deliver(self, outcomes: Iterable[Outcome]) -> None:
+        """Pass tokens on to those who wait for them; None means that no more come."""
+        for sequence, token in outcomes:
+            if stream := self._streams.get(sequence):  # else it was cancelled meanwhile
+                stream.put_nowait(token)
+
+    def _end(self, trouble: str | None) -> None:
+        """Note that the thread has ended: by `trouble`, or because it was stopped."""
+        self.trouble = trouble or "the engine was stopped"
+        self._deliver([(sequence, None) for sequence in self._streams])
+        if trouble:
+            self.died.set()
+
+
+def _freeze_garbage() -> None:
+    """Exempt all present objects from Python's garbage collector, which would stop a step for 60 ms to visit them."""
+    gc.collect()
+    gc.freeze()
+
+
+def _end_openmp_threads() -> None:
+    """End the OpenMP threads of the calling thread. With more threads than cores, the engine's own ones sleep between
+    two operators instead of spinning, and a step takes 45 ms instead of 10."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libgomp.so.1").omp_pause_resource_all(1)  # omp_pause_soft
+
+
+def keep_memory() -> None:
+    """Have glibc keep the memory that a step frees. To return it and fault it in again took half of a step of 32."""
+    with suppress(OSError, AttributeError):
+        library = ctypes.CDLL(None)
+        library.malloc_trim(0)  # return what loading the model left
+        for parameter in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+            library.mallopt(parameter, 1 << 30)

@@ -1,0 +1,134 @@
+"""Compiles a module to one program, in another process, while the module itself goes on."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import hashlib
+import inspect
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.export import Dim, export
+
+from models.engine import attention
+from models.engine.native import build
+from models.errors import CompilationError
+from models.scratch import exclusive
+
+SOURCE = build.KERNELS.with_name("program.cpp")
+
+Program = Callable[..., Tensor]
+
+
+def compiled(module: nn.Module, inputs: tuple[Tensor, ...], sizes: tuple[Dim, ...], mark: str, cache: Path) -> Program:
+    """A program that computes what the module computes, on the same tensors.
+
+    The whole module becomes one C++ function, by torch's AOTInductor: a step of the embedded model takes 4.5 ms, where
+    Python takes 10 ms to call one operator after another. `inputs` are an example, whose first sizes may vary as
+    `sizes` say; `mark` is anything else that the program depends on, such as the model's configuration. The first time
+    takes a minute; `cache` keeps programs. Raises CompilationError and KernelsUnavailableError.
+    """
+    package = cache / f"{_name(module, mark)}.pt2"
+    if not package.is_file():
+        _compile(module, inputs, sizes, package)
+    if not build.loaded(SOURCE):
+        torch.ops.load_library(build.build(cache, SOURCE))  # type: ignore[no-untyped-call]
+    try:
+        program, tensors = torch.classes.parley.Program(str(package)), _tensors(module)
+        program.load({name: tensors[name].detach() for name in program.constants()})
+        program.run(inputs)
+    except (RuntimeError, KeyError) as error:
+        raise CompilationError(str(error)) from error
+    return lambda *arguments: program.run(arguments)
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers, each by all its names."""
+    return dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])
+
+
+def _name(module: nn.Module, mark: str) -> str:
+    """A name that changes with everything that decides what the program computes."""
+    shapes = [f"{name} {tensor.dtype} {tensor.shape}" for name, tensor in _tensors(module).items()]
+    versions = [str(torch.__version__), transformers.__version__, str(torch.cpu.get_capabilities())]
+    sources = [source.read_text(encoding="utf-8") for source in _sources(module)]
+    whole = "\n".join([*versions, str(build.loaded()), mark, repr(module), *shapes, *sources])
+    return f"step-{hashlib.sha256(whole.encode()).hexdigest()[:16]}"
+
+
+def _sources(module: nn.Module) -> list[Path]:
+    """The files whose code becomes the program, without those of torch and transformers, whose versions are known."""
+    files = {attention.__file__, __file__}
+    for kind in {type(part) for part in module.modules()}:
+        if kind.__module__.partition(".")[0] not in ("torch", "transformers"):
+            with suppress(TypeError, OSError):  # a class that no file defines
+                files.add(inspect.getfile(kind))
+    return sorted(map(Path, files))
+
+
+def _compile(module: nn.Module, inputs: tuple[Tensor, ...], sizes: tuple[Dim, ...], package: Path) -> None:
+    """Compile in another process: in this one the compiler would hold the GIL, and delay replies, for a minute."""
+    shapes = {id(tensor): _empty(tensor) for tensor in [*inputs, *_tensors(module).values()]}
+    twin = copy.deepcopy((module, inputs), shapes)
+    done = subprocess.run(
+        [sys.executable, "-m", __name__],
+        input=pickle.dumps((*twin, sizes, build.loaded(), package)),
+        capture_output=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    if done.returncode:
+        *_, lines = done.stderr.decode(errors="replace").rpartition("Traceback")
+        why = (line for line in lines.splitlines()[1:] if not line.startswith(" "))
+        raise CompilationError(next(why, f"the compiler ended with {done.returncode}"))
+
+
+def _empty(tensor: Tensor) -> Tensor:
+    """A tensor of the same shape without data."""
+    empty = tensor.detach().to("meta")
+    return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+
+
+def _compile_here() -> None:
+    """What the other process does: read a module without its data, write the package."""
+    os.nice(19)  # replies first
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGINT)  # PR_SET_PDEATHSIG: end with the server, and clean up
+    warnings.simplefilter("ignore")
+    module, inputs, sizes, library, package = pickle.load(sys.stdin.buffer)
+    if library:
+        build.load(library)
+    module.to_empty(device="cpu")
+    inputs = tuple(torch.zeros_like(example, device="cpu") for example in inputs)
+    with torch.no_grad():
+        exported = export(module, inputs, dynamic_shapes=[{0: size} for size in sizes], strict=False)
+    options = {
+        "aot_inductor.package_constants_in_so": False,
+        "aot_inductor.precompile_headers": False,  # takes ten seconds, in a folder of /tmp that others can create
+        "always_keep_tensor_constants": True,  # else small constants are compiled in, without their data
+        "joint_graph_constant_folding": False,
+        "cpp.threads": 1,  # for what is left between our kernels: a step of one row takes 4.4 ms, not 4.8
+        "compile_threads": 1,
+    }
+    with exclusive(package.parent, "program") as folder:
+        if package.is_file():  # another process has made it meanwhile
+            return
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)  # before the import below
+        from torch._inductor import aoti_compile_and_package
+
+        made = aoti_compile_and_package(exported, package_path=f"{folder}/{package.name}", inductor_configs=options)
+        Path(made).rename(package)  # whole or not at all: another process may load it at any time
+
+
+if __name__ == "__main__":
+    _compile_here()

@@ -1,0 +1,79 @@
+"""The keys and values of all sequences, in slots."""
+
+from __future__ import annotations
+
+import math
+import mmap
+
+import torch
+from torch import Tensor, nn
+
+from models.engine.native.build import LANES
+from models.errors import CacheTooLargeError
+
+
+class KVCache:
+    """Keys and values of up to `slots` sequences, one row for each slot, and one more row for scratch.
+
+    Each attention module gets two tensors of its own at its first forward, `cached_keys` of (slots + 1, heads,
+    blocks, size, lanes) and `cached_values` of (slots + 1, heads, blocks * lanes, size), on its device and in
+    `dtype` or else its own. So a model has one cache at a time. On a CPU, memory is taken as slots are written.
+    """
+
+    def __init__(self, slots: int, context: int, dtype: torch.dtype | None = None) -> None:
+        self.slots = slots
+        self.context = context
+        self.dtype = dtype
+        self.modules: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def scratch(self) -> int:
+        """The slot for padding tokens, which no sequence ever reads."""
+        return self.slots
+
+    def attach(self, module: nn.Module, key: Tensor, value: Tensor) -> None:
+        """Give an attention module its tensors, shaped like its `key` and `value`, (1, heads, tokens, size).
+
+        Raises CacheTooLargeError.
+        """
+        # On a CPU, keys of LANES positions stand side by side, for the kernel to score them together.
+        lanes = LANES if key.device.type == "cpu" else 1
+        blocks = -(-self.context // lanes)
+        heads, width = value.shape[1], -(-value.shape[3] // lanes) * lanes
+        keys = self._zeros((self.slots + 1, heads, blocks, key.shape[3], lanes), key)
+        values = self._zeros((self.slots + 1, heads, blocks * lanes, width), value)
+        module.register_buffer("cached_keys", keys, persistent=False)
+        module.register_buffer("cached_values", values, persistent=False)
+        self.modules[module] = keys, values
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` positions of a slot to another."""
+        for keys, values in self.modules.values():
+            blocks = -(-length // keys.shape[-1])
+            keys[target, :, :blocks] = keys[source, :, :blocks]
+            values[target, :, :length] = values[source, :, :length]
+
+    def clear(self, slot: int, start: int, end: int) -> None:
+        """Set some positions to zero: an infinity or NaN there would spread through masked sums."""
+        for keys, values in self.modules.values():
+            block, lane = divmod(start, keys.shape[-1])
+            if lane:
+                keys[slot, :, block, :, lane:] = 0
+            keys[slot, :, -(-start // keys.shape[-1]) : -(-end // keys.shape[-1])] = 0
+            values[slot, :, start:end] = 0
+
+    def _zeros(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        dtype = self.dtype or like.dtype
+        try:
+            if like.device.type != "cpu":
+                return torch.zeros(shape, dtype=dtype, device=like.device)
+            # Pages that the system fills in when they are written. torch.zeros writes all of them, and numpy's asks
+            # for huge pages, of which short sequences in many slots touch gigabytes (5.0 GB after 32 chats, not 1.2).
+            memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+            with torch.inference_mode(False):  # the compiler takes no inference tensors
+                return torch.frombuffer(memory, dtype=dtype).view(shape)
+        except (RuntimeError, OSError, OverflowError) as error:
+            raise CacheTooLargeError(
+                f"{like.device} has no room for {self.slots} slots of {self.context} tokens: lower PARLEY_SLOTS "
+                "or PARLEY_CONTEXT"
+            ) from error

@@ -1,0 +1,169 @@
+"""Runs the model: chunks of sequences in, logits out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from transformers import PreTrainedModel
+
+from models.engine.attention import ATTENTION, AttentionMetadata, Span
+from models.engine.batch import Batch
+from models.engine.compilation import Program, compiled
+from models.engine.kv_cache import KVCache
+from models.engine.native import build
+from models.engine.quantization import Int8Linear
+from models.engine.scheduler import Chunk, Placement
+from models.errors import UnsupportedModelError
+
+
+class Forward(nn.Module):
+    """A model's forward over tokens of many sequences in a row, as a function of tensors."""
+
+    def __init__(self, model: PreTrainedModel, native: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.native = native
+
+    def forward(
+        self,
+        ids: Tensor,
+        slots: Tensor,
+        positions: Tensor,
+        logits_at: Tensor,
+        spans: tuple[Span, ...] = (),
+        attach_to: KVCache | None = None,
+    ) -> Tensor:
+        """Logits after the tokens `logits_at`, (sequences, vocabulary); ids, slots and positions are (tokens,)."""
+        logits: Tensor = self.model(
+            input_ids=ids[None],
+            position_ids=positions[None],
+            metadata=AttentionMetadata(slots, positions, spans, self.native, attach_to),
+            use_cache=False,
+            logits_to_keep=logits_at,
+        ).logits
+        return logits[0]
+
+
+class ModelRunner:
+    """A model with its key-value cache. It replaces the model's attention, and checks the result at the start.
+
+    On a CPU our kernels compute the attention, unless `native` is False or they are not loaded. Raises
+    UnsupportedModelError where the attention cannot be replaced, and CacheTooLargeError.
+    """
+
+    def __init__(self, model: PreTrainedModel, slots: int, context: int, native: bool = True) -> None:
+        self.model = model
+        self.device = model.device
+        self.context = context
+        self.native = native and build.loaded() is not None and self.device.type == "cpu"
+        self.quantized = any(isinstance(module, Int8Linear) for module in model.modules())
+        self.cache = KVCache(slots, context, self._cache_dtype())
+        self.program: Program | None = None  # computes what `forward` computes, once it is compiled
+        self.forward = Forward(model, self.native)
+        self.logits_size = self._replace_attention()
+        embeddings = cast(Tensor, model.get_input_embeddings().weight)
+        self.vocabulary = min(self.logits_size, len(embeddings))
+
+    @property
+    def slots(self) -> int:
+        return self.cache.slots
+
+    @torch.inference_mode()
+    def run(self, chunks: Iterable[Chunk]) -> Tensor:
+        """Compute chunks, and the logits after those that give a token, (sequences, vocabulary)."""
+        return self.run_batch(Batch(chunks))
+
+    @torch.inference_mode()
+    def run_batch(self, batch: Batch, attach_to: KVCache | None = None) -> Tensor:
+        """As `run`, for a batch that is made by hand."""
+        inputs = self._inputs(batch)
+        if self.program:
+            return self.program(*inputs)
+        logits: Tensor = self.forward(*inputs, tuple(batch.spans), attach_to)
+        return logits
+
+    @torch.inference_mode()
+    def fill(self, placement: Placement) -> None:
+        """Prepare a slot for a prompt: copy the prefix that another slot holds, and clear the rest."""
+        if placement.length and placement.slot != placement.source:
+            self.cache.copy(placement.source, placement.slot, placement.length)
+        if not self.native:
+            self.cache.clear(placement.slot, placement.length, placement.stale)
+
+    @torch.inference_mode()
+    def discard(self, chunks: Iterable[Chunk]) -> None:
+        """Clear what a failed run may have written."""
+        if not self.native:
+            for chunk in chunks:
+                self.cache.clear(chunk.sequence.slot, chunk.start, chunk.start + chunk.count)
+
+    @torch.inference_mode()
+    def probe(self) -> None:
+        """Run a batch that belongs to no sequence. Raises whatever a broken device raises."""
+        self.run_batch(self._scratch_batch()).sum().item()  # item() waits until the device is done
+
+    def compile(self, cache: Path) -> None:
+        """Compile the model and use the program from then on; `cache` is the folder for programs.
+
+        To be called in another thread than the one that steps, which goes on meanwhile. Raises CompilationError or
+        KernelsUnavailableError.
+        """
+        inputs, tokens, sequences = self._inputs(self._scratch_batch()), Dim("tokens", min=2), Dim("sequences", min=1)
+        sizes = (tokens, tokens, tokens, sequences)
+        self.program = compiled(self.forward, inputs, sizes, repr(self.model.config), cache)
+
+    def _cache_dtype(self) -> torch.dtype | None:
+        """The dtype of keys and values; None is the model's own."""
+        if self.quantized:
+            return torch.bfloat16  # half the bytes to read, at a smaller error than that of int8 linears
+        # The kernel has no float16.
+        return torch.float32 if self.native and self.model.dtype == torch.float16 else None
+
+    def _inputs(self, batch: Batch) -> tuple[Tensor, ...]:
+        """The tensors that `Forward` takes."""
+        if len(batch.ids) == 1:  # a single token would need a program of its own
+            batch.add(self.cache.scratch, [0], 0)
+        numbers = (batch.ids, batch.slots, batch.positions, batch.logits_at or [0])
+        return tuple(torch.tensor(some, device=self.device) for some in numbers)
+
+    def _scratch_batch(self) -> Batch:
+        """A batch in the scratch slot, which no sequence reads."""
+        batch = Batch()
+        batch.add(self.cache.scratch, [0] * 13, 0)
+        batch.logits_at = [3, 7, 12]
+        return batch
+
+    @torch.inference_mode()
+    def _replace_attention(self) -> int:
+        """Have the model's attention run on the slots, and compare it with the original. Returns the logits' size."""
+        layer_types = set(getattr(self.model.config.get_text_config(), "layer_types", None) or ())
+        if unknown := layer_types - {"full_attention", "sliding_attention"}:
+            raise UnsupportedModelError(f"it has {', '.join(sorted(unknown))}")
+        prompt = [(7 * i + 1) % 97 for i in range(min(12, self.context))]
+        self.model.set_attn_implementation("eager")
+        expected = self.model(input_ids=torch.tensor([prompt], device=self.device), use_cache=False).logits[:, -1]
+        self.model.set_attn_implementation(ATTENTION)
+        try:
+            logits = self._prefill_and_decode(prompt)
+        except (TypeError, AttributeError) as error:
+            raise UnsupportedModelError(
+                f"its forward does not take what an attention function needs ({error})"
+            ) from error
+        difference = (logits[0] - expected).abs().max() / expected.abs().max()
+        if not self.cache.modules or not difference < 0.05:
+            raise UnsupportedModelError("its attention does not go through transformers' attention interface")
+        return logits.shape[-1]
+
+    def _prefill_and_decode(self, prompt: list[int]) -> Tensor:
+        """Logits after a prompt whose last token is decoded by itself; gives the attention modules their tensors."""
+        prefill, decode = Batch(), Batch()
+        prefill.add(0, prompt[:-1], 0)
+        decode.add(0, prompt[-1:], len(prompt) - 1)
+        decode.logits_at = [0]
+        self.run_batch(prefill, attach_to=self.cache)
+        return self.run_batch(decode)

@@ -1,0 +1,85 @@
+"""Compiles our C++ once for each machine, and loads the operators `torch.ops.parley.*` of kernels.cpp."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from models.errors import KernelsUnavailableError, one_line
+from models.scratch import exclusive
+
+KERNELS = Path(__file__).with_name("kernels.cpp")
+LANES = 16  # numbers that a vector register of the kernels holds; the layouts of keys and weights follow it
+FLAGS = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c++20", "-Wno-psabi", f"-DPARLEY_LANES={LANES}"]
+
+
+def library(cache: Path, source: Path = KERNELS) -> Path:
+    """The path of the compiled source in `cache`; its name changes with the source, the flags, torch and the CPU."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    cpu = next((line for line in lines if line.startswith("flags")), "")
+    parts = "\n".join([source.read_text(encoding="utf-8"), str(torch.__version__), cpu, *FLAGS])
+    return cache / f"{source.stem}-{hashlib.sha256(parts.encode()).hexdigest()[:16]}.so"
+
+
+def build(cache: Path, source: Path = KERNELS) -> Path:
+    """The library of a source, compiled (in ten seconds) unless `cache` has it. Raises KernelsUnavailableError."""
+    path = library(cache, source)
+    if path.is_file():
+        return path
+    compiler = os.environ.get("CXX", "g++")
+    if not shutil.which(compiler):
+        raise KernelsUnavailableError(f"there is no C++ compiler {compiler} (on Debian: apt-get install g++)")
+    with exclusive(cache, "kernels") as folder:
+        if path.is_file():  # another process has made it meanwhile
+            return path
+        unfinished = folder / path.name
+        torch_home = Path(torch.__file__).parent
+        folders = [f"-I{torch_home}/include", f"-I{torch_home}/include/torch/csrc/api/include", f"-L{torch_home}/lib"]
+        command = [compiler, *FLAGS, *folders, str(source), "-o", str(unfinished), "-lc10", "-ltorch_cpu"]
+        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        if done.returncode:
+            raise KernelsUnavailableError(f"{compiler} failed: {_reason(done.stderr)}")
+        unfinished.rename(path)  # whole or not at all: another process may load it at any time
+    return path
+
+
+def _reason(stderr: str) -> str:
+    """The line of a compiler's or linker's output that says what is wrong."""
+    # Lines that end with a colon name a function; collect2 says only that the linker failed.
+    lines = [line for line in stderr.splitlines() if line.strip() and not line.startswith("collect2:")]
+    lines = [line for line in lines if not line.endswith(":")]
+    errors = [line for line in lines if "error:" in line]
+    return one_line((errors or lines or ["it printed no reason"])[0])
+
+
+def load(path: Path) -> None:
+    """Load the kernels from a compiled library. Raises KernelsUnavailableError."""
+    if loaded():
+        return
+    try:
+        torch.ops.load_library(path)  # type: ignore[no-untyped-call]
+    except OSError as error:
+        raise KernelsUnavailableError(f"{path} cannot be loaded: {one_line(error)}") from error
+    torch.library.register_fake("parley::attention", _attention_shape)
+    torch.library.register_fake("parley::int8_linear", _int8_linear_shape)
+
+
+def loaded(source: Path = KERNELS) -> Path | None:
+    """The library of a source, if this process has loaded it."""
+    libraries = (Path(library) for library in torch.ops.loaded_libraries)
+    return next((library for library in libraries if library.stem.startswith(f"{source.stem}-")), None)
+
+
+def _attention_shape(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
+    return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+
+
+def _int8_linear_shape(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, columns: int) -> Tensor:
+    return x.new_empty(x.shape[0], columns)

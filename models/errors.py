@@ -1,0 +1,351 @@
+"""Every error that Parley raises on purpose, in one tree.
+
+    ParleyError
+    ├── StartError                     the server cannot start: one line for the operator
+    │   ├── SettingsError              a setting has a bad value
+    │   ├── ModelError                 the model cannot be loaded
+    │   │   ├── UnsupportedModelError  the engine cannot run this kind of model
+    │   │   └── CacheTooLargeError     the device has no room for the key-value cache
+    │   ├── DatabaseError              the database cannot be opened
+    │   ├── DataFolderError            the data folder cannot be used
+    │   └── UsersError                 a user cannot be added or removed
+    ├── APIError                       a request is refused, with an HTTP status, a type, a code and a message
+    │   ├── InvalidRequestError   400  InvalidJSON, InvalidValue, MissingField, UnknownField, UnknownEvent,
+    │   │                              UnsupportedParameter, MessagesRejected, ContextLengthExceeded
+    │   │                         404  ConversationNotFound, ItemNotFound, ResponseNotFound, ModelNotFound
+    │   │                         409  ConversationBusy
+    │   │                         413  BodyTooLarge
+    │   ├── AuthenticationError   401  WrongCredentials
+    │   │                         403  OriginNotAllowed
+    │   ├── RateLimitError        429  RateLimitExceeded, TooManyResponses, TooManyConnections, TooManyLogins
+    │   │                         503  QueueFull
+    │   └── ServerError           500  itself, NotStored
+    │                             503  ServerStopping, DatabaseUnavailable
+    └── EngineError                    the engine could not go on with a reply
+        ├── KernelsUnavailableError    the C++ kernels cannot be compiled or loaded
+        └── CompilationError           the model cannot be compiled
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+ErrorType = Literal["invalid_request_error", "rate_limit_error", "authentication_error", "server_error"]
+
+
+class ParleyError(Exception):
+    """The root of the tree."""
+
+
+# The server cannot start
+
+
+class StartError(ParleyError):
+    """The server cannot start; the message is one line for the operator and says what to do."""
+
+
+class SettingsError(StartError):
+    """A setting has a value that is not allowed; the message names the setting, the value and what is allowed."""
+
+
+class ModelError(StartError):
+    """The model cannot be loaded; the message says why and what to do."""
+
+
+class UnsupportedModelError(ModelError):
+    """The engine cannot run this kind of model; `reason` says what is unknown to it."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"the model cannot run on this engine: {reason}; choose a decoder-only model with plain attention"
+        )
+
+
+class CacheTooLargeError(ModelError):
+    """The device has no room for the key-value cache; the message says which setting to lower."""
+
+
+class DatabaseError(StartError):
+    """The database cannot be opened; the message says what to do."""
+
+
+class DataFolderError(StartError):
+    """The data folder cannot be used."""
+
+    def __init__(self, folder: Path, error: OSError) -> None:
+        super().__init__(
+            f"PARLEY_DATA={folder} cannot be used: {error.strerror}; it must be a folder that Parley can write to"
+        )
+
+
+class UsersError(StartError):
+    """A user cannot be added or removed, or the key file is broken; the message says what to do."""
+
+
+# A request is refused
+
+
+class APIError(ParleyError):
+    """A request is refused. `code` and `param` are for programs, the message tells people what to do.
+
+    `status` is the HTTP status; a WebSocket that ends by this error closes with 4000 + `status`.
+    """
+
+    status: int = 400
+    type: ErrorType = "invalid_request_error"
+    code: str | None = None
+    param: str | None = None
+    retry_after: int | None = None  # seconds until it makes sense to try again
+    message: str  # for errors that always say the same
+
+    def __init__(self, message: str | None = None, param: str | None = None) -> None:
+        super().__init__(message or self.message)
+        if param is not None:
+            self.param = param
+
+
+class InvalidRequestError(APIError):
+    """The request itself is wrong: trying again does not help."""
+
+
+class InvalidJSONError(InvalidRequestError):
+    """The body or frame is not a JSON object."""
+
+    code = "invalid_json"
+
+
+class InvalidValueError(InvalidRequestError):
+    """A parameter has a value that is not allowed; `allowed` says what is, where the message is made of it."""
+
+    code = "invalid_value"
+
+    def __init__(self, message: str, param: str, allowed: str | None = None, code: str = "invalid_value") -> None:
+        super().__init__(message, param)
+        self.allowed = allowed
+        self.code = code
+
+
+class MissingFieldError(InvalidRequestError):
+    """A required parameter is missing."""
+
+    code = "missing_field"
+
+
+class UnknownFieldError(InvalidRequestError):
+    """There is no such parameter."""
+
+    code = "invalid_value"
+
+
+class UnknownEventError(InvalidRequestError):
+    """There is no client event of this type."""
+
+    code = "unknown_type"
+    param = "type"
+
+
+class UnsupportedParameterError(InvalidRequestError):
+    """A parameter asks for something that Parley cannot do. To ignore it would change the reply."""
+
+    code = "unsupported_parameter"
+
+    def __init__(self, message: str, param: str, code: str = "unsupported_parameter") -> None:
+        super().__init__(message, param)
+        self.code = code
+
+
+class MessagesRejectedError(InvalidRequestError):
+    """The chat template of the model does not accept the messages."""
+
+    code = "invalid_value"
+    param = "input"
+
+
+class ContextLengthExceededError(InvalidRequestError):
+    """The prompt leaves no room for a reply in the context."""
+
+    code = "context_length_exceeded"
+    param = "input"
+
+
+class BodyTooLargeError(InvalidRequestError):
+    """The request body is too large."""
+
+    status = 413
+    code = "body_too_large"
+
+
+class ConversationNotFoundError(InvalidRequestError):
+    """The conversation does not exist, or belongs to another user."""
+
+    status = 404
+    code = "conversation_not_found"
+    message = "there is no such conversation"
+
+
+class ItemNotFoundError(InvalidRequestError):
+    """The item is not in the conversation."""
+
+    status = 404
+    code = "item_not_found"
+    param = "after"
+    message = "there is no such item in the conversation"
+
+
+class ResponseNotFoundError(InvalidRequestError):
+    """The response does not exist, is no longer kept, or belongs to another user."""
+
+    status = 404
+    code = "response_not_found"
+    param = "response_id"
+
+
+class ModelNotFoundError(InvalidRequestError):
+    """The request names another model than the one that is loaded."""
+
+    status = 404
+    code = "model_not_found"
+    param = "model"
+
+    def __init__(self, loaded: str) -> None:
+        super().__init__(f"this server has one model: {loaded}")
+
+
+class ConversationBusyError(InvalidRequestError):
+    """Another reply is running in the conversation."""
+
+    status = 409
+    code = "conversation_busy"
+    message = "a reply is running in this conversation: wait until it ends, or cancel it"
+
+
+class AuthenticationError(APIError):
+    """It is not known who asks, or the browser page that asks is not trusted."""
+
+    status = 401
+    type = "authentication_error"
+
+
+class WrongCredentialsError(AuthenticationError):
+    """The credentials are missing or belong to no user."""
+
+    code = "invalid_credentials"
+    message = "authentication failed"
+
+
+class OriginNotAllowedError(AuthenticationError):
+    """A page of another site uses the session cookie."""
+
+    status = 403
+    code = "origin_not_allowed"
+    message = "the origin of this page is not in PARLEY_ORIGINS"
+
+
+class RateLimitError(APIError):
+    """There are too many requests at the moment: trying again later helps."""
+
+    status = 429
+    type = "rate_limit_error"
+
+
+class RateLimitExceededError(RateLimitError):
+    """The user has reached PARLEY_RATE or PARLEY_TOKEN_RATE."""
+
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class TooManyResponsesError(RateLimitError):
+    """The user has too many replies running or waiting."""
+
+    code = "too_many_responses"
+    retry_after = 1
+
+
+class TooManyConnectionsError(RateLimitError):
+    """The user has too many connections."""
+
+    code = "too_many_sockets"
+    message = "you have too many open connections"
+
+
+class TooManyLoginsError(RateLimitError):
+    """Too many logins from one address have failed."""
+
+    code = "too_many_failures"
+    message = "too many failed logins from your address: wait a minute"
+    retry_after = 60
+
+
+class QueueFullError(RateLimitError):
+    """The wait queue is full."""
+
+    status = 503
+    code = "queue_full"
+    retry_after = 5
+
+
+class ServerError(APIError):
+    """The server failed; the client did nothing wrong."""
+
+    status = 500
+    type = "server_error"
+    code = "server_error"
+    message = "the server failed; try again"
+
+
+class ServerStoppingError(ServerError):
+    """The server is stopping and accepts no new requests."""
+
+    status = 503
+    code = "server_shutdown"
+    message = "the server is stopping: try again in a moment"
+    retry_after = 5
+
+
+class DatabaseUnavailableError(ServerError):
+    """The database cannot be read at the moment."""
+
+    status = 503
+    code = "database_unavailable"
+    message = "the database cannot be read at the moment: try again soon"
+    retry_after = 5
+
+
+class NotStoredError(ServerError):
+    """A warning: the reply goes on, but it cannot be stored at the moment."""
+
+    code = "not_kept"
+    message = "messages cannot be stored at the moment; they are stored as soon as possible"
+
+
+# The engine fails
+
+
+class EngineError(ParleyError):
+    """The engine could not go on with a reply; the log has the reason."""
+
+
+class KernelsUnavailableError(EngineError):
+    """The C++ kernels cannot be compiled or loaded on this machine; the message says why."""
+
+
+class CompilationError(EngineError):
+    """The model cannot be compiled, or the compiled program does not run; the message says why."""
+
+
+def one_line(error: BaseException | str, limit: int = 300) -> str:
+    """What an error is and says, in one line of at most `limit` characters; an error of ours needs no type.
+
+    An error that wraps another one, as SQLAlchemy's do, is described by the wrapped one, which is shorter.
+    """
+    if isinstance(error, BaseException):
+        error = getattr(error, "orig", None) or error
+        text = " ".join(str(error).split())
+        prefix = [] if text and isinstance(error, ParleyError) else [type(error).__name__]
+        error = ": ".join([*prefix, text] if text else prefix)
+    return " ".join(error.split())[:limit]

@@ -1,0 +1,280 @@
+"""Runs replies, and keeps for a while those that no conversation keeps."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager, suppress
+
+from models.errors import (
+    APIError,
+    ConversationBusyError,
+    ConversationNotFoundError,
+    EngineError,
+    NotStoredError,
+    ResponseNotFoundError,
+    ServerError,
+)
+from models.generation.admission import Admission
+from models.generation.events import Finished
+from models.generation.interface import (
+    Follower,
+    Listener,
+    ResponseRequest,
+    Stateless,
+    StoredConversation,
+)
+from models.generation.response import ActiveResponse, Phase, replay
+from models.language.chat import Chat, Reply
+from models.language.events import Done, TextDelta
+from models.ops.logs import log
+from models.ops.metrics import Metrics, ResponseTimer
+from models.settings import Settings
+from models.store.buffered_replies import BufferedReply
+from models.store.conversations import Conversations
+from models.store.item import Item, Status, items_up_to, left_out, visible_messages
+from models.store.write_buffer import WriteBuffer
+
+logger = logging.getLogger("parley")
+
+WRITE_SECONDS = 0.5  # from one write of all growing replies to the next
+
+
+class ResponseManager:
+    """Runs each reply in tasks of its own, whoever follows it, and stores replies while they grow.
+
+    A reply that nobody follows for `linger` seconds is ended. A reply of no conversation can be followed for as long
+    after its end, as far as the write buffer has room.
+    """
+
+    def __init__(
+        self, chat: Chat, admission: Admission, write_buffer: WriteBuffer, metrics: Metrics, linger: int
+    ) -> None:
+        self._chat = chat
+        self._admission = admission
+        self._write_buffer = write_buffer
+        self._metrics = metrics
+        self._linger = linger
+        self._active: dict[str, ActiveResponse] = {}
+
+    @classmethod
+    @asynccontextmanager
+    async def running(
+        cls, chat: Chat, admission: Admission, conversations: Conversations, settings: Settings, metrics: Metrics
+    ) -> AsyncIterator[ResponseManager]:
+        """A manager whose replies are written while they grow, and end with the context."""
+        if count := await conversations.fail_unfinished():
+            logger.warning("%d replies were cut off when the server ended; they are kept as far as they came", count)
+        write_buffer = WriteBuffer(conversations, settings.replay_bytes)
+        manager = cls(chat, admission, write_buffer, metrics, settings.linger)
+        writing = asyncio.create_task(manager._write_growing())
+        try:
+            yield manager
+        finally:
+            await manager._end_all()
+            writing.cancel()
+            await asyncio.wait([writing])
+            if write_buffer.unwritten and not await write_buffer.write([]):
+                logger.error("replies that could not be stored, and are lost: %d", write_buffer.unwritten)
+
+    @property
+    def trouble(self) -> str | None:
+        """Why nothing can be stored at the moment, if so."""
+        return self._write_buffer.trouble
+
+    # What clients ask for
+
+    def create(self, request: ResponseRequest, listener: Listener) -> str:
+        """Start a reply, tell its events to a listener, and return its id. Raises ConversationBusyError."""
+        response = ActiveResponse(request, self._chat.defaults)
+        if self._active_in(request.user, response.conversation):
+            raise ConversationBusyError
+        response.add_listener(listener)
+        response.start(self._generate(response), self._conclude(response))
+        self._active[response.id] = response
+        return response.id
+
+    async def follow(self, user: str, id: str, starting_after: int, follower: Follower) -> None:
+        """Tell a follower the events after a text delta, up to the last. Raises ResponseNotFoundError."""
+        response = self._active.get(id)
+        if response and response.user == user:
+            return await response.catch_up(follower, starting_after)
+        found = await self._write_buffer.find_reply(user, id)
+        if found is None:
+            raise ResponseNotFoundError("there is no such reply, or it is no longer kept")
+        conversation, reply = found
+        await replay(follower, id, reply.deltas, starting_after)
+        follower.on_event(Finished(conversation, reply))
+
+    def leave(self, listener: Listener) -> None:
+        """Tell a listener nothing more. A reply that nobody follows ends after a while."""
+        for response in self._active.values():
+            response.remove_listener(listener, self._linger)
+
+    def cancel(self, user: str, id: str) -> None:
+        """End a reply. Raises ResponseNotFoundError."""
+        response = self._active.get(id)
+        if response is None or response.user != user:
+            raise ResponseNotFoundError("no such reply is running")
+        response.cancel(Status.CANCELLED, "client_cancelled")
+
+    def cancel_all(self, listener: Listener) -> None:
+        """End all replies that a listener follows."""
+        for response in self._active.values():
+            if response.is_followed_by(listener):
+                response.cancel(Status.CANCELLED, "client_cancelled")
+
+    def abandon(self, user: str, id: str) -> None:
+        """End a reply whose client has gone, if it is still running."""
+        response = self._active.get(id)
+        if response and response.user == user:
+            response.cancel(Status.CANCELLED, "client_disconnected")
+
+    async def delete_conversation(self, user: str, id: str) -> None:
+        """Delete a conversation; a reply that is running in it ends first. Raises ConversationNotFoundError."""
+        for response in self._active_in(user, id):
+            response.cancel(Status.CANCELLED, "client_cancelled")
+            await response.concluded()
+        await self._write_buffer.delete(user, id)
+
+    # What the operator does
+
+    def revoke(self, user: str) -> None:
+        """End the stateless replies of a user whose secret is no longer valid; others end with their connections."""
+        for response in self._active.values():
+            if isinstance(response.request.target, Stateless) and response.user == user:
+                response.cancel(Status.FAILED, "revoked")
+
+    async def drain(self, seconds: float) -> None:
+        """Refuse new replies, give the running ones some seconds to finish, and end the others."""
+        self._admission.close()
+        if self._active:
+            logger.warning("replies that have %g s to finish: %d", seconds, len(self._active))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    for response in list(self._active.values()):
+                        await response.concluded()
+        await self._end_all()
+
+    async def _end_all(self) -> None:
+        responses = list(self._active.values())
+        for response in responses:
+            response.cancel(Status.FAILED, "server_shutdown")
+        for response in responses:
+            await response.concluded()
+
+    # The life of a reply
+
+    async def _generate(self, response: ActiveResponse) -> None:
+        """Generate a reply: prompt, storage, slot, text."""
+        timer = self._metrics.time_response()
+        with self._admission.ticket(response.user) as ticket:
+            before = await self._items_before(response)
+            try:
+                reply = await self._prepare(response, before)
+                ticket.usage = reply.usage
+                await self._announce(response, len(before))
+                del before  # a reply may run long, and a conversation be large
+                async for place in ticket.wait():
+                    response.set_position(place)
+                await self._stream(response, reply, timer)
+            finally:
+                timer.end(ticket.waited, response.usage)
+
+    async def _prepare(self, response: ActiveResponse, before: Sequence[Item]) -> Reply:
+        """The reply with its prompt, of the items before it and the messages of the request."""
+        request = response.request
+        messages = [*visible_messages(before), *request.messages]
+        whole = isinstance(request.target, Stateless)
+        reply = await self._chat.prepare(messages, request.options, whole)
+        response.set_prompt(reply.usage, left_out(before) + reply.left_out)
+        return reply
+
+    async def _items_before(self, response: ActiveResponse) -> Sequence[Item]:
+        """The items of the conversation that come before the messages of the request."""
+        target = response.request.target
+        if not isinstance(target, StoredConversation):
+            return []
+        items = await self._write_buffer.items(response.user, target.id)
+        if not items and not target.create:
+            raise ConversationNotFoundError
+        return items_up_to(items, target.after)
+
+    async def _announce(self, response: ActiveResponse, position: int) -> None:
+        """Store the messages and the empty reply, then tell that the reply will come."""
+        if response.conversation is None:
+            return response.announce()
+        messages = [Item.of_message(message, response.created) for message in response.request.messages]
+        reply = BufferedReply(response.user, response.conversation, response.item, messages, position)
+        stored = await self._write_buffer.begin(reply)
+        response.announce()
+        if not stored:
+            response.warn(NotStoredError())
+
+    async def _stream(self, response: ActiveResponse, reply: Reply, timer: ResponseTimer) -> None:
+        async with aclosing(reply.events()) as events:
+            async for event in events:
+                match event:
+                    case TextDelta(text):
+                        timer.delta()
+                        response.add_text(text)
+                    case Done(reason):
+                        response.end(reason)
+
+    async def _conclude(self, response: ActiveResponse) -> None:
+        """Wait until a reply ends in any way; finish it where it was announced, else reject it."""
+        error = await response.generated()
+        if isinstance(error, asyncio.CancelledError):
+            response.end_cancelled()
+        elif error is not None:
+            if not isinstance(error, APIError):
+                logger.error("%s failed", response.id, exc_info=None if isinstance(error, EngineError) else error)
+            if response.phase is Phase.PREPARING:
+                return self._reject(response, error if isinstance(error, APIError) else ServerError())
+            response.fail()
+        await self._store(response)
+        del self._active[response.id]
+        self._record(response, response.status, response.reason)
+        response.finish()
+
+    def _reject(self, response: ActiveResponse, error: APIError) -> None:
+        del self._active[response.id]
+        self._record(response, "refused", error.code)
+        response.reject(error)
+
+    async def _store(self, response: ActiveResponse) -> None:
+        """Store the end of a reply: in its conversation, or in memory for a while."""
+        if isinstance(response.request.target, Stateless):
+            return
+        if response.conversation is None:
+            asyncio.get_running_loop().call_later(self._linger, self._write_buffer.forget, response.id)
+        stored = await self._write_buffer.finish(BufferedReply(response.user, response.conversation, response.item))
+        if not stored and response.conversation is not None:
+            response.warn(NotStoredError())
+
+    def _record(self, response: ActiveResponse, status: str, reason: str | None) -> None:
+        """Count how a reply ended, and log it."""
+        self._metrics.responses.labels(status, reason).inc()
+        details: dict[str, object] = {
+            "response": response.id,
+            "user": response.user,
+            "status": status,
+            "reason": reason,
+        }
+        log("reply", **details, **response.usage.counts(), seconds=round(response.seconds, 3))
+
+    async def _write_growing(self) -> None:
+        while True:
+            await asyncio.sleep(WRITE_SECONDS)
+            growing = [one for one in self._active.values() if one.has_text and one.conversation is not None]
+            waiting = self._write_buffer.unwritten or self._write_buffer.trouble
+            if (growing or waiting) and not await self._write_buffer.write(response.item for response in growing):
+                for response in growing:
+                    response.warn(NotStoredError())
+
+    def _active_in(self, user: str, conversation: str | None) -> list[ActiveResponse]:
+        """The reply that is running in a conversation of a user, if any."""
+        if conversation is None:
+            return []
+        return [one for one in self._active.values() if (one.user, one.conversation) == (user, conversation)]

@@ -1,0 +1,45 @@
+"""How many requests and tokens a user may have in a span of time."""
+
+from __future__ import annotations
+
+import math
+import time
+
+from limits import RateLimitItem, parse
+from limits.storage import MemoryStorage
+from limits.strategies import FixedWindowRateLimiter, MovingWindowRateLimiter, RateLimiter as Strategy
+
+from models.errors import RateLimitExceededError
+
+
+class RateLimiter:
+    """Counts the requests and tokens of each user against limits such as "60/minute"; None is no limit.
+
+    Requests count in a moving window. Tokens count in one that begins with the first of them, since a moving window
+    would keep an entry for each token.
+    """
+
+    def __init__(self, requests: str | None = None, tokens: str | None = None) -> None:
+        self._requests = parse(requests) if requests else None
+        self._tokens = parse(tokens) if tokens else None
+        storage = MemoryStorage()
+        self._asked, self._spent = MovingWindowRateLimiter(storage), FixedWindowRateLimiter(storage)
+
+    def count_request(self, user: str) -> None:
+        """Count a request, if it is allowed. Raises RateLimitExceededError."""
+        if self._tokens and not self._spent.test(self._tokens, "tokens", user):
+            raise _exceeded(self._spent, self._tokens, "tokens", user)
+        if self._requests and not self._asked.hit(self._requests, "requests", user):
+            raise _exceeded(self._asked, self._requests, "requests", user)
+
+    def count_tokens(self, user: str, tokens: int) -> None:
+        """Count tokens that were read and written."""
+        if self._tokens:
+            self._spent.hit(self._tokens, "tokens", user, cost=tokens)
+
+
+def _exceeded(strategy: Strategy, limit: RateLimitItem, of: str, user: str) -> RateLimitExceededError:
+    """The error that says of what there was too much, and when to try again."""
+    seconds = max(1, math.ceil(strategy.get_window_stats(limit, of, user).reset_time - time.time()))
+    allowed = str(limit).replace(" per", f" {of} per", 1)
+    return RateLimitExceededError(f"you may have {allowed}: try again in {seconds} s", seconds)

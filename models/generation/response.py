@@ -1,0 +1,220 @@
+"""A reply that is running, and those who follow it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Coroutine, Sequence
+from enum import Enum, auto
+from typing import Any
+
+from models.errors import APIError
+from models.generation.events import Created, Finished, Queued, Rejected, ResponseEvent, TextDelta, Warned
+from models.generation.interface import Follower, Listener, NewConversation, ResponseRequest, StoredConversation
+from models.messages import FinishReason, Usage
+from models.options import Options
+from models.store.item import Item, Status
+
+BATCH = 256  # text deltas that are replayed before the follower has to have passed them on
+
+
+class Phase(Enum):
+    """How far a response is."""
+
+    PREPARING = auto()  # its prompt is made, and its messages are stored
+    RUNNING = auto()  # it is announced: it waits for a slot, or generates
+    FINISHED = auto()
+
+
+class ActiveResponse:
+    """A reply that is running. It keeps what has come so far, and tells events to those who follow it.
+
+    `ResponseManager` runs it: one task generates the reply, a second one waits for the end of the first and stores the
+    result. Nobody else changes its fields.
+    """
+
+    def __init__(self, request: ResponseRequest, defaults: Options) -> None:
+        self.id = f"resp_{uuid.uuid4().hex}"
+        self.request = request
+        self.created = time.time()
+        self.phase = Phase.PREPARING
+        self.status = Status.IN_PROGRESS
+        self.reason: str | None = None
+        self.usage = Usage(0)
+        self._options = request.options.differences(defaults)
+        self._left_out = 0
+        self._deltas: list[str] = []
+        self._lengths: list[str] = []  # of the deltas
+        self._first_at = self._last_at = 0.0  # when the first and the last delta came
+        self._position = 0  # in the wait queue
+        self._listeners: dict[Listener, bool] = {}  # whether they have caught up
+        self._cancellation: tuple[Status, str] | None = None
+        self._warned = False
+        self._timeout: asyncio.TimerHandle | None = None  # ends the reply that nobody follows
+        self._started_at = time.monotonic()
+        self._generating: asyncio.Task[None]
+        self._concluding: asyncio.Task[None]
+
+    @property
+    def user(self) -> str:
+        return self.request.user
+
+    @property
+    def conversation(self) -> str | None:
+        """The id of the conversation that keeps the reply, if any."""
+        target = self.request.target
+        return target.id if isinstance(target, NewConversation | StoredConversation) else None
+
+    @property
+    def seconds(self) -> float:
+        """How long the response exists."""
+        return time.monotonic() - self._started_at
+
+    @property
+    def has_text(self) -> bool:
+        return bool(self._deltas)
+
+    @property
+    def item(self) -> Item:
+        """The reply as it is stored, as far as it has come."""
+        return Item(
+            self.id,
+            "assistant",
+            "".join(self._deltas),
+            self.created,
+            self.status,
+            self.reason,
+            self.usage.counts(),
+            self._options,
+            self._left_out,
+            " ".join(self._lengths),
+            self._last_at - self._first_at,
+        )
+
+    # The two tasks
+
+    def start(self, generate: Coroutine[Any, Any, None], conclude: Coroutine[Any, Any, None]) -> None:
+        """Start the task that generates the reply and the one that concludes it."""
+        self._generating = asyncio.create_task(generate)
+        self._concluding = asyncio.create_task(conclude)
+
+    async def generated(self) -> BaseException | None:
+        """Wait until the reply is generated. Returns what ended it early, CancelledError too."""
+        await asyncio.wait([self._generating])
+        return asyncio.CancelledError() if self._generating.cancelled() else self._generating.exception()
+
+    async def concluded(self) -> None:
+        """Wait until the response is over."""
+        await asyncio.wait([self._concluding])
+
+    # What happens to it
+
+    def set_prompt(self, usage: Usage, left_out: int) -> None:
+        """The prompt is ready; `usage` grows with the reply."""
+        self.usage, self._left_out = usage, left_out
+
+    def announce(self) -> None:
+        """Tell that the reply will come, since its messages are stored."""
+        self.phase = Phase.RUNNING
+        self._tell(Created(self.id, self.conversation, self._left_out))
+        if self._cancellation:
+            self._generating.cancel()
+
+    def set_position(self, position: int) -> None:
+        """The reply has a new position in the wait queue."""
+        self._position = position
+        self._tell(Queued(self.id, position))
+
+    def add_text(self, text: str) -> None:
+        """A piece of text has come."""
+        self._last_at = asyncio.get_running_loop().time()
+        self._first_at = self._first_at or self._last_at
+        self._position = 0
+        self._deltas.append(text)
+        self._lengths.append(str(len(text)))
+        self._tell(TextDelta(self.id, len(self._deltas), text))
+
+    def end(self, reason: FinishReason) -> None:
+        """The model has ended the reply."""
+        self.status, self.reason = Status.COMPLETED if reason == "stop" else Status.INCOMPLETE, reason
+
+    def cancel(self, status: Status, reason: str) -> None:
+        """End the reply. One that is not announced yet is announced first, since its messages are being stored."""
+        self._cancellation = self._cancellation or (status, reason)
+        if self.phase is Phase.RUNNING:
+            self._generating.cancel()
+
+    def end_cancelled(self) -> None:
+        """The generating task was cancelled, by `cancel` or since the process ends."""
+        self.status, self.reason = self._cancellation or (Status.FAILED, "server_shutdown")
+
+    def fail(self) -> None:
+        """Something went wrong after the reply was announced."""
+        self.status, self.reason = Status.FAILED, "server_error"
+
+    def reject(self, error: APIError) -> None:
+        """Tell that no reply will come."""
+        self._finish()
+        self._tell(Rejected(self.id, error))
+
+    def warn(self, error: APIError) -> None:
+        """Tell, once, that something is wrong although the reply goes on."""
+        if not self._warned:
+            self._warned = True
+            self._tell(Warned(self.id, error))
+
+    def finish(self) -> None:
+        """Tell that the reply has ended."""
+        self._finish()
+        self._tell(Finished(self.conversation, self.item))
+
+    def _finish(self) -> None:
+        self.phase = Phase.FINISHED
+        if self._timeout:
+            self._timeout.cancel()
+
+    # Who follows it
+
+    def add_listener(self, listener: Listener) -> None:
+        """Tell all events from now on to a listener."""
+        self._listeners[listener] = True
+
+    def is_followed_by(self, listener: Listener) -> bool:
+        return listener in self._listeners
+
+    def remove_listener(self, listener: Listener, linger: float) -> None:
+        """Tell a listener nothing more. Where it was the last one, the reply ends after `linger` seconds."""
+        if self._listeners.pop(listener, None) is not None and not self._listeners and self.phase is not Phase.FINISHED:
+            if self._timeout:
+                self._timeout.cancel()
+            self._timeout = asyncio.get_running_loop().call_later(linger, self._end_unless_followed)
+
+    def _end_unless_followed(self) -> None:
+        if not self._listeners:
+            self.cancel(Status.CANCELLED, "client_disconnected")
+
+    async def catch_up(self, follower: Follower, starting_after: int) -> None:
+        """Tell a follower what came after a text delta, then all events from now on."""
+        self._listeners[follower] = False
+        await replay(follower, self.id, self._deltas, starting_after)
+        if self.phase is Phase.FINISHED:
+            return follower.on_event(Finished(self.conversation, self.item))
+        if self._position:
+            follower.on_event(Queued(self.id, self._position))
+        self._listeners[follower] = True
+
+    def _tell(self, event: ResponseEvent) -> None:
+        for listener, caught_up in self._listeners.items():
+            if caught_up:
+                listener.on_event(event)
+
+
+async def replay(follower: Follower, response_id: str, deltas: Sequence[str], starting_after: int) -> None:
+    """Tell a follower the text deltas after a number, and those that are added meanwhile."""
+    while batch := deltas[starting_after : starting_after + BATCH]:
+        for delta in batch:
+            starting_after += 1
+            follower.on_event(TextDelta(response_id, starting_after, delta))
+        if len(batch) == BATCH:
+            await follower.drained()

@@ -1,0 +1,67 @@
+"""The interface of whatever answers messages: messages in, events out. It imports no torch."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any, Protocol
+
+from models.language.events import Event
+from models.messages import Message, Usage
+from models.options import Options
+
+
+class Reply(Protocol):
+    """A reply whose prompt is ready, but of which nothing is generated yet."""
+
+    @property
+    def usage(self) -> Usage:
+        """The tokens of the prompt, and of the reply while it grows."""
+
+    @property
+    def left_out(self) -> int:
+        """How many of the oldest messages after the system prompt had no room in the context."""
+
+    def events(self) -> AsyncGenerator[Event, None]:
+        """Generate the reply. Closing the generator cancels it: its slot is free within one step. Raises EngineError.
+
+        To be called once, when the reply has been admitted.
+        """
+
+
+class Chat(Protocol):
+    """A language model that answers messages."""
+
+    @property
+    def model_name(self) -> str: ...
+
+    @property
+    def context(self) -> int:
+        """How many tokens a prompt and its reply may have together."""
+
+    @property
+    def defaults(self) -> Options:
+        """The options of a reply that chooses none."""
+
+    @property
+    def trouble(self) -> str | None:
+        """Why the model cannot answer at the moment, if so."""
+
+    @property
+    def died(self) -> asyncio.Event:
+        """Set when the model can never answer again."""
+
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        """What the settings came to for this model, ready for JSON."""
+
+    @property
+    def cache_usage(self) -> float:
+        """The share of the key-value cache in use, from 0 to 1."""
+
+    async def prepare(self, messages: list[Message], options: Options, whole: bool = False) -> Reply:
+        """Make the prompt of a reply to the last message.
+
+        Where the messages do not fit the context, the oldest ones are left out, or refused if `whole` is set. Raises
+        MessagesRejectedError or ContextLengthExceededError.
+        """

@@ -1,0 +1,174 @@
+"""Answers messages with our own engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from platformdirs import user_cache_path
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from models.engine.async_engine import AsyncEngine
+from models.engine.engine import Engine
+from models.engine.model_runner import ModelRunner
+from models.engine.sampling_params import SamplingParams
+from models.engine.sequence import Sequence
+from models.errors import ContextLengthExceededError, MessagesRejectedError
+from models.language.detokenizer import UNDECODABLE, Detokenizer
+from models.language.events import Done, Event, TextDelta
+from models.language.model_config import context_length, default_options, stop_token_ids
+from models.language.prompt import PromptBuilder
+from models.language.stop_strings import StopStrings
+from models.messages import FinishReason, Message, Usage
+from models.options import Options
+from models.settings import Settings
+
+
+class EngineChat:
+    """A `Chat` over our engine: builds prompts, shares the engine, turns tokens into text."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        model: PreTrainedModel,
+        settings: Settings,
+        on_shrink: Callable[[int], None] | None = None,
+        on_step: Callable[[float], None] | None = None,
+    ) -> None:
+        self.model_name = settings.model_name
+        self.context = context_length(model, settings)
+        self.defaults = default_options(model, settings)
+        self._tokenizer = tokenizer
+        self._prompts = PromptBuilder(tokenizer, self.context)
+        self._stop_ids = stop_token_ids(tokenizer, model)
+        self._engine = Engine(ModelRunner(model, settings.slots, self.context))
+        self._async_engine = AsyncEngine(self._engine, on_shrink, on_step)
+        if settings.compile and self._engine.runner.native:
+            self._async_engine.compile(user_cache_path("parley") / "compiled")
+        # One thread, since tokenizers are not thread-safe; the event loop stays free meanwhile.
+        self._tokenizer_thread = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+
+    @classmethod
+    @asynccontextmanager
+    async def running(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        model: PreTrainedModel,
+        settings: Settings,
+        on_shrink: Callable[[int], None] | None = None,
+        on_step: Callable[[float], None] | None = None,
+    ) -> AsyncIterator[EngineChat]:
+        """A chat whose threads end with the context.
+
+        `on_shrink` is called with the number of slots that are left after the memory ran out, `on_step` with the
+        seconds of each step, in the engine's thread.
+        """
+        chat = cls(tokenizer, model, settings, on_shrink, on_step)
+        try:
+            yield chat
+        finally:
+            await chat._async_engine.stop()
+            chat._tokenizer_thread.shutdown(wait=False)
+
+    @property
+    def trouble(self) -> str | None:
+        """Why the model cannot answer at the moment, if so."""
+        return self._async_engine.trouble
+
+    @property
+    def died(self) -> asyncio.Event:
+        """Set when the model can never answer again."""
+        return self._async_engine.died
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the settings came to for this model, ready for JSON."""
+        runner = self._engine.runner
+        return {
+            "model": self.model_name,
+            "context": self.context,
+            "device": str(runner.device),
+            "dtype": str(runner.model.dtype).removeprefix("torch."),
+            "quantize": "int8" if runner.quantized else "none",
+            "compiled": runner.program is not None,
+            "options": {**self.defaults.as_json(), "instructions": None},  # the operator's words are not for everybody
+        }
+
+    @property
+    def cache_usage(self) -> float:
+        """The share of the key-value cache in use, from 0 to 1."""
+        return self._engine.cache_usage
+
+    async def prepare(self, messages: list[Message], options: Options, whole: bool = False) -> EngineReply:
+        """Make the prompt of a reply to the last message. Raises MessagesRejectedError, ContextLengthExceededError."""
+        loop = asyncio.get_running_loop()
+        build = self._prompts.build
+        ids, left_out = await loop.run_in_executor(self._tokenizer_thread, build, messages, options, whole)
+        if not ids or max(ids) >= self._engine.runner.vocabulary:
+            raise MessagesRejectedError("the prompt is empty, or has a token that the model does not know")
+        if len(ids) >= self.context:
+            raise ContextLengthExceededError(
+                f"the prompt has {len(ids)} tokens or more, and the context holds {self.context} with the reply: "
+                "shorten the message"
+            )
+        sequence = Sequence(
+            ids,
+            SamplingParams(
+                options.temperature,
+                options.top_p,
+                options.top_k,
+                options.repetition_penalty,
+                options.frequency_penalty,
+                options.presence_penalty,
+            ),
+            options.max_output_tokens or self.context,
+            self._stop_ids,
+            options.seed,
+        )
+        text = ReplyText(Detokenizer(self._tokenizer), StopStrings(options.stop))
+        return EngineReply(self._async_engine, sequence, text, left_out)
+
+
+class EngineReply:
+    """A reply that our engine generates when it is told to."""
+
+    def __init__(self, engine: AsyncEngine, sequence: Sequence, text: ReplyText, left_out: int) -> None:
+        self.usage = Usage(input_tokens=len(sequence.prompt))
+        self.left_out = left_out
+        self._engine = engine
+        self._sequence = sequence
+        self._text = text
+
+    async def events(self) -> AsyncGenerator[Event, None]:
+        """Generate the reply. Closing the generator frees its slot within one step. Raises EngineError."""
+        async with aclosing(self._engine.generate(self._sequence)) as tokens:
+            async for token in tokens:
+                self.usage.output_tokens += 1
+                self.usage.cached_tokens = self._sequence.reused
+                piece, finish_reason = self._text.push(token.id, token.finish_reason)
+                if piece:
+                    yield TextDelta(piece)
+                if finish_reason:
+                    yield Done(finish_reason)
+                    return
+
+
+@dataclass
+class ReplyText:
+    """The text of a reply: never half a character, never a stop string."""
+
+    detokenizer: Detokenizer
+    stop_strings: StopStrings
+
+    def push(self, token_id: int, finish_reason: FinishReason | None) -> tuple[str, FinishReason | None]:
+        """The text that is certain after a token, and why the reply ends, if it does."""
+        piece = self.stop_strings.push("" if finish_reason == "stop" else self.detokenizer.push(token_id))
+        if finish_reason:
+            rest = self.stop_strings.push(self.detokenizer.flush()) + self.stop_strings.flush()
+            piece += rest if finish_reason == "stop" else rest.rstrip(UNDECODABLE)
+        piece = piece.replace("\0", UNDECODABLE)  # as it is stored: PostgreSQL has no U+0000
+        return piece, "stop" if self.stop_strings.found else finish_reason

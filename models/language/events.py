@@ -1,0 +1,24 @@
+"""What a language model says while it answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from models.messages import FinishReason
+
+
+@dataclass(frozen=True)
+class TextDelta:
+    """A piece of the reply's text, never empty."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Done:
+    """The model has ended the reply."""
+
+    reason: FinishReason
+
+
+Event = TextDelta | Done

@@ -1,0 +1,140 @@
+"""Loads the tokenizer and the model that the settings name."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from platformdirs import user_cache_path
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from models.engine import quantization
+from models.engine.native import build
+from models.errors import KernelsUnavailableError, ModelError, one_line
+from models.language.model_files import describe, find, say
+from models.settings import Settings
+
+logger = logging.getLogger("parley")
+
+
+def load(settings: Settings, cache: Path | None = None) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """The tokenizer and the model that the settings name, on their devices, quantized, ready for inference.
+
+    `cache` keeps converted models, by default the user's cache folder. What takes long is announced on stderr.
+    Raises ModelError.
+    """
+    with _interruptible(), ThreadPoolExecutor(1, thread_name_prefix="kernels") as pool:
+        _check_device(settings.device)
+        # Compiling takes ten seconds, once, while the model loads.
+        compiling = pool.submit(_build_kernels, user_cache_path("parley")) if _on_cpu(settings) else None
+        tokenizer, model = _load(settings, cache or user_cache_path("parley"))
+        _quantize(model, settings, compiling)
+    return tokenizer, model
+
+
+def _load(settings: Settings, cache: Path) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    dtype = _dtype(settings)
+    folder = find(settings, dtype, cache)
+    hub = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **hub)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, device_map=settings.device, output_loading_info=True, **hub
+        )
+        model, loading = loaded
+    except Exception as error:  # transformers, the Hub's client and safetensors raise a dozen kinds
+        advice = ""
+        if Path(folder).parent == cache:
+            advice = f"; delete {folder} to have it made again"
+        elif not Path(folder).is_dir():
+            advice = "; check the id and the network, or set PARLEY_MODEL to a folder"
+        raise ModelError(f"{describe(settings)} cannot be loaded: {one_line(error)}{advice}") from error
+    if missing := loading["missing_keys"]:
+        raise ModelError(
+            f"{describe(settings)} is incomplete: {len(missing)} weights are missing, first {min(missing)}"
+        )
+    _set_chat_template(tokenizer, settings)
+    return tokenizer, model.eval()
+
+
+def _build_kernels(cache: Path) -> Path:
+    if not build.library(cache).is_file():
+        say("Compiling for this processor, only once ...")
+    return build.build(cache)
+
+
+def _quantize(model: PreTrainedModel, settings: Settings, compiling: Future[Path] | None) -> None:
+    """Load the kernels, and make the model's linears int8 where the settings and the machine say so."""
+    if compiling is None:
+        if settings.quantize == "int8":
+            raise ModelError("PARLEY_QUANTIZE=int8 is for a CPU: use auto or none, or PARLEY_DEVICE=cpu")
+        return
+    try:
+        build.load(compiling.result())
+    except (KernelsUnavailableError, OSError) as error:
+        if settings.quantize == "int8":
+            raise ModelError(f"PARLEY_QUANTIZE=int8 is not possible: {one_line(error)}") from error
+        logger.warning("replies will be several times slower than they could be: %s", one_line(error))
+        return
+    auto = settings.quantize == "auto" and settings.dtype == "auto" and quantization.fast()
+    if auto or settings.quantize == "int8":
+        quantization.quantize(model, lambda: model(input_ids=torch.tensor([[1, 2, 3]]), use_cache=False))
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let Ctrl-C end a long download: while a server starts, its own signal handlers only take note."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _check_device(device: str) -> None:
+    kind, _, index = device.partition(":")
+    if kind in ("auto", "cpu"):
+        return
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None or accelerator.type != kind or int(index or 0) >= torch.accelerator.device_count():
+        raise ModelError(f"PARLEY_DEVICE={device}: this machine or this build of torch has none; use cpu or auto")
+
+
+def _dtype(settings: Settings) -> torch.dtype:
+    """The settings' dtype; auto is float32 on a CPU, which is fastest there, and bfloat16 on an accelerator."""
+    if settings.dtype != "auto":
+        return getattr(torch, settings.dtype)  # type: ignore[no-any-return]
+    return torch.float32 if _on_cpu(settings) else torch.bfloat16
+
+
+def _on_cpu(settings: Settings) -> bool:
+    return settings.device == "cpu" or (settings.device == "auto" and not torch.accelerator.is_available())
+
+
+def _set_chat_template(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> None:
+    """Set the settings' chat template, if any, and try it."""
+    if settings.chat_template is not None:
+        try:
+            tokenizer.chat_template = settings.chat_template.read_text(encoding="utf-8")
+        except (OSError, UnicodeError) as error:
+            raise ModelError(f"PARLEY_CHAT_TEMPLATE cannot be read: {one_line(error)}") from error
+    if not tokenizer.chat_template:
+        raise ModelError(
+            f"{describe(settings)} has no chat template, so it may not be a chat model: choose an instruction-tuned "
+            "one, or set PARLEY_CHAT_TEMPLATE to a Jinja file"
+        )
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], add_generation_prompt=True)
+    except Exception as error:  # Jinja's own errors, and whatever the expressions of a template raise
+        raise ModelError(f"the chat template of {describe(settings)} fails: {one_line(error)}") from error

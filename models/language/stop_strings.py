@@ -1,0 +1,40 @@
+"""Ends a text at the first stop string, and never shows the beginning of one."""
+
+from __future__ import annotations
+
+
+class StopStrings:
+    """Watches a text that comes in pieces for some strings, and holds back what may be the beginning of one.
+
+    The text ends before the stop string that ends first; of those that end together, before the longest.
+    """
+
+    def __init__(self, strings: tuple[str, ...]) -> None:
+        self._strings = strings
+        self._held = ""
+        self.found = False
+
+    def push(self, piece: str) -> str:
+        """The text that cannot be part of a stop string any more; nothing after one was found."""
+        if self.found:
+            return ""
+        text = self._held + piece
+        ends = [(text.find(string) + len(string), -len(string)) for string in self._strings if string in text]
+        if ends:
+            end, length = min(ends)
+            self.found, self._held = True, ""
+            return text[: end + length]
+        kept = max((_overlap(text, string) for string in self._strings), default=0)
+        self._held = text[len(text) - kept :]
+        return text[: len(text) - kept]
+
+    def flush(self) -> str:
+        """The text that was held back, when no more comes."""
+        piece, self._held = self._held, ""
+        return piece
+
+
+def _overlap(text: str, string: str) -> int:
+    """How many of the last characters of the text are the beginning of the string."""
+    longest = min(len(text), len(string) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(string[:n])), 0)

@@ -1,0 +1,103 @@
+"""How the process ends: running replies may finish first."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from types import FrameType
+
+logger = logging.getLogger("parley")
+
+Drain = Callable[[float], Awaitable[None]]  # its argument: the seconds it may take
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Shutdown:
+    """At a signal, drains the server before the web server's own handler runs; at a second signal, at once.
+
+    uvicorn closes every socket before the lifespan ends, so the end of the lifespan would be too late. Its signal
+    handlers are installed before the lifespan starts, so ours can replace them and call them later.
+    """
+
+    def __init__(self, drain: Drain, seconds: float) -> None:
+        self._drain = drain
+        self._seconds = seconds
+        self._loop = asyncio.get_running_loop()
+        self._handlers = {number: signal.getsignal(number) for number in SIGNALS}
+        self._draining: asyncio.Task[None] | None = None
+        self._signals = 0
+        self._failed = False
+
+    @classmethod
+    @asynccontextmanager
+    async def installed(
+        cls, drain: Drain, seconds: float, broken: Callable[[], Awaitable[object]]
+    ) -> AsyncIterator[None]:
+        """While the context lasts, a signal drains first. The process ends with 1 once `broken` returns.
+
+        Does nothing outside of the main thread, since only that gets signals, nor where there are no handlers to call.
+        """
+        shutdown = cls(drain, seconds)
+        if threading.current_thread() is not threading.main_thread() or not shutdown._has_handlers:
+            yield
+            return
+        watching = asyncio.create_task(shutdown._watch(broken))
+        for number in SIGNALS:
+            signal.signal(number, shutdown._on_signal)
+        try:
+            yield
+        finally:
+            watching.cancel()
+            for number, handler in shutdown._handlers.items():
+                signal.signal(number, handler)
+            if shutdown._failed:
+                shutdown._loop.call_soon(sys.exit, 1)
+
+    @property
+    def _has_handlers(self) -> bool:
+        return all(callable(handler) for handler in self._handlers.values())
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._loop.call_soon_threadsafe(self._stop)  # nothing else: the signal may have interrupted anything
+
+    def _stop(self) -> None:
+        self._signals += 1
+        match self._signals:
+            case 1:
+                logger.warning("stopping; another signal stops at once")
+                self._begin(self._seconds)
+            case 2:
+                logger.warning("stopping at once")
+                self._begin(0)
+            case _:
+                self._end()
+                self._end()
+
+    def _begin(self, seconds: float) -> None:
+        if self._draining:
+            self._draining.cancel()
+        self._draining = asyncio.create_task(self._drain_and_end(seconds))
+
+    async def _drain_and_end(self, seconds: float) -> None:
+        try:
+            await self._drain(seconds)
+        except Exception:
+            logger.exception("a bug in the shutdown of the server")
+        self._end()
+
+    async def _watch(self, broken: Callable[[], Awaitable[object]]) -> None:
+        await broken()
+        self._failed = True
+        self._begin(0)
+
+    def _end(self) -> None:
+        """Have the web server end. uvicorn ends normally at a first SIGINT, and at once at a second one."""
+        handler = self._handlers[signal.SIGINT]
+        assert callable(handler)
+        handler(signal.SIGINT, None)

@@ -1,0 +1,25 @@
+"""What the protocols of a WebSocket need of the connection."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+
+class Close(NamedTuple):
+    """The code and the reason to close a WebSocket with."""
+
+    code: int
+    reason: str
+
+
+class Client(Protocol):
+    """The sending side of a WebSocket. Sending never waits."""
+
+    def send_text(self, text: str) -> None:
+        """Send a text frame after those before it."""
+
+    def send_json(self, value: dict[str, Any]) -> None:
+        """Send a value as JSON after what was sent before."""
+
+    async def drained(self) -> None:
+        """Wait until everything is sent."""

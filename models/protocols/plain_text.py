@@ -1,0 +1,103 @@
+"""The plain text protocol: a text frame in is a message, text frames out are the reply."""
+
+from __future__ import annotations
+
+import asyncio
+
+from models.errors import APIError, ServerError
+from models.generation.events import Finished, Rejected, ResponseEvent, TextDelta, Warned
+from models.generation.interface import (
+    ModelInfo,
+    NewConversation,
+    ResponseRequest,
+    ResponseService,
+    StoredConversation,
+    Target,
+)
+from models.protocols.connection import Client, Close
+from models.store.conversations import Conversations
+from models.store.item import Status
+from models.users.connections import Change
+
+WAITING = 8  # messages that may wait while a reply streams
+
+
+class PlainTextSession:
+    """One client: answers its messages one after the other, in one conversation."""
+
+    def __init__(self, responses: ResponseService, model: ModelInfo, user: str, client: Client) -> None:
+        self._responses = responses
+        self._model = model
+        self._user = user
+        self._client = client
+        self._target: Target = NewConversation(Conversations.new_id())
+        self._messages: asyncio.Queue[str] = asyncio.Queue(WAITING)
+        self._notices: list[str] = []  # lines that wait for the end of the reply
+        self._answering = False
+        self._answered = asyncio.Event()
+        self._task = asyncio.create_task(self._answer_all())
+
+    def receive(self, frame: str | bytes) -> Close | None:
+        """Answer a message in its turn. Returns what to close with where too many wait."""
+        message = frame if isinstance(frame, str) else frame.decode(errors="replace")
+        if message.strip():
+            try:
+                self._messages.put_nowait(message)
+            except asyncio.QueueFull:
+                return Close(1013, f"{WAITING} messages are waiting already")
+        return None
+
+    def presence_changed(self, change: Change, user: str) -> None:
+        """Tell the client who left, between replies."""
+        if change == "left":
+            self._notices.append(f"Client #{user} left the chat")
+            if not self._answering:
+                self._send_notices()
+
+    def close(self) -> None:
+        """The client has gone; its reply goes on for a while."""
+        self._task.cancel()
+        self._responses.leave(self)
+
+    def on_event(self, event: ResponseEvent) -> None:
+        """Tell the client what an event of its reply means to it."""
+        match event:
+            case TextDelta(text=text):
+                self._client.send_text(text)
+            case Warned(error=error):
+                self._notices.append(f"error: {error}")  # the reply goes on
+            case Rejected(error=error):
+                self._send_error(error)
+            case Finished(reply=reply):
+                if reply.status == Status.FAILED:
+                    self._send_error(ServerError())
+                self._answered.set()
+
+    def _send_error(self, error: APIError) -> None:
+        self._client.send_text(f"error: {error}")
+        self._answered.set()
+
+    async def _answer_all(self) -> None:
+        while True:
+            message = await self._messages.get()
+            self._answering = True
+            await self._answer(message)
+            self._answering = False
+            self._send_notices()
+
+    async def _answer(self, message: str) -> None:
+        request = ResponseRequest(
+            self._user, [{"role": "user", "content": message}], self._model.defaults, self._target
+        )
+        if isinstance(self._target, NewConversation):
+            self._target = StoredConversation(self._target.id, create=True)  # from the next message on
+        self._answered.clear()
+        try:
+            self._responses.create(request, self)
+        except APIError as error:
+            return self._send_error(error)
+        await self._answered.wait()
+
+    def _send_notices(self) -> None:
+        while self._notices:
+            self._client.send_text(self._notices.pop(0))

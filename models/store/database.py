@@ -1,0 +1,165 @@
+"""The database of users and conversations: its tables, its migrations, and how it is opened."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+from sqlalchemy import JSON, Dialect, Double, Integer, LargeBinary, TypeDecorator, UnicodeText, column, make_url, table
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import ArgumentError, OperationalError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from models.errors import DatabaseError, DataFolderError
+from models.settings import Settings
+from models.store.item import Status
+
+
+class Text(TypeDecorator[str]):
+    """Any text; U+0000, which PostgreSQL cannot store, becomes U+FFFD."""
+
+    impl = UnicodeText
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
+        """What is stored for a text."""
+        return value and value.replace("\0", "\ufffd")
+
+
+class StatusText(TypeDecorator[Status]):
+    """The status of a reply, as text."""
+
+    impl = UnicodeText
+    cache_ok = True
+
+    def process_bind_param(self, value: Status | None, dialect: Dialect) -> str | None:
+        """What is stored for a status."""
+        return value and value.value
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> Status | None:
+        """The status that is stored."""
+        return Status(value) if value else None
+
+
+users_table = table("users", column("id", Text), column("digest", LargeBinary))
+
+conversations_table = table(
+    "conversations",
+    column("id", Text),
+    column("user_id", Text),
+    column("title", Text),
+    column("created", Double),
+    column("updated", Double),
+)
+
+items_table = table(
+    "items",
+    column("id", Text),
+    column("conversation_id", Text),
+    column("position", Integer),
+    column("role", Text),
+    column("content", Text),
+    column("created", Double),
+    column("status", StatusText),  # this column and the following ones belong to replies only
+    column("reason", Text),
+    column("usage", JSON(none_as_null=True)),
+    column("options", JSON(none_as_null=True)),
+    column("left_out", Integer),
+    column("cuts", Text),
+    column("decode_seconds", Double),
+)
+
+# The statements that lead from each version of the database to the next. Released ones never change. The SQL is that
+# of PostgreSQL, and SQLite understands it, since it takes any word for a type.
+MIGRATIONS = (
+    ("CREATE TABLE IF NOT EXISTS users (id VARCHAR(64) PRIMARY KEY, digest BYTEA NOT NULL UNIQUE)",),
+    (
+        """CREATE TABLE conversations (
+            id TEXT PRIMARY KEY, user_id TEXT NOT NULL, title TEXT NOT NULL,
+            created DOUBLE PRECISION NOT NULL, updated DOUBLE PRECISION NOT NULL)""",
+        "CREATE INDEX conversations_of_user ON conversations (user_id, updated, id)",
+        """CREATE TABLE items (
+            id TEXT PRIMARY KEY, conversation_id TEXT NOT NULL, position INTEGER NOT NULL, role TEXT NOT NULL,
+            content TEXT NOT NULL, created DOUBLE PRECISION NOT NULL, status TEXT, reason TEXT, usage JSON,
+            options JSON, left_out INTEGER, cuts TEXT, decode_seconds DOUBLE PRECISION,
+            UNIQUE (conversation_id, position))""",
+        "CREATE INDEX items_in_progress ON items (status) WHERE status = 'in_progress'",
+    ),
+)
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "sqlite": {"connect_args": {"timeout": 5}},  # seconds to wait while another process writes, such as a backup
+    "postgresql": {
+        "pool_pre_ping": True,  # the server may have been restarted
+        "connect_args": {"timeout": 10, "command_timeout": 10},  # seconds, where the server does not answer at all
+    },
+}
+
+# The statement after which one process at a time migrates.
+LOCKS = {"sqlite": "BEGIN IMMEDIATE", "postgresql": "SELECT pg_advisory_xact_lock(7777)"}
+
+
+@asynccontextmanager
+async def open_database(settings: Settings) -> AsyncIterator[AsyncEngine]:
+    """The database of the settings, created or brought up to date. Raises DatabaseError or DataFolderError."""
+    url = _url(settings)
+    try:
+        engine = create_async_engine(url, hide_parameters=True, **OPTIONS[url.get_backend_name()])
+        try:
+            await _prepare(engine)
+            yield engine
+        finally:
+            await engine.dispose()
+    except SQLAlchemyError as error:
+        raise DatabaseError(_trouble(url, str(error.args[0] if error.args else error))) from error
+
+
+def _url(settings: Settings) -> URL:
+    if not settings.database_url:
+        try:
+            settings.data.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataFolderError(settings.data, error) from error
+        return URL.create("sqlite+aiosqlite", database=str(settings.data / "parley.db"))
+    try:
+        url = make_url(settings.database_url)
+    except (ValueError, ArgumentError):  # whose message would show the password
+        raise DatabaseError(
+            "PARLEY_DATABASE_URL cannot be read: it must be postgresql://user:password@host/database, with %40 for @ "
+            "and so on in a password, or sqlite:///path"
+        ) from None
+    if "sslmode" in url.query:  # the usual spelling, which asyncpg does not know
+        url = url.difference_update_query(["sslmode"]).update_query_dict({"ssl": url.query["sslmode"]})
+    return url.set(drivername="sqlite+aiosqlite" if url.drivername.startswith("sqlite") else "postgresql+asyncpg")
+
+
+def _trouble(url: URL, reason: str) -> str:
+    shown = url.set(query={}).render_as_string(hide_password=True)
+    advice = "check that it can be reached and has room; else repair or restore it, or move it away to start anew"
+    return f"the database {shown} cannot be used: {reason}; {advice}"
+
+
+async def _prepare(engine: AsyncEngine) -> None:
+    if engine.dialect.name == "sqlite":
+        async with engine.connect() as connection:
+            with suppress(OperationalError):  # locked, where another process does the same
+                await connection.exec_driver_sql("PRAGMA journal_mode=WAL")  # so readers need not wait for a writer
+    try:
+        async with engine.begin() as connection:
+            await _migrate(connection)
+    # asyncpg raises these for a server that is not there, or a URL that it cannot use
+    except (OSError, TypeError, ValueError, OverflowError) as error:
+        raise DatabaseError(_trouble(engine.url, str(error))) from error
+
+
+async def _migrate(connection: AsyncConnection) -> None:
+    await connection.exec_driver_sql(LOCKS[connection.dialect.name])
+    await connection.exec_driver_sql("CREATE TABLE IF NOT EXISTS version (number INTEGER NOT NULL)")
+    version = (await connection.exec_driver_sql("SELECT max(number) FROM version")).scalar() or 0
+    if version > len(MIGRATIONS):
+        raise DatabaseError(f"a newer Parley made the database (version {version}): use that one, or an older backup")
+    for number, statements in enumerate(MIGRATIONS[version:], start=version + 1):
+        for statement in statements:
+            await connection.exec_driver_sql(statement)
+        await connection.exec_driver_sql(f"INSERT INTO version VALUES ({number})")

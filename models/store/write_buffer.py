@@ -1,0 +1,140 @@
+"""The way of messages into the database, and into memory while the database cannot be written."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from itertools import chain
+
+from models.errors import APIError, ConversationNotFoundError, DatabaseUnavailableError, NotStoredError, one_line
+from models.store.buffered_replies import BufferedReplies, BufferedReply
+from models.store.conversations import Conversations
+from models.store.item import Item
+
+logger = logging.getLogger("parley")
+
+
+class WriteBuffer:
+    """Stores replies in the database. What cannot be written waits in memory, in up to `max_bytes`.
+
+    Whoever reads through the buffer sees what waits too. `trouble` says why nothing can be written at the moment.
+    """
+
+    def __init__(self, conversations: Conversations, max_bytes: int) -> None:
+        self.trouble: str | None = None
+        self._conversations = conversations
+        self._buffered = BufferedReplies(max_bytes)
+        self._writing = asyncio.Lock()
+
+    @property
+    def unwritten(self) -> int:
+        """How many replies wait to be written."""
+        return len(self._buffered.unwritten)
+
+    async def items(self, user: str, conversation: str) -> Sequence[Item]:
+        """The items of a conversation, written or not. Raises DatabaseUnavailableError."""
+        unwritten = self._buffered.unwritten_of(user, conversation)
+        items: Sequence[Item] = []
+        if not unwritten or unwritten[0].position != 0:
+            with _reading():
+                items = await self._conversations.items(user, conversation)
+        for buffered in unwritten:
+            items = buffered.applied_to(items)
+        return items
+
+    async def find_reply(self, user: str, id: str) -> tuple[str | None, Item] | None:
+        """A reply that has ended, and the id of its conversation, if any. Raises DatabaseUnavailableError."""
+        if buffered := self._buffered.find(user, id):
+            return buffered
+        with _reading():
+            return await self._conversations.find_reply(user, id)
+
+    async def begin(self, reply: BufferedReply) -> bool:
+        """Store the input and the empty reply. False means that they wait in memory.
+
+        Raises ConversationNotFoundError.
+        """
+        if not self.trouble:
+            try:
+                if self._buffered.unwritten_of(reply.user, reply.conversation):
+                    async with self._writing:
+                        await self._write(self._buffered.unwritten_of(reply.user, reply.conversation), [])
+                await reply.write_to(self._conversations)
+                return True
+            except APIError:
+                raise
+            except Exception as error:
+                self._note_trouble(error)
+        self._keep(reply)
+        return False
+
+    async def finish(self, reply: BufferedReply) -> bool:
+        """Store a reply that has ended. False means that it waits in memory."""
+        if reply.conversation is not None and await self._try_write([reply.reply]):
+            return True
+        self._keep(reply)
+        return False
+
+    async def delete(self, user: str, conversation: str) -> None:
+        """Delete a conversation, written or not. Raises ConversationNotFoundError."""
+        async with self._writing:
+            unwritten = self._buffered.unwritten_of(user, conversation)
+            try:
+                await self._conversations.delete(user, conversation)
+            except ConversationNotFoundError:
+                if not unwritten:
+                    raise
+            for buffered in unwritten:
+                self._buffered.drop(buffered.reply.id)
+
+    def forget(self, id: str) -> None:
+        """Drop a reply that nobody can resume any longer."""
+        self._buffered.drop(id)
+
+    async def write(self, growing: Iterable[Item]) -> bool:
+        """Store how far growing replies are, after all that waits. False means that nothing could be written."""
+        return await self._try_write(growing, in_trouble=True)
+
+    async def _try_write(self, growing: Iterable[Item], in_trouble: bool = False) -> bool:
+        async with self._writing:  # one at a time, so that no earlier state is written later
+            if self.trouble and not in_trouble:
+                return False
+            try:
+                await self._write(self._buffered.unwritten, growing)
+            except Exception as error:
+                self._note_trouble(error)
+                return False
+        if self.trouble:
+            self.trouble = None
+            logger.warning("messages can be stored again")
+        return True
+
+    async def _write(self, waiting: Sequence[BufferedReply], growing: Iterable[Item]) -> None:
+        for buffered in waiting:
+            if buffered.position is not None:
+                with suppress(ConversationNotFoundError):  # deleted meanwhile
+                    await buffered.write_to(self._conversations)
+        await self._conversations.update_replies(chain((buffered.reply for buffered in waiting), growing))
+        for buffered in waiting:
+            self._buffered.drop_written(buffered)
+
+    def _keep(self, reply: BufferedReply) -> None:
+        if lost := self._buffered.keep(reply):
+            logger.error("PARLEY_REPLAY_BYTES is too small for the replies that wait to be stored: lost %s", lost)
+
+    def _note_trouble(self, error: Exception) -> None:
+        if not self.trouble:
+            self.trouble = NotStoredError.message
+            logger.error("messages cannot be stored, and wait in memory: %s", one_line(error))
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    """Turn whatever goes wrong while reading into DatabaseUnavailableError."""
+    try:
+        yield
+    except Exception as error:
+        logger.error("messages cannot be read: %s", one_line(error))
+        raise DatabaseUnavailableError from error

@@ -1,0 +1,224 @@
+"""Who may chat: users, their secrets and their session cookies."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import os
+import re
+import secrets
+import tempfile
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from itsdangerous import BadSignature, URLSafeTimedSerializer
+from sqlalchemy import delete, insert, select
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from models.errors import (
+    APIError,
+    DatabaseUnavailableError,
+    DataFolderError,
+    UsersError,
+    WrongCredentialsError,
+    one_line,
+)
+from models.settings import USER_ID, Settings
+from models.store.database import users_table
+from models.users.login_limit import LoginLimiter
+
+logger = logging.getLogger("parley")
+
+SESSION_SECONDS = 14 * 24 * 3600
+REFRESH_SECONDS = 0.5  # from one read of the users in the database to the next
+
+
+@dataclass(frozen=True)
+class User:
+    """Someone who may chat. `digest` is the keyed hash of the secret; the secret itself is stored nowhere."""
+
+    id: str
+    digest: bytes
+
+
+class Users:
+    """The users in the database and those of `PARLEY_USERS`.
+
+    Secrets are stored as HMAC-SHA256 under a key in a file beside the database, so neither of the two is of use
+    without the other. Nobody can choose a digest without the key, so looking one up tells an attacker nothing. The
+    users of the last read are known without the database; `trouble` says why a later read failed.
+    """
+
+    def __init__(self, database: AsyncEngine, key: bytes, configured: Mapping[str, str]) -> None:
+        self._database = database
+        self._login_limiter = LoginLimiter()
+        self._key = key
+        self._sessions = URLSafeTimedSerializer(hmac.digest(key, b"tickets", "sha256"))
+        self._configured = [User(user, self._digest(secret)) for user, secret in configured.items()]
+        self._known = tuple(self._configured)  # as of the last read of the database
+        self._reads = self._latest_read = 0  # how many reads began, and the number of the one that `_known` is from
+        self._on_revoked: Callable[[User], None] | None = None
+        self.trouble: str | None = None
+
+    @classmethod
+    def open(cls, settings: Settings, database: AsyncEngine) -> Users:
+        """The users of the settings and a database, with the key in the data folder. Raises StartError."""
+        try:
+            settings.data.mkdir(mode=0o700, parents=True, exist_ok=True)
+            key = _read_key(settings.data / "key")
+        except OSError as error:
+            raise DataFolderError(settings.data, error) from error
+        return cls(database, key, settings.users)
+
+    @asynccontextmanager
+    async def watched(
+        self, on_revoked: Callable[[User], None], seconds: float = REFRESH_SECONDS
+    ) -> AsyncIterator[None]:
+        """While the context lasts, read the users again and again, and call `on_revoked` for each that is gone."""
+        self._on_revoked = on_revoked
+        watching = asyncio.create_task(self._watch(seconds))
+        try:
+            yield
+        finally:
+            self._on_revoked = None
+            watching.cancel()
+            await asyncio.wait([watching])
+
+    async def find(self, secret: str, user_id: str | None = None) -> User | None:
+        """The user with this secret, and with this id where one is given. Raises DatabaseUnavailableError."""
+        digest = self._digest(secret)
+        found = self._find_known(digest, user_id)
+        if not found:
+            try:
+                await self._refresh()
+            except Exception as error:
+                raise DatabaseUnavailableError from error
+            found = self._find_known(digest, user_id)
+        return found
+
+    async def log_in(self, secret: str, user_id: str | None, address: str) -> User:
+        """As `find`, but a wrong secret is an error and counts against the address. Raises APIError."""
+        try:
+            user = await self.find(secret, user_id)
+            refusal: APIError = WrongCredentialsError()
+        except DatabaseUnavailableError as error:  # a failed login too: a known user would have been found
+            user, refusal = None, error
+        self._login_limiter.check(address)  # after the search, so that no other login comes between check and count
+        if user is None:
+            self._login_limiter.count_failure(address)
+            raise refusal
+        return user
+
+    def session_token(self, user: User) -> str:
+        """A signed token for a session cookie, a new one each time; valid for two weeks, while the secret is."""
+        return self._sessions.dumps([user.id, self._stamp(user), secrets.token_urlsafe(8)])
+
+    def user_of_session(self, token: str) -> User | None:
+        """The user of a session token that is valid."""
+        try:
+            user_id, stamp, *_ = self._sessions.loads(token, max_age=SESSION_SECONDS)
+        except BadSignature:
+            return None
+        users = [user for user in self._known if user.id == user_id]
+        return next((user for user in users if hmac.compare_digest(self._stamp(user), stamp)), None)
+
+    async def create(self, user_id: str, secret: str | None = None) -> str:
+        """Add a user and return the secret, a random one where none is given. Raises UsersError."""
+        if not re.fullmatch(USER_ID, user_id):
+            raise UsersError(f"{user_id!r} cannot be the id of a user: use up to 64 letters, digits and . _ @ -")
+        if secret is None:
+            secret = secrets.token_urlsafe(24)
+        if not secret or secret != secret.strip():
+            raise UsersError("the secret is empty or has spaces around it: leave --secret out to get a random one")
+        if any(user_id == user.id for user in await self.all()):
+            raise UsersError(f"there is a user {user_id} already: remove it first to give it a new secret")
+        if await self.find(secret):
+            raise UsersError("another user has this secret: choose a different one")
+        try:
+            async with self._database.begin() as connection:
+                await connection.execute(insert(users_table).values(id=user_id, digest=self._digest(secret)))
+        except IntegrityError:
+            raise UsersError(f"another process has just added {user_id}, or a user with this secret") from None
+        await self._refresh()
+        return secret
+
+    async def remove(self, user_id: str) -> None:
+        """Remove a user. Raises UsersError."""
+        if any(user_id == user.id for user in self._configured):
+            raise UsersError(f"{user_id} comes from PARLEY_USERS: remove it there")
+        async with self._database.begin() as connection:
+            if not (await connection.execute(delete(users_table).where(users_table.c.id == user_id))).rowcount:
+                raise UsersError(f"there is no user {user_id}")
+        await self._refresh()
+
+    async def all(self) -> list[User]:
+        """All users, by id."""
+        await self._refresh()
+        return sorted(self._known, key=lambda user: user.id)
+
+    async def create_first(self) -> str | None:
+        """Where there is no user at all, add `admin` and return its secret."""
+        if await self.all():
+            return None
+        try:
+            return await self.create("admin")
+        except UsersError:  # another process was faster
+            return None
+
+    def _stamp(self, user: User) -> str:
+        """Shows with which secret a session token was made, without revealing it."""
+        return hmac.digest(self._key, b"stamp" + user.digest, "sha256").hex()[:32]
+
+    def _digest(self, secret: str) -> bytes:
+        return hmac.digest(self._key, secret.encode(errors="surrogatepass"), "sha256")
+
+    def _find_known(self, digest: bytes, user_id: str | None) -> User | None:
+        matches = [user for user in self._known if hmac.compare_digest(user.digest, digest)]
+        return next((user for user in matches if user_id in (None, user.id)), None)
+
+    async def _refresh(self) -> None:
+        """Read the users from the database."""
+        self._reads += 1
+        read = self._reads
+        async with self._database.connect() as connection:
+            rows = await connection.execute(select(users_table.c.id, users_table.c.digest))
+            known = (*self._configured, *(User(*row) for row in rows))
+        if read < self._latest_read:  # a late read would bring back removed users, and revoke new ones
+            return
+        self._latest_read = read
+        gone, self._known = {*self._known} - {*known}, known
+        if on_revoked := self._on_revoked:
+            for user in gone:
+                on_revoked(user)
+
+    async def _watch(self, seconds: float) -> None:
+        while True:
+            await asyncio.sleep(seconds)
+            try:
+                await self._refresh()
+                self.trouble = None
+            except Exception as error:
+                if not self.trouble:
+                    logger.error("the database cannot be read: %s", one_line(error))
+                self.trouble = "the database cannot be read at the moment"
+
+
+def _read_key(path: Path) -> bytes:
+    """The key in a file. A new key is written whole, and only its owner can read it."""
+    if not path.exists():
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent)  # with mode 0600
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(secrets.token_bytes(32))
+            os.link(temporary, path)  # unlike a rename, it never replaces the key of another process
+        except FileExistsError:
+            pass
+        finally:
+            os.unlink(temporary)
+    if len(key := path.read_bytes()) != 32:
+        raise UsersError(f"{path} is not a key of 32 bytes: restore it, or delete it and add the users again")
+    return key

@@ -1,0 +1,150 @@
+"""Checks data from outside against msgspec types, and says in one line what is wrong and where.
+
+A type says what is allowed in two ways: constraints for msgspec, and a description for people, as in
+`Annotated[float, Meta(ge=0, le=2, description="a number from 0 to 2")]`. What is wrong is told of the nearest type that
+has a description. Its `extra` may say more: `whole`, that missing and unknown fields are told of the object, not of the
+field; `code`, the code of the error.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Annotated, Any, NoReturn, TypeVar
+
+import msgspec
+from msgspec import Meta, inspect
+
+from models.errors import InvalidJSONError, InvalidRequestError, InvalidValueError, MissingFieldError, UnknownFieldError
+
+T = TypeVar("T")
+
+NO_SURROGATE = r"\A[^\ud800-\udfff]*\Z"  # a lone surrogate, which JSON can spell, cannot be sent or stored as UTF-8
+
+ERROR = re.compile(  # of msgspec; names and values of clients may look like the end of it
+    r"(?P<reason>Object (?P<kind>missing required|contains unknown) field `(?P<field>.*?)`|.*?)"
+    r"(?: - at `\$(?P<path>[^`]*)`)?",
+    re.DOTALL,
+)
+
+Text = Annotated[str, Meta(pattern=NO_SURROGATE, description="text")]
+
+
+def parse_object(data: str | bytes, what: str) -> dict[str, Any]:
+    """The JSON object in `data`, which error messages call `what`. Raises InvalidJSONError."""
+    try:
+        value = json.loads(data if isinstance(data, str) else data.decode(), parse_constant=_refuse_constant)
+    except RecursionError:
+        raise InvalidJSONError(f"{what} is nested too deeply") from None
+    except ValueError as error:  # bad JSON, bad UTF-8, a number with thousands of digits
+        raise InvalidJSONError(f"{what} is not JSON: {printable(error)}") from None
+    if not isinstance(value, dict):
+        raise InvalidJSONError(f"{what} is not a JSON object")
+    return value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def printable(words: object, limit: int = 200) -> str:
+    """Words of a client, short and safe enough to be sent back."""
+    return str(words).encode(errors="replace").decode()[:limit]
+
+
+def convert(value: Any, type: type[T], at: str = "") -> T:
+    """The value as an object of a msgspec type; `at` is its own parameter name.
+
+    Raises InvalidValueError, MissingFieldError or UnknownFieldError, whose `param` is the path to what is wrong.
+    """
+    try:
+        return _convert(value, type)
+    except RecursionError:
+        raise InvalidValueError(f"{at or 'it'} is nested too deeply", at) from None
+    except msgspec.ValidationError as error:
+        raise _explained(str(error), type, at) from None
+
+
+def allowed(type: Any, field: str) -> str:
+    """What a field of a msgspec type may be, in words."""
+    return _description(_child(inspect.type_info(type), field)) or "something else"
+
+
+def _convert(value: Any, type: type[T]) -> T:
+    """The value as an object of a type, although msgspec fails where it has to encode a lone surrogate."""
+    with suppress(UnicodeEncodeError):
+        return msgspec.convert(value, type)
+    with suppress(UnicodeEncodeError):
+        return msgspec.convert(_without_surrogates(value, names_only=True), type)
+    return msgspec.convert(_without_surrogates(value), type)  # which raises: a text is where no text may be
+
+
+def _without_surrogates(value: Any, names_only: bool = False) -> Any:
+    """The value with "?" in place of lone surrogates, in the names of fields and in texts."""
+    if isinstance(value, str):
+        return value if names_only else value.encode(errors="replace").decode()
+    if isinstance(value, list | tuple):
+        return [_without_surrogates(item, names_only) for item in value]
+    if isinstance(value, dict):
+        return {_without_surrogates(name): _without_surrogates(item, names_only) for name, item in value.items()}
+    return value
+
+
+def _explained(error: str, type: Any, at: str) -> InvalidRequestError:
+    """The error for people, made of msgspec's and of the description that is nearest to where it happened."""
+    parts = ERROR.fullmatch(error)
+    assert parts
+    here = inspect.type_info(type)
+    param, described = at, here
+    for step in re.findall(r"\.\w+|\[\d+\]", parts["path"] or ""):
+        here, at = _child(here, step.lstrip(".")), f"{at}{step}".lstrip(".")
+        if _description(here):
+            param, described = at, here
+    if parts["field"] is not None and not _extra(here).get("whole"):
+        field = printable(f"{at}.{parts['field']}" if at else parts["field"])
+        if parts["kind"] == "missing required":
+            return MissingFieldError(f"{field} is missing", field)
+        names = ", ".join(known.encode_name for known in _fields(here))
+        return UnknownFieldError(f"{field} is not known here: use {names}", field)
+    allowed = _description(described) or parts["reason"]
+    code = _extra(described).get("code", "invalid_value")
+    return InvalidValueError(f"{param or 'it'} must be {allowed}", param, allowed, code)
+
+
+def _description(type: inspect.Type) -> str:
+    """The description of a type, or of the one part of a union that has one."""
+    if isinstance(type, inspect.Metadata):
+        return str((type.extra_json_schema or {}).get("description") or _description(type.type))
+    parts = type.types if isinstance(type, inspect.UnionType) else ()
+    return next(filter(None, map(_description, parts)), "")
+
+
+def _extra(type: inspect.Type) -> dict[str, Any]:
+    return (type.extra or {}) if isinstance(type, inspect.Metadata) else {}
+
+
+def _child(type: inspect.Type, step: str) -> inspect.Type:
+    """The type of a field, or of the items of an array."""
+    for part in _parts(type):
+        if isinstance(part, inspect.ListType | inspect.VarTupleType) and step.startswith("["):
+            return part.item_type
+    return next((field.type for field in _fields(type) if field.encode_name == step), inspect.AnyType())
+
+
+def _fields(type: inspect.Type) -> Iterator[inspect.Field]:
+    for part in _parts(type):
+        if isinstance(part, inspect.StructType):
+            yield from part.fields
+
+
+def _parts(type: inspect.Type) -> Iterator[inspect.Type]:
+    """The types that a type is made of: the members of a union, or itself; without descriptions."""
+    if isinstance(type, inspect.Metadata):
+        yield from _parts(type.type)
+    elif isinstance(type, inspect.UnionType):
+        for member in type.types:
+            yield from _parts(member)
+    else:
+        yield type

@@ -1,0 +1,63 @@
+"""Error responses: exceptions to HTTP."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from sqlalchemy.exc import SQLAlchemyError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.types import ExceptionHandler
+
+from models.errors import APIError, DatabaseUnavailableError, ServerError, one_line
+from models.protocols.chat_completions import render_error
+from models.web.middleware import SECURITY_HEADERS
+
+logger = logging.getLogger("parley")
+
+
+async def api_error(request: Request, error: Any) -> Response:
+    """An error of ours, as OpenAI's API has it."""
+    headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
+    if error.retry_after:
+        headers["Retry-After"] = str(error.retry_after)
+    return JSONResponse({"error": render_error(error)}, error.status, headers)
+
+
+async def http_exception(request: Request, error: Any) -> Response:
+    """An error of Starlette, as OpenAI's API has it under its path, else as text."""
+    if not request.url.path.startswith("/v1/"):
+        return PlainTextResponse(error.detail, error.status_code, error.headers)
+    details = {"message": error.detail, "type": "invalid_request_error", "param": None, "code": None}
+    return JSONResponse({"error": details}, error.status_code, error.headers)
+
+
+async def database_error(request: Request, error: Exception) -> Response:
+    """The database, or a file, cannot be used."""
+    logger.error("the database, or a file, cannot be used: %s", one_line(error))
+    return await api_error(request, DatabaseUnavailableError())
+
+
+async def client_disconnect(request: Request, error: Exception) -> Response:
+    """The client hung up in the middle of its request, so nobody reads this response."""
+    return Response(status_code=400)
+
+
+async def bug(request: Request, error: Exception) -> Response:
+    """Anything else is a bug. Starlette raises it again, to be logged, and this response passes no middleware."""
+    response = await api_error(request, ServerError())
+    response.headers.update(SECURITY_HEADERS)
+    return response
+
+
+HANDLERS: Mapping[Any, ExceptionHandler] = {
+    APIError: api_error,
+    HTTPException: http_exception,
+    SQLAlchemyError: database_error,
+    OSError: database_error,  # asyncpg raises it where there is no server
+    ClientDisconnect: client_disconnect,
+    Exception: bug,
+}

@@ -1,0 +1,48 @@
+"""ASGI middleware: headers that protect browsers, and short messages for failed starts."""
+
+from __future__ import annotations
+
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+SECURITY_HEADERS = {  # of every response that does not set them itself
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "same-origin",  # with "no-referrer", browsers send our own forms without an Origin
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+class SecurityHeadersMiddleware:
+    """Adds the security headers to every response."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in SECURITY_HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        await self.app(scope, receive, send_with_headers)
+
+
+class StartErrorMiddleware:
+    """Replaces the traceback of a failed start by one line, `app.state.start_error`, which the web server logs."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_short(message: Message) -> None:
+            failed = message["type"] in ("lifespan.startup.failed", "lifespan.shutdown.failed")
+            if failed and scope["app"].state.start_error:
+                message["message"] = scope["app"].state.start_error
+            await send(message)
+
+        await self.app(scope, receive, send_short if scope["type"] == "lifespan" else send)

@@ -1,0 +1,93 @@
+"""Frames on their way to a client."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from contextlib import suppress
+from typing import Any, Protocol
+
+from models.protocols.connection import Close
+
+UNSENT_BYTES, UNSENT_SECONDS = 2**20, 30.0
+
+
+class Sender(Protocol):
+    """The sending side of a WebSocket, as Starlette has it."""
+
+    async def send_text(self, data: str) -> None: ...
+
+    async def close(self, code: int = 1000, reason: str | None = None) -> None: ...
+
+
+class Outbox:
+    """Frames on their way to one client. Sending never waits. A client that does not read is closed.
+
+    That is one for which `unsent_bytes` wait here, or a frame has waited for `seconds`.
+    """
+
+    def __init__(self, websocket: Sender, unsent_bytes: int = UNSENT_BYTES, seconds: float = UNSENT_SECONDS) -> None:
+        self.closing = False
+        self.unread = False  # the client did not read
+        self._websocket = websocket
+        self._limit = unsent_bytes
+        self._seconds = seconds
+        self._items: asyncio.Queue[tuple[float, str | Close]] = asyncio.Queue()
+        self._unsent = 0
+        self._sending: asyncio.Timeout | None = None
+
+    async def drained(self) -> None:
+        """Wait until everything is sent; for ever where it cannot be."""
+        await self._items.join()
+
+    def send_json(self, value: dict[str, Any]) -> None:
+        """Send a value as JSON after what was sent before."""
+        self.send_text(json.dumps(value, ensure_ascii=False, separators=(",", ":")))
+
+    def send_text(self, text: str) -> None:
+        """Send a text frame after those before it."""
+        if self.closing:
+            return
+        if self._unsent > self._limit and self._sending and not self._sending.expired():
+            self._sending.reschedule(self._now())
+        self._unsent += len(text.encode())
+        self._items.put_nowait((self._now(), text))
+
+    def close(self, code: int, reason: str) -> None:
+        """Close the connection after what was sent before; nothing is sent after it."""
+        if not self.closing:
+            self.closing = True
+            self._items.put_nowait((self._now(), Close(code, reason)))
+
+    async def deliver(self) -> bool:
+        """Send until the connection is closed. Returns False where the client does not even read the close.
+
+        Raises what the WebSocket raises when the client has gone.
+        """
+        try:
+            await self._deliver_all()
+            return True
+        except TimeoutError:
+            self.unread = True
+        finally:
+            self.closing, self._sending = True, None
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._seconds / 3):  # the client sees this if it begins to read again
+                await self._websocket.close(1013, "you do not read what is sent to you")
+                return True
+        return False
+
+    async def _deliver_all(self) -> None:
+        while True:
+            put_at, item = await self._items.get()
+            async with asyncio.timeout_at(put_at + self._seconds) as self._sending:
+                if not isinstance(item, str):
+                    return await self._websocket.close(*item)
+                await self._websocket.send_text(item)
+            self._sending = None
+            self._unsent -= len(item.encode())
+            self._items.task_done()
+
+    @staticmethod
+    def _now() -> float:
+        return asyncio.get_running_loop().time()

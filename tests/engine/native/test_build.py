@@ -1,0 +1,392 @@
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.engine.native import build
+from models.errors import KernelsUnavailableError
+
+ROOT = Path(__file__).parents[3]
+
+# Compilers: each gets the path of its output after -o, and notes in the file "calls" that it was called.
+WORKS = """#!/bin/sh
+echo call >> "$(dirname "$0")/calls"
+while [ "$1" != -o ]; do shift; done
+echo "$(dirname "$0")" > "$2"
+"""
+WORKS_WHEN_RELEASED = """#!/bin/sh
+echo call >> "$(dirname "$0")/calls"
+while [ "$1" != -o ]; do shift; done
+read line < "$(dirname "$0")/released"
+echo "$line" > "$2"
+"""
+FAILS = """#!/bin/sh
+while [ "$1" != -o ]; do shift; done
+echo half > "$2"
+echo "kernels.cpp: In function 'int main()':" >&2
+echo "kernels.cpp:7:9: fatal error: torch/library.h: No such file" >&2
+echo "kernels.cpp:8:9: error: another" >&2
+exit 1
+"""
+FAILS_TO_LINK = """#!/bin/sh
+echo "/usr/bin/ld: cannot find -ltorch_cpu: No such file or directory" >&2
+echo "collect2: error: ld returned 1 exit status" >&2
+exit 1
+"""
+FAILS_WITHOUT_A_REASON = "#!/bin/sh\nexit 3\n"
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "new" / "cache"
+
+
+def set_compiler(folder: Path, script: str, environment: pytest.MonkeyPatch) -> Path:
+    """Set CXX to a compiler with this script. Returns the file in which it notes its calls."""
+    compiler = folder / "c++"
+    compiler.write_text(script)
+    compiler.chmod(0o755)
+    environment.setenv("CXX", str(compiler))
+    return folder / "calls"
+
+
+def files_in(cache: Path) -> set[str]:
+    """The names of all files and folders but the lock, which stays for the next build."""
+    return {path.name for path in cache.iterdir()} - {"kernels.lock"}
+
+
+def test_the_library_is_compiled_once_and_then_taken_from_the_cache(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = set_compiler(tmp_path, WORKS, monkeypatch)
+    library = build.build(cache)
+    assert library == build.library(cache)
+    assert library.read_text() == f"{tmp_path}\n"
+    assert build.build(cache) == library
+    assert calls.read_text() == "call\n"
+    assert files_in(cache) == {library.name}
+
+
+def test_a_cached_library_needs_no_compiler(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.mkdir(parents=True)
+    build.library(cache).write_text("compiled on another day")
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    assert build.build(cache).read_text() == "compiled on another day"
+
+
+def test_the_library_of_another_source_is_not_used(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = set_compiler(tmp_path, WORKS, monkeypatch)
+    cache.mkdir(parents=True)
+    other = cache / "kernels-0123456789abcdef.so"
+    other.write_text("of another source")
+    assert build.build(cache) != other
+    assert calls.exists()
+    assert other.read_text() == "of another source"
+
+
+def test_a_changed_source_gets_a_library_of_its_own(cache: Path, tmp_path: Path) -> None:
+    source = tmp_path / "sums.cpp"
+    source.write_text("int one() { return 1; }")
+    before = build.library(cache, source)
+    assert before.stem.startswith("sums-")
+    source.write_text("int two() { return 2; }")
+    assert build.library(cache, source) != before
+
+
+def test_without_a_compiler_the_message_says_how_to_get_one(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(KernelsUnavailableError, match=r"no C\+\+ compiler g\+\+ \(on Debian: apt-get install g\+\+\)"):
+        build.build(cache)
+    monkeypatch.setenv("CXX", "my-compiler")
+    with pytest.raises(KernelsUnavailableError, match="no C\\+\\+ compiler my-compiler"):
+        build.build(cache)
+    assert not cache.exists()
+
+
+def test_a_failed_compiler_is_reported_with_its_first_error_and_leaves_no_file(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_compiler(tmp_path, FAILS, monkeypatch)
+    with pytest.raises(KernelsUnavailableError) as raised:
+        build.build(cache)
+    reason = "kernels.cpp:7:9: fatal error: torch/library.h: No such file"
+    assert str(raised.value) == f"{tmp_path}/c++ failed: {reason}"
+    assert files_in(cache) == set()
+    set_compiler(tmp_path, WORKS, monkeypatch)
+    assert build.build(cache).is_file()
+
+
+def test_a_failed_linker_is_reported_with_its_own_reason(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_compiler(tmp_path, FAILS_TO_LINK, monkeypatch)
+    with pytest.raises(KernelsUnavailableError) as raised:
+        build.build(cache)
+    reason = "/usr/bin/ld: cannot find -ltorch_cpu: No such file or directory"
+    assert str(raised.value) == f"{tmp_path}/c++ failed: {reason}"
+
+
+@pytest.mark.compiler
+def test_a_real_linker_that_fails_is_reported_with_its_own_reason(cache: Path, tmp_path: Path) -> None:
+    source = tmp_path / "hidden.cpp"
+    source.write_text('__attribute__((visibility("hidden"))) int missing();\nint call() { return missing(); }\n')
+    with pytest.raises(KernelsUnavailableError, match="missing") as raised:
+        build.build(cache, source)
+    assert "collect2" not in str(raised.value)
+    assert files_in(cache) == set()
+
+
+def test_a_compiler_that_fails_without_a_reason_is_reported(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_compiler(tmp_path, FAILS_WITHOUT_A_REASON, monkeypatch)
+    with pytest.raises(KernelsUnavailableError, match=r"c\+\+ failed: it printed no reason"):
+        build.build(cache)
+
+
+def test_a_build_removes_the_folders_of_killed_builds_only(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_compiler(tmp_path, WORKS, monkeypatch)
+    for name in ("unfinished-kernels-abc", "unfinished-kernels-def", "unfinished-model-ghi", "unfinished-program-jkl"):
+        (cache / name).mkdir(parents=True)
+        (cache / name / "half").touch()
+    library = build.build(cache)
+    assert files_in(cache) == {library.name, "unfinished-model-ghi", "unfinished-program-jkl"}
+    assert (cache / "unfinished-model-ghi" / "half").exists()
+
+
+@contextmanager
+def waiting_for_a_lock() -> Iterator[threading.Event]:
+    """An event that is set as soon as a thread has to wait for a lock."""
+    waiting, logger = threading.Event(), logging.getLogger("filelock")
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "not acquired" in record.getMessage():
+                waiting.set()
+
+    handler, level = Handler(), logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    try:
+        yield waiting
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def test_two_builds_at_the_same_time_compile_once(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = set_compiler(tmp_path, WORKS_WHEN_RELEASED, monkeypatch)
+    os.mkfifo(tmp_path / "released")
+    released = os.open(tmp_path / "released", os.O_RDWR)
+    try:
+        with waiting_for_a_lock() as waiting, ThreadPoolExecutor(2) as pool:
+            builds = [pool.submit(build.build, cache) for _ in range(2)]
+            second_waits = waiting.wait(timeout=60)
+            os.write(released, b"compiled\n" * 2)  # for both, so that a failed test ends
+            libraries = {each.result() for each in builds}
+    finally:
+        os.close(released)
+    assert second_waits
+    assert libraries == {build.library(cache)}
+    assert calls.read_text() == "call\n"
+    assert files_in(cache) == {build.library(cache).name}
+
+
+def test_a_library_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
+    broken = tmp_path / "kernels-broken.so"
+    broken.write_bytes(b"\x7fELF, or the beginning of one")
+    # In a process of its own, since this one may have loaded the kernels.
+    script = (
+        "import pathlib, sys\n"
+        "from models.engine.native import build\n"
+        "from models.errors import KernelsUnavailableError\n"
+        "try: build.load(pathlib.Path(sys.argv[1]))\n"
+        "except KernelsUnavailableError as error: print(error)\n"
+        "print(build.loaded())"
+    )
+    command = [sys.executable, "-c", script, str(broken)]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    message, loaded = process.stdout.splitlines()
+    assert message.startswith(f"{broken} cannot be loaded: OSError: ")
+    assert loaded == "None"
+
+
+# The operators
+
+TOKENS, HEADS, KEY_HEADS, SIZE, VALUE_SIZE, SLOTS, BLOCKS = 5, 4, 2, 12, 20, 3, 2
+OUTPUTS = 2 * build.LANES
+
+
+def attention_arguments() -> dict[str, Any]:
+    numbers = torch.Generator().manual_seed(0)
+    return {
+        "query": torch.randn(1, HEADS, TOKENS, SIZE, generator=numbers),
+        "key": torch.randn(1, KEY_HEADS, TOKENS, SIZE, generator=numbers),
+        "value": torch.randn(1, KEY_HEADS, TOKENS, VALUE_SIZE, generator=numbers),
+        "keys": torch.zeros(SLOTS, KEY_HEADS, BLOCKS, SIZE, build.LANES),
+        "values": torch.zeros(SLOTS, KEY_HEADS, BLOCKS * build.LANES, 2 * build.LANES),
+        "slots": torch.tensor([0, 0, 1, 1, 1]),
+        "positions": torch.tensor([0, 1, 7, 8, 9]),
+        "sinks": None,
+        "scale": 0.3,
+        "softcap": 0.0,
+        "window": 0,
+    }
+
+
+def int8_linear_arguments() -> dict[str, Any]:
+    numbers = torch.Generator().manual_seed(0)
+    return {
+        "x": torch.randn(7, SIZE, generator=numbers),
+        "weight": torch.randint(0, 256, (2, SIZE // 4, build.LANES, 4), dtype=torch.uint8, generator=numbers),
+        "scale": torch.ones(OUTPUTS),
+        "bias": torch.zeros(OUTPUTS),
+        "columns": 21,
+    }
+
+
+def strided(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Zeros that are not contiguous."""
+    return torch.zeros(*sizes, 2, dtype=dtype)[..., 0]
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"sinks": torch.zeros(HEADS), "softcap": 5.0, "window": 4}],
+    ids=["plain", "sinks, soft cap and window"],
+)
+def test_the_declared_shapes_and_mutations_of_attention_are_true(changes: dict[str, Any]) -> None:
+    arguments = attention_arguments() | changes
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.parley.attention.default, tuple(arguments.values()), test_utils=checks)
+
+
+@pytest.mark.compiler
+def test_the_declared_shapes_and_mutations_of_int8_linear_are_true() -> None:
+    arguments = tuple(int8_linear_arguments().values())
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.parley.int8_linear.default, arguments, test_utils=checks)
+
+
+INPUTS = r"query, key and value must be float32 of \(1, heads, tokens, size\)"
+FIT = "query, key and value do not fit each other"
+KEYS = "cached keys must be contiguous"
+VALUES = "cached values must be contiguous"
+PLACES = r"slots and positions must be contiguous int64 of \(tokens\)"
+SINKS = r"sinks must be contiguous float32 of \(heads\)"
+CACHE = (SLOTS, KEY_HEADS, BLOCKS, SIZE, build.LANES)
+VALUE_CACHE = (SLOTS, KEY_HEADS, BLOCKS * build.LANES, 2 * build.LANES)
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        pytest.param("query", torch.zeros(HEADS, TOKENS, SIZE), INPUTS, id="query of three dimensions"),
+        pytest.param("key", torch.zeros(2, KEY_HEADS, TOKENS, SIZE), INPUTS, id="a batch of two keys"),
+        pytest.param(
+            "value", torch.zeros(1, KEY_HEADS, TOKENS, SIZE, dtype=torch.bfloat16), INPUTS, id="bfloat16 value"
+        ),
+        pytest.param("query", torch.zeros(1, 3, TOKENS, SIZE), "3 heads cannot share 2 key heads", id="three heads"),
+        pytest.param("key", torch.zeros(1, 0, TOKENS, SIZE), "4 heads cannot share 0 key heads", id="no key heads"),
+        pytest.param("key", torch.zeros(1, KEY_HEADS, TOKENS + 1, SIZE), FIT, id="more keys than queries"),
+        pytest.param("key", torch.zeros(1, KEY_HEADS, TOKENS, SIZE + 1), FIT, id="keys larger than queries"),
+        pytest.param("value", torch.zeros(1, 1, TOKENS, SIZE), FIT, id="fewer value heads than key heads"),
+        pytest.param("value", torch.zeros(1, KEY_HEADS, TOKENS - 1, SIZE), FIT, id="fewer values than keys"),
+        pytest.param("keys", torch.zeros(CACHE, dtype=torch.float16), "float32 or bfloat16", id="float16 cache"),
+        pytest.param("keys", torch.zeros(CACHE[1:]), KEYS, id="cached keys of four dimensions"),
+        pytest.param("keys", strided(*CACHE), KEYS, id="strided cached keys"),
+        pytest.param("keys", torch.zeros(SLOTS, 1, BLOCKS, SIZE, build.LANES), KEYS, id="cached keys of one head"),
+        pytest.param("keys", torch.zeros(SLOTS, KEY_HEADS, BLOCKS, 8, build.LANES), KEYS, id="smaller cached keys"),
+        pytest.param("keys", torch.zeros(SLOTS, KEY_HEADS, BLOCKS, SIZE, 8), KEYS, id="eight lanes"),
+        pytest.param("values", torch.zeros(VALUE_CACHE[1:]), VALUES, id="cached values of three dimensions"),
+        pytest.param("values", strided(*VALUE_CACHE), VALUES, id="strided cached values"),
+        pytest.param("values", torch.zeros(VALUE_CACHE, dtype=torch.bfloat16), VALUES, id="cache of two dtypes"),
+        pytest.param("values", torch.zeros(2, *VALUE_CACHE[1:]), VALUES, id="cached values of fewer slots"),
+        pytest.param("values", torch.zeros(SLOTS, 1, *VALUE_CACHE[2:]), VALUES, id="cached values of one head"),
+        pytest.param("values", torch.zeros(*VALUE_CACHE[:2], build.LANES, 32), VALUES, id="cached values of one block"),
+        pytest.param("values", torch.zeros(*VALUE_CACHE[:3], build.LANES), VALUES, id="smaller cached values"),
+        pytest.param("values", torch.zeros(*VALUE_CACHE[:3], 40), VALUES, id="cached values not of whole lanes"),
+        pytest.param("slots", torch.zeros(TOKENS, 1, dtype=torch.int64), PLACES, id="slots of two dimensions"),
+        pytest.param("slots", torch.zeros(TOKENS - 1, dtype=torch.int64), PLACES, id="fewer slots than tokens"),
+        pytest.param("slots", strided(TOKENS, dtype=torch.int64), PLACES, id="strided slots"),
+        pytest.param("slots", torch.zeros(TOKENS, dtype=torch.int32), PLACES, id="int32 slots"),
+        pytest.param("positions", torch.zeros(TOKENS, 1, dtype=torch.int64), PLACES, id="positions of two dimensions"),
+        pytest.param("positions", torch.zeros(TOKENS + 1, dtype=torch.int64), PLACES, id="more positions than tokens"),
+        pytest.param("positions", strided(TOKENS, dtype=torch.int64), PLACES, id="strided positions"),
+        pytest.param("positions", torch.zeros(TOKENS, dtype=torch.int32), PLACES, id="int32 positions"),
+        pytest.param("slots", torch.tensor([0, 0, 1, 1, -1]), "slot -1, position 9 is not in", id="negative slot"),
+        pytest.param("slots", torch.tensor([0, 0, 1, 1, SLOTS]), "slot 3, position 9 is not in", id="slot too high"),
+        pytest.param(
+            "positions", torch.tensor([0, 1, 7, 8, -1]), "slot 1, position -1 is not in", id="negative position"
+        ),
+        pytest.param(
+            "positions", torch.tensor([0, 1, 7, 8, 32]), "slot 1, position 32 is not in", id="position too high"
+        ),
+        pytest.param("sinks", torch.zeros(HEADS - 1), SINKS, id="fewer sinks than heads"),
+        pytest.param("sinks", torch.zeros(HEADS, dtype=torch.bfloat16), SINKS, id="bfloat16 sinks"),
+        pytest.param("sinks", strided(HEADS), SINKS, id="strided sinks"),
+    ],
+)
+def test_attention_refuses_tensors_that_do_not_fit_and_writes_nothing(name: str, value: Tensor, message: str) -> None:
+    arguments = attention_arguments() | {name: value}
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.parley.attention(**arguments)
+    assert not arguments["keys"].any()
+    assert not arguments["values"].any()
+
+
+X = r"x must be contiguous float32 of \(rows, inputs\)"
+WEIGHT = r"the weight must be contiguous uint8 of \(blocks, 12 / 4, 16, 4\)"
+SCALE = r"scale and bias must be contiguous float32 of \(32\)"
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        pytest.param("x", torch.zeros(SIZE), X, id="x of one dimension"),
+        pytest.param("x", torch.zeros(7, SIZE, dtype=torch.bfloat16), X, id="bfloat16 x"),
+        pytest.param("x", strided(7, SIZE), X, id="strided x"),
+        pytest.param("x", torch.zeros(7, SIZE + 4), "16 / 4, 16, 4", id="more inputs than weights"),
+        pytest.param("x", torch.zeros(7, SIZE + 1), "13 / 4, 16, 4", id="inputs not a multiple of four"),
+        pytest.param("weight", torch.zeros(2, 3, 64, dtype=torch.uint8), WEIGHT, id="weight of three dimensions"),
+        pytest.param("weight", torch.zeros(2, 3, 16, 4, dtype=torch.int8), WEIGHT, id="int8 weight"),
+        pytest.param("weight", strided(2, 3, 16, 4, dtype=torch.uint8), WEIGHT, id="strided weight"),
+        pytest.param("weight", torch.zeros(2, 4, 16, 4, dtype=torch.uint8), WEIGHT, id="more weights than inputs"),
+        pytest.param("weight", torch.zeros(2, 3, 8, 4, dtype=torch.uint8), WEIGHT, id="eight lanes"),
+        pytest.param("weight", torch.zeros(2, 3, 16, 8, dtype=torch.uint8), WEIGHT, id="eight inputs together"),
+        pytest.param("scale", torch.ones(OUTPUTS - 1), SCALE, id="fewer scales than outputs"),
+        pytest.param("scale", torch.ones(OUTPUTS, dtype=torch.float64), SCALE, id="float64 scale"),
+        pytest.param("scale", strided(OUTPUTS), SCALE, id="strided scale"),
+        pytest.param("bias", torch.ones(OUTPUTS + 1), SCALE, id="more biases than outputs"),
+        pytest.param("bias", torch.ones(OUTPUTS, dtype=torch.bfloat16), SCALE, id="bfloat16 bias"),
+        pytest.param("bias", strided(OUTPUTS), SCALE, id="strided bias"),
+        pytest.param("columns", OUTPUTS + 1, "33 columns do not fit 32 outputs", id="too many columns"),
+        pytest.param("columns", OUTPUTS - build.LANES, "16 columns do not fit 32 outputs", id="too few columns"),
+        pytest.param("columns", -1, "-1 columns do not fit 32 outputs", id="negative columns"),
+    ],
+)
+def test_int8_linear_refuses_arguments_that_do_not_fit(name: str, value: Tensor | int, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.parley.int8_linear(**int8_linear_arguments() | {name: value})

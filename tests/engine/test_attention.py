@@ -1,0 +1,243 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies
+from torch import Tensor, nn
+
+from models.engine.attention import AttentionMetadata, Span, slot_attention
+from models.engine.kv_cache import KVCache
+from models.errors import UnsupportedModelError
+from tests.support.attention import LENGTH, QKV, SMALL, CachedAttention, Segment, Shape, defined_attention
+from tests.support.faulty import both_attentions
+
+all_shapes = pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(4, 4, 16, 16),
+        Shape(9, 3, 64, 64),
+        Shape(6, 2, 12, 20),  # neither size a multiple of 16
+        Shape(7, 1, 5, 72),  # all queries share one key; values need a wide and a narrow column
+        Shape(4, 2, 48, 16),
+    ],
+    ids=str,
+)
+
+
+def sinks_of(shape: Shape) -> Tensor:
+    return torch.linspace(-3, 4, shape.heads)
+
+
+@both_attentions
+@all_shapes
+@pytest.mark.parametrize("window", [None, 1, 7, 16, 40, 1000], ids=lambda window: f"window {window}")
+def test_grouped_queries_and_windows_follow_the_definition(shape: Shape, window: int | None, native: bool) -> None:
+    qkv = QKV.random(shape, 1)
+    expected = defined_attention(qkv, window)
+    for ends in ([LENGTH], [1, 17, 48, 69, LENGTH]):
+        result = CachedAttention().prefill(qkv, native, ends, sliding_window=window)
+        torch.testing.assert_close(result, expected, atol=2e-5, rtol=1e-4)
+
+
+@both_attentions
+@all_shapes
+@pytest.mark.parametrize("window", [None, 9], ids=lambda window: f"window {window}")
+@pytest.mark.parametrize(
+    ("softcap", "sinks"), [(3.0, False), (None, True), (50.0, True)], ids=["soft cap", "sinks", "soft cap and sinks"]
+)
+def test_soft_caps_and_sinks_follow_the_definition(
+    shape: Shape, window: int | None, softcap: float | None, sinks: bool, native: bool
+) -> None:
+    qkv, some_sinks = QKV.random(shape, 2), sinks_of(shape) if sinks else None
+    options: dict[str, Any] = {"sliding_window": window, "softcap": softcap, "s_aux": some_sinks, "scaling": 0.3}
+    result = CachedAttention().prefill(qkv, native, [20, 33, LENGTH], **options)
+    expected = defined_attention(qkv, window, softcap, some_sinks, scale=0.3)
+    torch.testing.assert_close(result, expected, atol=5e-5, rtol=1e-4)
+
+
+@both_attentions
+def test_the_window_of_the_module_is_the_default(native: bool) -> None:
+    attention, qkv = CachedAttention(), QKV.random(SMALL, 3)
+    attention.module.sliding_window = 5  # type: ignore[assignment]
+    result = attention.prefill(qkv, native, [LENGTH])
+    torch.testing.assert_close(result, defined_attention(qkv, 5), atol=2e-5, rtol=1e-4)
+
+
+@both_attentions
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e2, 1e4])
+def test_scores_near_zero_and_in_the_thousands_are_precise(size: float, native: bool) -> None:
+    qkv = QKV.random(SMALL, 4)
+    # Doubles hold these scores only if the highest one is subtracted first.
+    query = qkv.query.double() * size
+    scores = torch.einsum("hqs,hks->hqk", query, qkv.key.double().repeat_interleave(2, 0)) * SMALL.size**-0.5
+    masked = scores.masked_fill(~torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril(), -torch.inf)
+    expected = masked.softmax(-1) @ qkv.value.double().repeat_interleave(2, 0)
+    result = CachedAttention().prefill(QKV(qkv.query * size, qkv.key, qkv.value), native, [LENGTH])
+    torch.testing.assert_close(result, expected.transpose(0, 1).float(), atol=1e-5 * max(size, 10), rtol=1e-4)
+
+
+@both_attentions
+@pytest.mark.parametrize("size", [20.0, 44.4, 45.0, 60.0, 1000.0])
+def test_scores_far_above_the_soft_cap_are_capped(native: bool, size: float) -> None:
+    qkv = QKV(torch.full((1, 2, 1), size), torch.tensor([[[1.0], [0.0]]]), torch.tensor([[[1.0], [0.0]]]))
+    result = CachedAttention().prefill(qkv, native, [2], softcap=1.0, scaling=1.0)
+    # The scores of the second token are `size` and 0, and 1 and 0 after the cap.
+    torch.testing.assert_close(result[:, 0, 0], torch.tensor([1.0, 1 / (1 + math.exp(-1))]))
+
+
+@both_attentions
+@all_shapes
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 9}, {"softcap": 5.0}], ids=["plain", "window", "soft cap"])
+def test_a_bfloat16_cache_only_rounds_keys_and_values(shape: Shape, options: dict[str, Any], native: bool) -> None:
+    qkv, attention = QKV.random(shape, 5), CachedAttention(dtype=torch.bfloat16)
+    result = attention.prefill(qkv, native, [31, LENGTH], **options)
+    rounded = qkv.to(torch.bfloat16)
+    cached = QKV(qkv.query, rounded.key, rounded.value)
+    expected = defined_attention(cached, options.get("sliding_window"), options.get("softcap"))
+    torch.testing.assert_close(result, expected, atol=5e-5, rtol=1e-4)
+    assert attention.keys.dtype == attention.values.dtype == torch.bfloat16
+
+
+@both_attentions
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_half_precision_model_gets_results_of_its_dtype(dtype: torch.dtype, native: bool) -> None:
+    qkv = QKV.random(SMALL, 6).to(dtype)
+    # The kernel has no float16 cache: float16 models are for accelerators.
+    result = CachedAttention(dtype=torch.bfloat16 if native else None).prefill(qkv, native, [40, LENGTH])
+    assert result.dtype == dtype
+    torch.testing.assert_close(result.float(), defined_attention(qkv), atol=0.1, rtol=0.02)
+
+
+@both_attentions
+def test_each_slot_of_a_forward_attends_to_its_own_sequence(native: bool) -> None:
+    attention, inputs = CachedAttention(4), {slot: QKV.random(SMALL, 10 + slot) for slot in range(4)}
+    expected = {slot: defined_attention(qkv) for slot, qkv in inputs.items()}
+    for slot, length in ((0, 20), (1, 3), (2, 50)):
+        attention.forward([Segment(slot, (0,), length)], inputs, native)
+    # Slots 0, 1 and 2 decode in one segment, slot 3 prefills in two of them.
+    segments = [Segment(0, (20, 3, 50), 1), Segment(3, (0,), 30), Segment(3, (30,), 7)]
+    *decoded, first, second = attention.forward(segments, inputs, native)
+    for slot, position in enumerate((20, 3, 50)):
+        torch.testing.assert_close(decoded[slot][0], expected[slot][position], atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(torch.cat([first, second]), expected[3][:37], atol=2e-5, rtol=1e-4)
+
+
+@both_attentions
+@pytest.mark.parametrize(
+    "options", [{}, {"sliding_window": 6}, {"s_aux": sinks_of(SMALL)}], ids=["plain", "window", "sinks"]
+)
+def test_neighbouring_slots_with_several_tokens_equal_each_slot_alone(options: dict[str, Any], native: bool) -> None:
+    attention, inputs = CachedAttention(3), {slot: QKV.random(SMALL, 20 + slot) for slot in range(3)}
+    starts = (5, 0, 40)
+    for slot, start in enumerate(starts):
+        if start:
+            attention.forward([Segment(slot, (0,), start)], inputs, native, **options)
+    results = attention.forward([Segment(0, starts, 8)], inputs, native, **options)
+    for slot, start in enumerate(starts):
+        expected = defined_attention(inputs[slot], options.get("sliding_window"), sinks=options.get("s_aux"))
+        torch.testing.assert_close(results[slot], expected[start : start + 8], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"sliding_window": 13}, {"softcap": 5.0, "s_aux": sinks_of(SMALL)}],
+    ids=["plain", "window", "soft cap and sinks"],
+)
+@given(cuts=strategies.sets(strategies.integers(1, LENGTH - 1), max_size=12))
+@settings(max_examples=15, deadline=None)
+def test_kernel_results_are_equal_to_the_bit_in_any_chunks(
+    options: dict[str, Any], dtype: torch.dtype, cuts: set[int]
+) -> None:
+    qkv = QKV.random(SMALL, 30)
+    whole = CachedAttention(dtype=dtype).prefill(qkv, True, [LENGTH], **options)
+    chunked = CachedAttention(dtype=dtype).prefill(qkv, True, [*sorted(cuts), LENGTH], **options)
+    assert torch.equal(chunked, whole)
+
+
+@pytest.mark.compiler
+@pytest.mark.usefixtures("two_threads")
+@all_shapes
+@pytest.mark.parametrize("window", [None, 13], ids=lambda window: f"window {window}")
+def test_kernel_results_are_equal_to_the_bit_in_any_batch(shape: Shape, window: int | None) -> None:
+    attention, inputs = CachedAttention(5), {slot: QKV.random(shape, 40 + slot) for slot in range(5)}
+    alone = {
+        slot: CachedAttention(5).prefill(qkv, True, [LENGTH], slot, sliding_window=window)
+        for slot, qkv in inputs.items()
+    }
+    starts = tuple(10 + 11 * slot for slot in range(4))
+    for slot, start in enumerate(starts):
+        attention.forward([Segment(slot, (0,), start)], inputs, True, sliding_window=window)
+    segments = [Segment(0, starts, 1), Segment(4, (0,), 33)]
+    *decoded, chunk = attention.forward(segments, inputs, True, sliding_window=window)
+    for slot, start in enumerate(starts):
+        assert torch.equal(decoded[slot][0], alone[slot][start])
+    assert torch.equal(chunk, alone[4][:33])
+
+
+@both_attentions
+def test_each_token_is_cached_at_its_slot_and_position_only(native: bool) -> None:
+    attention, inputs = CachedAttention(4, 40), {slot: QKV.random(SMALL, 50 + slot) for slot in (1, 2)}
+    attention.forward([Segment(1, (0, 15), 3)], inputs, native)
+    for stored, name in ((attention.keys, "key"), (attention.values[..., : SMALL.value_size], "value")):
+        assert torch.equal(stored[1, :, 0:3], getattr(inputs[1], name)[:, 0:3])
+        assert torch.equal(stored[2, :, 15:18], getattr(inputs[2], name)[:, 15:18])
+    count = 2 * 3 * SMALL.key_heads * SMALL.size
+    assert int(attention.keys.count_nonzero()) == int(attention.values.count_nonzero()) == count
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf], ids=["nan", "infinity"])
+@pytest.mark.parametrize("start", [0, 20])
+def test_the_kernel_never_reads_what_a_slot_held_before(start: int, bad: float) -> None:
+    attention, qkv, broken = CachedAttention(), QKV.random(SMALL, 83), QKV.random(SMALL, 84)
+    broken.key[:], broken.value[:] = bad, bad
+    if start:
+        attention.prefill(qkv, True, [start])
+    attention.forward([Segment(0, (start,), LENGTH - start)], {0: broken}, True)
+    (result,) = attention.forward([Segment(0, (start,), 9)], {0: qkv}, True)
+    torch.testing.assert_close(result, defined_attention(qkv)[start : start + 9], atol=2e-5, rtol=1e-4)
+
+
+def test_a_mask_is_causal_and_as_wide_as_the_window() -> None:
+    span = Span(slot=0, rows=2, start=1, count=2, length=6)
+    metadata = AttentionMetadata(torch.tensor([9, 0, 0, 1, 1]), torch.tensor([0, 3, 4, 0, 1]), (span,))
+    like = torch.zeros(1, dtype=torch.bfloat16)
+    mask = metadata.mask(span, None, like)
+    assert mask.shape == (2, 1, 2, 6)
+    assert mask.dtype == torch.bfloat16
+    assert (mask[:, 0] == 0).int().tolist() == [
+        [[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0]],
+        [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0]],
+    ]
+    assert (metadata.mask(span, 2, like)[:, 0] == 0).int().tolist() == [
+        [[0, 0, 1, 1, 0, 0], [0, 0, 0, 1, 1, 0]],
+        [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0]],
+    ]
+
+
+def test_all_layers_of_a_step_share_a_mask() -> None:
+    span = Span(slot=0, rows=1, start=0, count=2, length=2)
+    metadata = AttentionMetadata(torch.tensor([0, 0]), torch.tensor([0, 1]), (span,))
+    like = torch.zeros(1)
+    assert metadata.mask(span, 2, like) is metadata.mask(span, 2, like)
+    assert metadata.mask(span, 1, like) is not metadata.mask(span, 2, like)
+
+
+@both_attentions
+def test_unsupported_attention_is_refused_with_its_reason(native: bool) -> None:
+    tokens = torch.ones(1, 2, 1, 4)
+    module = nn.Module()
+    with pytest.raises(UnsupportedModelError, match="keyword arguments"):
+        slot_attention(module, tokens, tokens, tokens, None)
+    spans = (Span(0, 1, 0, 1, 1),)
+    metadata = AttentionMetadata(torch.tensor([0]), torch.tensor([0]), spans, native, KVCache(1, 8))
+    with pytest.raises(UnsupportedModelError, match="position bias"):
+        slot_attention(module, tokens, tokens, tokens, None, metadata=metadata, position_bias=tokens)
+    module.is_causal = False  # type: ignore[assignment]
+    with pytest.raises(UnsupportedModelError, match="not causal"):
+        slot_attention(module, tokens, tokens, tokens, None, metadata=metadata)

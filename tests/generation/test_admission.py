@@ -1,0 +1,303 @@
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from itertools import chain, zip_longest
+
+import pytest
+from hypothesis import given, settings, strategies
+
+from models.errors import QueueFullError, RateLimitExceededError, ServerStoppingError, TooManyResponsesError
+from models.generation.admission import Admission, Ticket
+from models.generation.rate_limiter import RateLimiter
+from models.messages import Usage
+from models.settings import Settings
+from tests.support.fake_clock import FakeClock
+
+pytestmark = pytest.mark.anyio
+
+
+# Slots and the wait queue
+
+
+async def test_a_free_slot_is_given_at_once() -> None:
+    admission = Admission(slots=2, queue=0, per_user=2)
+    assert [admission.enter("ann").position, admission.enter("bob").position] == [0, 0]
+    assert (admission.free, admission.running) == (0, 2)
+
+
+async def test_a_ticket_with_a_slot_does_not_wait() -> None:
+    ticket = Admission(slots=1, queue=0, per_user=1).enter("ann")
+    assert [position async for position in ticket.wait()] == []
+
+
+async def test_a_waiting_ticket_yields_each_new_position_until_its_slot() -> None:
+    admission = Admission(slots=1, queue=3, per_user=9)
+    first, second, third, last = (admission.enter("ann") for _ in range(4))
+    positions = aiter(last.wait())
+    assert await anext(positions) == 3
+    waiting = asyncio.ensure_future(anext(positions))
+    admission.leave(first)
+    assert await waiting == 2
+    admission.leave(second)
+    admission.leave(third)  # two moves before anyone looks: the first of them is not yielded
+    with pytest.raises(StopAsyncIteration):
+        await anext(positions)
+    assert last.position == 0
+
+
+async def test_a_ticket_does_not_move_when_one_behind_it_leaves() -> None:
+    admission = Admission(slots=1, queue=3, per_user=9)
+    _, second, last = (admission.enter("ann") for _ in range(3))
+    positions = aiter(second.wait())
+    assert await anext(positions) == 1
+    admission.leave(last)
+    waiting = asyncio.ensure_future(anext(positions))
+    await asyncio.sleep(0)  # it looks for a new position
+    assert not waiting.done()
+    waiting.cancel()
+
+
+async def test_tickets_behind_one_that_stops_waiting_move_up() -> None:
+    admission = Admission(slots=1, queue=3, per_user=9)
+    running, _, leaver, last = (admission.enter("ann") for _ in range(4))
+    admission.leave(leaver)
+    assert (running.position, last.position, admission.free) == (0, 2, 0)
+
+
+async def test_a_slot_that_is_left_before_it_is_used_goes_to_the_next() -> None:
+    admission = Admission(slots=1, queue=2, per_user=9)
+    first, second, third = (admission.enter("ann") for _ in range(3))
+    admission.leave(first)
+    admission.leave(second)
+    assert third.position == 0
+
+
+async def test_a_full_wait_queue_refuses_the_next_reply() -> None:
+    admission = Admission(slots=1, queue=1, per_user=2)
+    admission.enter("ann")
+    admission.enter("ann")
+    with pytest.raises(QueueFullError, match="the wait queue is full with 1 replies") as raised:
+        admission.enter("bob")
+    assert (raised.value.status, raised.value.code) == (503, "queue_full")
+    assert admission.in_flight["bob"] == 0
+
+
+async def test_waiting_replies_count_against_the_limit_of_their_user() -> None:
+    admission = Admission(slots=1, queue=9, per_user=2)
+    first, _ = admission.enter("ann"), admission.enter("ann")
+    with pytest.raises(TooManyResponsesError, match="you have 2 replies running or waiting") as raised:
+        admission.enter("ann")
+    assert (raised.value.status, raised.value.code) == (429, "too_many_responses")
+    assert admission.enter("bob").position == 2
+    admission.leave(first)
+    assert admission.enter("ann").position == 2
+
+
+# Tickets
+
+
+async def test_a_ticket_is_given_back_at_the_end_of_its_context() -> None:
+    admission = Admission(slots=1, queue=1, per_user=1)
+    with admission.ticket("ann") as first:
+        waiting = admission.enter("bob")
+        assert (first.user, first.position, waiting.position) == ("ann", 0, 1)
+        assert dict(admission.in_flight) == {"ann": 1, "bob": 1}
+    assert (waiting.position, admission.free) == (0, 0)
+    assert dict(admission.in_flight) == {"bob": 1}
+
+
+@pytest.mark.parametrize("failure", [ValueError, asyncio.CancelledError], ids=["error", "cancelled"])
+async def test_a_ticket_is_given_back_after_a_failure(failure: type[BaseException]) -> None:
+    admission = Admission(slots=1, queue=0, per_user=1)
+    with pytest.raises(failure):
+        with admission.ticket("ann"):
+            raise failure
+    assert (admission.free, dict(admission.in_flight)) == (1, {})
+
+
+@pytest.mark.parametrize(
+    ("user", "error"),
+    [("ann", TooManyResponsesError), ("bob", QueueFullError)],
+    ids=["user limit", "full queue"],
+)
+async def test_a_refused_ticket_is_not_given_back(user: str, error: type[Exception]) -> None:
+    admission = Admission(slots=1, queue=0, per_user=1)
+    with admission.ticket("ann"):
+        with pytest.raises(error):
+            with admission.ticket(user):
+                pytest.fail("there is no ticket")
+        assert (admission.free, dict(admission.in_flight)) == (0, {"ann": 1})
+    assert admission.free == 1
+
+
+async def test_a_ticket_knows_how_long_it_waited_for_its_slot() -> None:
+    clock = FakeClock()
+    admission = Admission(slots=1, queue=1, per_user=9, clock=clock)
+    first, second = admission.enter("ann"), admission.enter("ann")
+    clock.now += 3
+    assert (first.waited, second.waited) == (0, None)
+    admission.leave(first)
+    clock.now += 5
+    assert second.waited == 3
+
+
+# Fairness
+
+
+steps = strategies.lists(
+    strategies.tuples(strategies.sampled_from(["ann", "bob", "carla", "leave"]), strategies.integers(0, 9))
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(steps, strategies.integers(1, 3), strategies.integers(0, 5), strategies.integers(1, 4))
+def test_slots_are_given_to_waiting_users_in_turn(
+    steps: list[tuple[str, int]], slots: int, queue: int, per_user: int
+) -> None:
+    admission = Admission(slots, queue, per_user)
+    running: list[Ticket] = []
+    waiting: list[list[Ticket]] = []  # a line for each user; the user whose turn is next comes first
+    for user, index in steps:
+        if user != "leave":
+            own = [ticket for ticket in chain(running, *waiting) if ticket.user == user]
+            try:
+                ticket = admission.enter(user)
+            except TooManyResponsesError:
+                assert len(own) == per_user
+            except QueueFullError:
+                assert (len(running), sum(map(len, waiting))) == (slots, queue)
+            else:
+                line = next((line for line in waiting if line[0].user == user), [])
+                if len(running) < slots:
+                    running.append(ticket)
+                elif not line:
+                    waiting.append([ticket])
+                else:
+                    line.append(ticket)
+        elif tickets := [*running, *chain.from_iterable(waiting)]:
+            leaver = tickets[index % len(tickets)]
+            admission.leave(leaver)
+            if leaver in running:
+                running.remove(leaver)
+                if waiting:
+                    line = waiting.pop(0)
+                    running.append(line.pop(0))
+                    waiting.append(line)
+            for line in waiting:
+                line[:] = [ticket for ticket in line if ticket is not leaver]
+            waiting = [line for line in waiting if line]
+        order = [ticket for turn in zip_longest(*waiting) for ticket in turn if ticket]
+        assert [ticket.position for ticket in running] == [0] * len(running)
+        assert [ticket.position for ticket in order] == list(range(1, len(order) + 1))
+        assert admission.waiting == order
+        assert (admission.running, admission.free) == (len(running), slots - len(running))
+        assert dict(admission.in_flight) == Counter(ticket.user for ticket in [*running, *order])
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+async def test_a_single_request_waits_for_at_most_one_of_another_users_hundred(slots: int) -> None:
+    admission = Admission(slots, queue=200, per_user=200)
+    anns = [admission.enter("ann") for _ in range(100)]
+    bobs = admission.enter("bob")
+    assert bobs.position == 2
+    running = anns[:slots]
+    admission.leave(running.pop(0))
+    assert (sum(not ticket.position for ticket in anns), bobs.position) == (slots + 1, 1)
+    admission.leave(running.pop(0) if running else next(ticket for ticket in anns[1:] if not ticket.position))
+    assert bobs.position == 0
+
+
+async def test_a_ticket_that_is_overtaken_yields_its_new_position() -> None:
+    admission = Admission(slots=1, queue=9, per_user=9)
+    _, _, third = (admission.enter("ann") for _ in range(3))
+    positions = aiter(third.wait())
+    assert await anext(positions) == 2
+    admission.enter("bob")
+    assert await anext(positions) == 3
+
+
+# Fewer slots, closing, rate limits
+
+
+async def test_after_a_shrink_nobody_is_admitted_until_enough_replies_have_ended() -> None:
+    admission = Admission(slots=4, queue=9, per_user=9)
+    running = [admission.enter("ann") for _ in range(4)]
+    waiting = admission.enter("bob")
+    admission.shrink(2)
+    assert admission.slots == 2
+    for left in (3, 2):
+        admission.leave(running.pop())
+        assert (len(running), waiting.position) == (left, 1)
+    admission.leave(running.pop())
+    assert waiting.position == 0
+    admission.leave(waiting)
+    admission.leave(running.pop())
+    assert admission.free == 2
+
+
+async def test_a_closed_admission_refuses_new_replies_and_serves_the_old_ones() -> None:
+    admission = Admission(slots=1, queue=1, per_user=9)
+    running, waiting = admission.enter("ann"), admission.enter("bob")
+    admission.close()
+    with pytest.raises(ServerStoppingError) as raised:
+        admission.enter("ann")
+    assert (raised.value.code, dict(admission.in_flight)) == ("server_shutdown", {"ann": 1, "bob": 1})
+    admission.leave(running)
+    assert waiting.position == 0
+
+
+async def test_a_user_over_the_request_limit_is_told_when_to_retry() -> None:
+    admission = Admission(slots=9, queue=0, per_user=9, rate_limiter=RateLimiter(requests="2/hour"))
+    admission.leave(admission.enter("ann"))
+    admission.leave(admission.enter("ann"))
+    with pytest.raises(RateLimitExceededError, match="2 requests per 1 hour") as raised:
+        admission.enter("ann")
+    assert raised.value.retry_after is not None
+    assert 3500 < raised.value.retry_after <= 3600
+    assert (admission.free, dict(admission.in_flight)) == (9, {})
+    assert admission.enter("bob").position == 0
+
+
+async def test_a_request_that_is_refused_for_lack_of_room_is_not_counted() -> None:
+    admission = Admission(slots=1, queue=0, per_user=1, rate_limiter=RateLimiter(requests="2/hour"))
+    running = admission.enter("ann")
+    for _ in range(3):
+        with pytest.raises(TooManyResponsesError):
+            admission.enter("ann")
+    admission.leave(running)
+    admission.enter("ann")
+
+
+async def test_a_user_over_the_token_limit_is_refused() -> None:
+    admission = Admission(slots=2, queue=1, per_user=9, rate_limiter=RateLimiter(tokens="100/day"))
+    for output in (20, 50):
+        ticket = admission.enter("ann")
+        ticket.usage = Usage(input_tokens=20, output_tokens=output)
+        admission.leave(ticket)
+    with pytest.raises(RateLimitExceededError, match="100 tokens per 1 day"):
+        admission.enter("ann")
+    assert admission.enter("bob").position == 0
+
+
+async def test_a_reply_that_never_had_a_slot_costs_no_tokens() -> None:
+    admission = Admission(slots=1, queue=1, per_user=9, rate_limiter=RateLimiter(tokens="100/day"))
+    admission.enter("ann")
+    waiting = admission.enter("ann")
+    waiting.usage = Usage(input_tokens=1000)
+    admission.leave(waiting)
+    assert admission.enter("ann").position == 1
+
+
+async def test_the_limits_of_an_admission_are_those_of_the_settings() -> None:
+    admission = Admission.of(Settings(slots=2, queue=1, responses_per_user=3, rate="4/day", token_rate="5/day"))
+    assert (admission.slots, admission.queue, admission.per_user) == (2, 1, 3)
+    ticket = admission.enter("ann")
+    ticket.usage = Usage(input_tokens=5)
+    admission.leave(ticket)
+    with pytest.raises(RateLimitExceededError, match="5 tokens per 1 day"):
+        admission.enter("ann")
+    for _ in range(4):
+        admission.leave(admission.enter("bob"))
+    with pytest.raises(RateLimitExceededError, match="4 requests per 1 day"):
+        admission.enter("bob")

@@ -1,0 +1,835 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from models.errors import (
+    APIError,
+    ConversationBusyError,
+    ConversationNotFoundError,
+    DatabaseUnavailableError,
+    EngineError,
+    ItemNotFoundError,
+    MessagesRejectedError,
+    NotStoredError,
+    QueueFullError,
+    ResponseNotFoundError,
+    ServerError,
+    ServerStoppingError,
+    TooManyResponsesError,
+)
+from models.generation.events import Created, Finished, Queued, Rejected, TextDelta, Warned
+from models.generation.interface import (
+    NewConversation,
+    ResponseRequest,
+    Stateless,
+    StoredConversation,
+    Target,
+    Unstored,
+)
+from models.generation.manager import ResponseManager
+from models.generation.response import BATCH
+from models.language.events import Event
+from models.messages import Message
+from models.options import Options
+from models.settings import Settings
+from models.store.conversations import Conversations, Listing
+from models.store.database import open_database
+from models.store.item import Edge, Item, Status
+from tests.support.fake_client import FakeListener
+from tests.support.scripted import ScriptedChat, ScriptedReply, running
+from tests.support.stores import AwayConversations, SlowConversations
+
+pytestmark = pytest.mark.anyio
+
+CONVERSATION = StoredConversation("conv_1", create=True)
+TARGETS = {
+    "stateless": Stateless(),
+    "unstored": Unstored(),
+    "new conversation": NewConversation("conv_1"),
+    "stored conversation": CONVERSATION,
+}
+
+
+def each_target(*names: str) -> pytest.MarkDecorator:
+    """Run a test with some targets, or with all."""
+    return pytest.mark.parametrize("target", [pytest.param(TARGETS[name], id=name) for name in names or TARGETS])
+
+
+@pytest.fixture
+async def conversations(settings: Settings) -> AsyncIterator[SlowConversations]:
+    async with open_database(settings) as database:
+        yield SlowConversations(database)
+
+
+@pytest.fixture
+def listener() -> FakeListener:
+    return FakeListener()
+
+
+def request(message: str, target: Target = CONVERSATION, user: str = "ann", **options: Any) -> ResponseRequest:
+    """A request for a reply to one message, by default in the conversation conv_1 of ann."""
+    return ResponseRequest(user, [{"role": "user", "content": message}], Options().updated(options), target)
+
+
+async def run(responses: ResponseManager, request: ResponseRequest) -> Item:
+    """The finished reply to a request."""
+    listener = FakeListener()
+    responses.create(request, listener)
+    return (await listener.next(Finished)).reply
+
+
+async def run_rejected(responses: ResponseManager, request: ResponseRequest) -> APIError:
+    """The error of a request that is rejected."""
+    listener = FakeListener()
+    responses.create(request, listener)
+    return (await listener.next(Rejected)).error
+
+
+async def start(responses: ResponseManager, listener: FakeListener, request: ResponseRequest, deltas: int = 1) -> str:
+    """The id of a new reply that has told some text deltas."""
+    id = responses.create(request, listener)
+    for _ in range(deltas):
+        await listener.next(TextDelta)
+    return id
+
+
+async def contents(conversations: Conversations, conversation: str = "conv_1") -> list[str]:
+    """The contents of the stored items of a conversation of ann."""
+    return [item.content for item in await conversations.items("ann", conversation)]
+
+
+async def statuses(conversations: Conversations) -> list[Status | None]:
+    """The stored statuses of the items of ann's conversation conv_1; None for messages."""
+    return [item.status for item in await conversations.items("ann", "conv_1")]
+
+
+def last_prompt(scripted: ScriptedChat) -> list[str]:
+    """The messages that the chat was asked with last."""
+    messages, _ = scripted.heard[-1]
+    return [message["content"] for message in messages]
+
+
+async def store_again(conversations: SlowConversations) -> None:
+    """Repair the database, and wait until what waits in memory is stored."""
+    conversations.broken = False
+    conversations.updated.clear()
+    await conversations.updated.wait()
+
+
+# The events of a reply
+
+
+@each_target()
+async def test_a_reply_tells_created_then_deltas_then_finished(
+    responses: ResponseManager, listener: FakeListener, target: Target
+) -> None:
+    id = responses.create(request("say yes or no", target), listener)
+    created, *deltas, finished = await listener.until(Finished)
+    conversation = "conv_1" if isinstance(target, NewConversation | StoredConversation) else None
+    assert created == Created(id, conversation, 0)
+    assert deltas == [TextDelta(id, 1, "yes "), TextDelta(id, 2, "or n"), TextDelta(id, 3, "o")]
+    assert isinstance(finished, Finished)
+    assert finished.conversation == conversation
+    assert (finished.reply.id, finished.reply.role, finished.reply.content) == (id, "assistant", "yes or no")
+    assert (finished.reply.status, finished.reply.reason) == (Status.COMPLETED, "stop")
+
+
+async def test_a_waiting_reply_tells_its_positions(responses: ResponseManager, listener: FakeListener) -> None:
+    id = responses.create(request("queue up"), listener)
+    assert (await listener.until(Finished))[1:3] == [Queued(id, 2), Queued(id, 1)]
+
+
+# What can end a reply
+
+
+async def nothing(responses: ResponseManager, listener: FakeListener, id: str) -> None:
+    """The reply ends by itself."""
+
+
+async def cancel(responses: ResponseManager, listener: FakeListener, id: str) -> None:
+    responses.cancel("ann", id)
+
+
+async def cancel_all(responses: ResponseManager, listener: FakeListener, id: str) -> None:
+    responses.cancel_all(listener)
+
+
+async def abandon(responses: ResponseManager, listener: FakeListener, id: str) -> None:
+    responses.abandon("ann", id)
+
+
+async def revoke(responses: ResponseManager, listener: FakeListener, id: str) -> None:
+    responses.revoke("ann")
+
+
+async def delete_conversation(responses: ResponseManager, listener: FakeListener, id: str) -> None:
+    await responses.delete_conversation("ann", "conv_1")
+
+
+async def drain(responses: ResponseManager, listener: FakeListener, id: str) -> None:
+    await responses.drain(0)
+
+
+Act = Callable[[ResponseManager, FakeListener, str], Awaitable[None]]
+
+
+@pytest.mark.parametrize(
+    ("message", "target", "act", "status", "reason"),
+    [
+        pytest.param("say it", CONVERSATION, nothing, "completed", "stop", id="completes"),
+        pytest.param("break it", CONVERSATION, nothing, "failed", "server_error", id="fails"),
+        pytest.param("wait here", CONVERSATION, cancel, "cancelled", "client_cancelled", id="is cancelled"),
+        pytest.param("hold it", CONVERSATION, cancel, "cancelled", "client_cancelled", id="is cancelled in the queue"),
+        pytest.param("wait here", CONVERSATION, cancel_all, "cancelled", "client_cancelled", id="cancel_all"),
+        pytest.param("wait here", Stateless(), abandon, "cancelled", "client_disconnected", id="is abandoned"),
+        pytest.param("wait here", Stateless(), revoke, "failed", "revoked", id="user is revoked"),
+        pytest.param("wait here", CONVERSATION, delete_conversation, "cancelled", "client_cancelled", id="is deleted"),
+        pytest.param("wait here", Unstored(), drain, "failed", "server_shutdown", id="server stops"),
+    ],
+)
+async def test_a_created_reply_tells_exactly_one_finished_event(
+    scripted: ScriptedChat,
+    conversations: SlowConversations,
+    settings: Settings,
+    listener: FakeListener,
+    message: str,
+    target: Target,
+    act: Act,
+    status: str,
+    reason: str,
+) -> None:
+    async with running(scripted, conversations, settings) as responses:
+        id = responses.create(request(message, target), listener)
+        events = await listener.until(Queued if message == "hold it" else TextDelta)
+        await act(responses, listener, id)
+        events += await listener.until(Finished)
+    events += listener.rest()
+    assert [type(event) for event in events if not isinstance(event, TextDelta | Queued)] == [Created, Finished]
+    assert isinstance(finished := events[-1], Finished)
+    assert (finished.reply.id, finished.reply.status, finished.reply.reason) == (id, status, reason)
+    assert scripted.running == 0
+
+
+class FailingChat(ScriptedChat):
+    """Raises an error while it prepares a reply."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+    async def prepare(self, messages: list[Message], options: Options, whole: bool = False) -> ScriptedReply:
+        raise self.error
+
+
+@each_target()
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        pytest.param(MessagesRejectedError("no"), MessagesRejectedError, id="messages rejected"),
+        pytest.param(ValueError("a bug"), ServerError, id="bug"),
+    ],
+)
+async def test_a_rejected_reply_tells_exactly_one_event_and_stores_nothing(
+    conversations: SlowConversations,
+    settings: Settings,
+    listener: FakeListener,
+    caplog: pytest.LogCaptureFixture,
+    target: Target,
+    error: Exception,
+    told: type[APIError],
+) -> None:
+    async with running(FailingChat(error), conversations, settings) as responses:
+        id = responses.create(request("say one", target), listener)
+        rejected = await listener.next(Rejected)
+        with pytest.raises(ResponseNotFoundError):
+            await responses.follow("ann", id, 0, listener)
+    assert (rejected.response_id, type(rejected.error)) == (id, told)
+    assert listener.rest() == []
+    assert await contents(conversations) == []
+    assert [record.getMessage() for record in caplog.records if record.exc_info] == (
+        [f"{id} failed"] if told is ServerError else []
+    )
+
+
+async def test_a_request_without_a_ticket_is_rejected(responses: ResponseManager, scripted: ScriptedChat) -> None:
+    scripted.admission.shrink(0)
+    assert isinstance(await run_rejected(responses, request("say one")), QueueFullError)
+    scripted.admission.per_user = 0
+    assert isinstance(await run_rejected(responses, request("say one")), TooManyResponsesError)
+    scripted.admission.close()
+    assert isinstance(await run_rejected(responses, request("say one")), ServerStoppingError)
+    assert scripted.heard == []
+
+
+class BrokenEngineChat(ScriptedChat):
+    """Its engine fails in the middle of a reply."""
+
+    async def events(self, reply: ScriptedReply) -> AsyncGenerator[Event, None]:
+        async for event in super().events(reply):
+            yield event
+            raise EngineError("the log has the reason")
+
+
+async def test_an_engine_failure_fails_the_reply_without_a_traceback(
+    conversations: SlowConversations, settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running(BrokenEngineChat(), conversations, settings) as responses:
+        reply = await run(responses, request("say something"))
+    assert (reply.content, reply.status, reply.reason) == ("some", Status.FAILED, "server_error")
+    assert f"{reply.id} failed" in caplog.text
+    assert not any(record.exc_info for record in caplog.records)
+
+
+class ClosingChat(ScriptedChat):
+    """Sets `closed` when the events of a reply are closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.closed = asyncio.Event()
+
+    async def events(self, reply: ScriptedReply) -> AsyncGenerator[Event, None]:
+        try:
+            async for event in super().events(reply):
+                yield event
+        finally:
+            self.closed.set()
+
+
+async def test_a_cancelled_reply_closes_the_events_of_its_chat(
+    conversations: SlowConversations, settings: Settings, listener: FakeListener
+) -> None:
+    chat = ClosingChat()
+    async with running(chat, conversations, settings) as responses:
+        id = await start(responses, listener, request("wait here"))
+        assert not chat.closed.is_set()
+        responses.cancel("ann", id)
+        await listener.next(Finished)
+        assert chat.closed.is_set()
+
+
+# What each target means
+
+
+class WholeChat(ScriptedChat):
+    """Leaves out the two oldest messages, unless it has to take them whole."""
+
+    async def prepare(self, messages: list[Message], options: Options, whole: bool = False) -> ScriptedReply:
+        reply = await super().prepare(messages, options, whole)
+        reply.left_out = 0 if whole or len(messages) < 3 else 2
+        return reply
+
+
+@each_target()
+async def test_only_a_stateless_prompt_is_taken_whole(
+    conversations: SlowConversations, settings: Settings, listener: FakeListener, target: Target
+) -> None:
+    messages: list[Message] = [{"role": "user", "content": f"say {word}"} for word in ("one", "two", "three")]
+    async with running(WholeChat(), conversations, settings) as responses:
+        responses.create(ResponseRequest("ann", messages, Options(), target), listener)
+        created = await listener.next(Created)
+    assert created.left_out == (0 if target == Stateless() else 2)
+
+
+async def test_messages_that_were_left_out_stay_left_out(
+    conversations: SlowConversations, settings: Settings, listener: FakeListener
+) -> None:
+    chat = WholeChat()
+    async with running(chat, conversations, settings) as responses:
+        for word, left_out in (("one", 0), ("two", 2), ("three", 4)):
+            responses.create(request(f"say {word}"), listener)
+            assert (await listener.next(Created)).left_out == left_out
+            assert (await listener.next(Finished)).reply.left_out == left_out
+    assert last_prompt(chat) == ["say two", "two", "say three"]
+
+
+@each_target("stateless", "unstored")
+async def test_a_reply_of_no_conversation_is_not_stored(
+    responses: ResponseManager, conversations: SlowConversations, target: Target
+) -> None:
+    reply = await run(responses, request("say one", target))
+    assert await conversations.find_reply("ann", reply.id) is None
+    assert await conversations.list_page("ann", Listing()) == ([], False)
+    assert not conversations.put_asked.is_set()
+
+
+@each_target()
+async def test_a_finished_reply_can_be_resumed_unless_it_is_stateless(
+    responses: ResponseManager, listener: FakeListener, target: Target
+) -> None:
+    reply = await run(responses, request("say yes or no", target))
+    if target == Stateless():
+        with pytest.raises(ResponseNotFoundError):
+            await responses.follow("ann", reply.id, 0, listener)
+    else:
+        await responses.follow("ann", reply.id, 1, listener)
+        assert await listener.deltas() == [(2, "or n"), (3, "o")]
+
+
+async def test_a_new_conversation_is_begun_without_a_read(settings: Settings, scripted: ScriptedChat) -> None:
+    async with open_database(settings) as database:
+        conversations = AwayConversations(database)
+        async with running(scripted, conversations, settings) as responses:
+            conversations.unreadable = True
+            error = await run_rejected(responses, request("say one", CONVERSATION))
+            assert isinstance(error, DatabaseUnavailableError)
+            await run(responses, request("say two", NewConversation("conv_2")))
+            conversations.unreadable = False
+            assert await contents(conversations, "conv_2") == ["say two", "two"]
+            assert await contents(conversations) == []
+
+
+async def test_a_stored_conversation_must_exist_unless_create_is_set(
+    responses: ResponseManager, conversations: SlowConversations
+) -> None:
+    error = await run_rejected(responses, request("say one", StoredConversation("conv_1")))
+    assert isinstance(error, ConversationNotFoundError)
+    assert await contents(conversations) == []
+    await run(responses, request("say two", StoredConversation("conv_1", create=True)))
+    await run(responses, request("say three", StoredConversation("conv_1")))
+    assert await contents(conversations) == ["say two", "two", "say three", "three"]
+
+
+async def test_a_reply_after_an_item_replaces_what_followed_it(
+    responses: ResponseManager, conversations: SlowConversations, scripted: ScriptedChat
+) -> None:
+    first = await run(responses, request("say one"))
+    await run(responses, request("say two"))
+    await run(responses, request("say three", StoredConversation("conv_1", first.id)))
+    assert last_prompt(scripted) == ["say one", "one", "say three"]
+    assert await contents(conversations) == ["say one", "one", "say three", "three"]
+    await run(responses, request("say four", StoredConversation("conv_1", Edge.START)))
+    assert last_prompt(scripted) == ["say four"]
+    assert await contents(conversations) == ["say four", "four"]
+
+
+@pytest.mark.parametrize("create", [False, True], ids=["existing", "create"])
+async def test_a_reply_after_an_unknown_item_is_rejected_and_deletes_nothing(
+    responses: ResponseManager, conversations: SlowConversations, create: bool
+) -> None:
+    await run(responses, request("say one"))
+    error = await run_rejected(responses, request("say two", StoredConversation("conv_1", "item_unknown", create)))
+    assert (type(error), error.code, error.param) == (ItemNotFoundError, "item_not_found", "after")
+    assert await contents(conversations) == ["say one", "one"]
+
+
+async def test_a_conversation_is_busy_until_its_reply_has_ended(
+    responses: ResponseManager, listener: FakeListener, scripted: ScriptedChat
+) -> None:
+    await start(responses, listener, request("wait one"))
+    with pytest.raises(ConversationBusyError):
+        responses.create(request("say two"), listener)
+    error = await run_rejected(responses, request("say three", StoredConversation("conv_1"), user="bob"))
+    assert isinstance(error, ConversationNotFoundError)  # for bob it is not busy
+    scripted.release()
+    await listener.next(Finished)
+    responses.create(request("say four"), listener)
+
+
+@each_target("stateless", "unstored")
+async def test_replies_of_no_conversation_run_at_the_same_time(
+    responses: ResponseManager, listener: FakeListener, scripted: ScriptedChat, target: Target
+) -> None:
+    for _ in range(2):
+        await start(responses, listener, request("wait one", target))
+    assert scripted.running == 2
+
+
+async def test_a_conversation_of_another_user_is_not_found(
+    responses: ResponseManager, conversations: SlowConversations
+) -> None:
+    await run(responses, request("say one"))
+    error = await run_rejected(responses, request("say two", StoredConversation("conv_1"), user="bob"))
+    assert isinstance(error, ConversationNotFoundError)
+    assert await contents(conversations) == ["say one", "one"]
+
+
+async def test_only_its_user_deletes_a_conversation_and_ends_its_reply(
+    responses: ResponseManager, conversations: SlowConversations, listener: FakeListener, scripted: ScriptedChat
+) -> None:
+    await start(responses, listener, request("wait one"))
+    with pytest.raises(ConversationNotFoundError):
+        await responses.delete_conversation("bob", "conv_1")
+    assert scripted.running == 1
+    await responses.delete_conversation("ann", "conv_1")
+    assert scripted.running == 0
+    assert await conversations.list_page("ann", Listing()) == ([], False)
+    assert (await listener.next(Finished)).reply.status == Status.CANCELLED
+
+
+# Storage
+
+
+async def test_a_message_is_stored_before_its_reply_is_created(
+    responses: ResponseManager, conversations: SlowConversations, listener: FakeListener
+) -> None:
+    conversations.may_put.clear()
+    responses.create(request("wait on"), listener)
+    await conversations.put_asked.wait()
+    assert listener.heard.empty()
+    conversations.may_put.set()
+    await listener.next(Created)
+    message, reply = await conversations.items("ann", "conv_1")
+    assert (message.role, message.content, message.status) == ("user", "wait on", None)
+    assert (reply.role, reply.content, reply.status) == ("assistant", "", Status.IN_PROGRESS)
+
+
+async def test_a_reply_is_stored_while_it_grows(
+    responses: ResponseManager, conversations: SlowConversations, listener: FakeListener
+) -> None:
+    responses.create(request("wait half a reply"), listener)
+    await conversations.updated.wait()
+    _, reply = await conversations.items("ann", "conv_1")
+    assert (reply.content, reply.status) == ("half a reply", Status.IN_PROGRESS)
+    assert reply.deltas == ["half", " a r", "eply"]
+
+
+async def test_a_finished_reply_is_stored_before_it_is_told(
+    responses: ResponseManager, conversations: SlowConversations, listener: FakeListener
+) -> None:
+    responses.create(request("say all of it", seed=3, temperature=Options().temperature), listener)
+    finished = await listener.next(Finished)
+    _, reply = await conversations.items("ann", "conv_1")
+    assert reply == finished.reply
+    assert (reply.content, reply.status, reply.reason) == ("all of it", Status.COMPLETED, "stop")
+    assert reply.options == {"seed": 3}
+    assert reply.usage == {"input_tokens": 1, "cached_tokens": 0, "output_tokens": 3, "total_tokens": 4}
+    assert reply.decode_seconds is not None
+
+
+async def test_deltas_do_not_wait_for_the_database(
+    responses: ResponseManager, conversations: SlowConversations, listener: FakeListener
+) -> None:
+    conversations.may_update.clear()
+    id = responses.create(request("say it all at once"), listener)
+    for _ in range(4):
+        delta = await listener.next(TextDelta)
+    assert delta == TextDelta(id, 4, "ce")
+    await asyncio.sleep(0)
+    assert listener.heard.empty()
+    conversations.may_update.set()
+    await listener.next(Finished)
+
+
+async def test_a_reply_whose_end_cannot_be_stored_is_told_and_stored_later(
+    responses: ResponseManager,
+    conversations: SlowConversations,
+    listener: FakeListener,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    responses.create(request("wait here"), listener)
+    id = (await listener.next(Created)).response_id
+    conversations.broken = True
+    await listener.next(TextDelta)
+    responses.cancel("ann", id)
+    finished = await listener.next(Finished)
+    assert (finished.reply.status, finished.reply.content) == (Status.CANCELLED, "here")
+    assert "messages cannot be stored, and wait in memory: OSError: the disk is full" in caplog.text
+    await responses.follow("ann", id, 1, listener)
+    (again,) = await listener.until(Finished)
+    assert isinstance(again, Finished)
+    assert (again.conversation, again.reply.content, again.reply.status) == ("conv_1", "here", Status.CANCELLED)
+    await store_again(conversations)
+    assert await statuses(conversations) == [None, Status.CANCELLED]
+
+
+async def test_a_message_that_cannot_be_stored_is_answered_and_stored_later(
+    responses: ResponseManager,
+    conversations: SlowConversations,
+    listener: FakeListener,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    conversations.broken = True
+    id = responses.create(request("say one"), listener)
+    created, warning, *_, finished = await listener.until(Finished)
+    assert isinstance(created, Created)
+    assert isinstance(warning, Warned)
+    assert isinstance(finished, Finished)
+    assert (created.response_id, finished.reply.content) == (id, "one")
+    assert (warning.response_id, type(warning.error), warning.error.code) == (id, NotStoredError, "not_kept")
+    assert responses.trouble
+    assert caplog.text.count("messages cannot be stored") == 1
+    await store_again(conversations)
+    await run(responses, request("say two"))
+    assert await contents(conversations) == ["say one", "one", "say two", "two"]
+    assert responses.trouble is None
+
+
+async def test_a_conversation_goes_on_with_messages_that_are_not_stored_yet(
+    responses: ResponseManager, conversations: SlowConversations, scripted: ScriptedChat
+) -> None:
+    await run(responses, request("say one"))
+    conversations.broken = True
+    for word in ("two", "three"):
+        await run(responses, request(f"say {word}"))
+    assert await contents(conversations) == ["say one", "one"]
+    assert last_prompt(scripted) == ["say one", "one", "say two", "two", "say three"]
+    conversations.broken = False
+    await run(responses, request("say four"))
+    await store_again(conversations)
+    assert await contents(conversations) == [
+        text for word in ("one", "two", "three", "four") for text in (f"say {word}", word)
+    ]
+    assert (await statuses(conversations))[1::2] == [Status.COMPLETED] * 4
+
+
+async def test_a_reply_cancelled_while_its_message_is_stored_still_ends(
+    responses: ResponseManager, conversations: SlowConversations, listener: FakeListener, scripted: ScriptedChat
+) -> None:
+    conversations.may_put.clear()
+    responses.create(request("wait one"), listener)
+    await conversations.put_asked.wait()
+    responses.cancel_all(listener)
+    conversations.may_put.set()
+    created, *_, finished = await listener.until(Finished)
+    assert isinstance(created, Created)
+    assert isinstance(finished, Finished)
+    assert finished.reply.status == Status.CANCELLED
+    assert scripted.running == 0
+    assert await statuses(conversations) == [None, Status.CANCELLED]
+
+
+async def test_a_reply_that_the_server_ends_is_stored_as_failed(
+    scripted: ScriptedChat, conversations: SlowConversations, settings: Settings, listener: FakeListener
+) -> None:
+    async with running(scripted, conversations, settings) as responses:
+        await start(responses, listener, request("wait half"))
+    _, reply = await conversations.items("ann", "conv_1")
+    assert (reply.content, reply.status, reply.reason) == ("half", Status.FAILED, "server_shutdown")
+    assert scripted.running == 0
+
+
+async def test_a_reply_that_a_crash_cut_off_has_failed_at_the_next_start(
+    scripted: ScriptedChat, conversations: SlowConversations, settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    cut_off = Item("resp_1", "assistant", "hal", 1.0, Status.IN_PROGRESS, cuts="3")
+    await conversations.put_items("ann", "conv_1", 0, [cut_off])
+    async with running(scripted, conversations, settings):
+        (reply,) = await conversations.items("ann", "conv_1")
+    assert (reply.content, reply.status, reply.reason) == ("hal", Status.FAILED, "server_error")
+    assert "1 replies were cut off" in caplog.text
+
+
+async def test_a_rejected_request_changes_no_conversation(
+    responses: ResponseManager, conversations: SlowConversations, scripted: ScriptedChat
+) -> None:
+    await run(responses, request("say one"))
+    scripted.admission.per_user = 0
+    error = await run_rejected(responses, request("say two", StoredConversation("conv_1", Edge.START)))
+    assert isinstance(error, TooManyResponsesError)
+    assert await contents(conversations) == ["say one", "one"]
+
+
+# Followers
+
+
+@each_target("unstored", "stored conversation")
+@pytest.mark.parametrize("finished", [False, True], ids=["running", "finished"])
+async def test_a_reply_can_be_followed_from_every_delta(
+    responses: ResponseManager, scripted: ScriptedChat, listener: FakeListener, target: Target, finished: bool
+) -> None:
+    deltas = list(enumerate(["for ", "a fe", "w sh", "ort ", "word", "s"], start=1))
+    id = await start(responses, listener, request("wait for a few short words", target), len(deltas))
+    if finished:
+        scripted.release()
+        await listener.next(Finished)
+    followers = [FakeListener() for _ in range(9)]
+    for number, follower in enumerate(followers):
+        await responses.follow("ann", id, number, follower)
+    scripted.release()
+    assert [await follower.deltas() for follower in followers] == [deltas[number:] for number in range(9)]
+
+
+async def test_a_second_follower_hears_the_same_events(
+    responses: ResponseManager, scripted: ScriptedChat, listener: FakeListener
+) -> None:
+    other = FakeListener()
+    id = responses.create(request("hold on a little"), listener)
+    assert await listener.next(Queued) == Queued(id, 3)
+    await responses.follow("ann", id, 0, other)
+    assert await other.heard.get() == Queued(id, 3)
+    scripted.release()
+    for _ in range(3):
+        await listener.next(TextDelta)
+    scripted.release()
+    assert await other.deltas() == [(1, "on a"), (2, " lit"), (3, "tle")]
+
+
+async def test_a_slow_follower_catches_up_in_order_while_the_reply_goes_on(
+    responses: ResponseManager, scripted: ScriptedChat, listener: FakeListener
+) -> None:
+    slow, deltas = FakeListener(), 2 * BATCH + 5
+    id = await start(responses, listener, request("wait " + "word" * deltas), deltas)
+    slow.reading.clear()
+    following = asyncio.create_task(responses.follow("ann", id, 0, slow))
+    await slow.behind.wait()
+    scripted.release()
+    await listener.next(Finished)
+    assert slow.heard.qsize() == BATCH
+    slow.reading.set()
+    await following
+    assert await slow.deltas() == [(number, "word") for number in range(1, deltas + 1)]
+
+
+async def test_a_follower_that_follows_twice_hears_later_events_once(
+    responses: ResponseManager, scripted: ScriptedChat, listener: FakeListener
+) -> None:
+    id = await start(responses, listener, request("wait for it"), 2)
+    again = FakeListener()
+    for _ in range(2):
+        await responses.follow("ann", id, 1, again)
+    scripted.release()
+    assert await again.deltas() == [(2, "it"), (2, "it")]
+    assert again.heard.empty()
+
+
+async def test_a_reply_of_another_user_is_not_found(responses: ResponseManager, scripted: ScriptedChat) -> None:
+    listener = FakeListener()
+    running_id = await start(responses, listener, request("wait here", NewConversation("conv_2")))
+    unstored = await run(responses, request("say this", Unstored()))
+    stored = await run(responses, request("say that"))
+    for id in (running_id, unstored.id, stored.id):
+        with pytest.raises(ResponseNotFoundError):
+            await responses.follow("bob", id, 0, listener)
+        with pytest.raises(ResponseNotFoundError):
+            responses.cancel("bob", id)
+        responses.abandon("bob", id)
+    assert listener.heard.empty()
+    assert scripted.running == 1
+
+
+async def test_a_finished_reply_cannot_be_cancelled(responses: ResponseManager) -> None:
+    reply = await run(responses, request("say one"))
+    with pytest.raises(ResponseNotFoundError, match="no such reply is running"):
+        responses.cancel("ann", reply.id)
+
+
+async def test_a_finished_or_unknown_reply_can_be_abandoned(
+    responses: ResponseManager, conversations: SlowConversations
+) -> None:
+    reply = await run(responses, request("say one"))
+    responses.abandon("ann", reply.id)
+    responses.abandon("ann", "resp_unknown")
+    assert await statuses(conversations) == [None, Status.COMPLETED]
+
+
+async def test_cancel_all_ends_only_the_replies_of_one_listener(
+    responses: ResponseManager, scripted: ScriptedChat, listener: FakeListener
+) -> None:
+    other = FakeListener()
+    for number in range(2):
+        await start(responses, listener, request("wait here", NewConversation(f"conv_{number}")))
+    await start(responses, other, request("wait here", NewConversation("conv_other")))
+    responses.cancel_all(listener)
+    for _ in range(2):
+        assert (await listener.next(Finished)).reply.reason == "client_cancelled"
+    assert scripted.running == 1
+    assert other.heard.empty()
+
+
+# Replies that nobody follows
+
+
+async def test_without_linger_a_reply_ends_when_its_last_follower_leaves(
+    scripted: ScriptedChat, conversations: SlowConversations, settings: Settings, listener: FakeListener
+) -> None:
+    async with running(scripted, conversations, settings, linger=0) as responses:
+        id, other = await start(responses, listener, request("wait here")), FakeListener()
+        await responses.follow("ann", id, 0, other)
+        responses.leave(listener)
+        responses.leave(other)
+        await scripted.idle.wait()
+    _, reply = await conversations.items("ann", "conv_1")
+    assert (reply.content, reply.status, reply.reason) == ("here", Status.CANCELLED, "client_disconnected")
+
+
+async def test_a_follower_that_comes_back_in_time_keeps_the_reply_running(
+    scripted: ScriptedChat, conversations: SlowConversations, settings: Settings, listener: FakeListener
+) -> None:
+    async with running(scripted, conversations, settings, linger=0) as responses:
+        id, other = await start(responses, listener, request("wait here")), FakeListener()
+        responses.leave(listener)
+        await responses.follow("ann", id, 0, other)  # before the event loop looks at its timers again
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        scripted.release()
+        assert (await other.next(Finished)).reply.status == Status.COMPLETED
+        assert listener.heard.empty()
+
+
+async def test_an_unstored_reply_is_kept_while_there_is_room(
+    scripted: ScriptedChat, conversations: SlowConversations, settings: Settings, listener: FakeListener
+) -> None:
+    async with running(scripted, conversations, settings, replay_bytes=30_000) as responses:
+        replies = [await run(responses, request(f"say {'x' * 9_000}", Unstored())) for _ in range(4)]
+        with pytest.raises(ResponseNotFoundError):
+            await responses.follow("ann", replies[0].id, 0, listener)
+        await responses.follow("ann", replies[-1].id, 0, listener)
+        assert "".join(delta for _, delta in await listener.deltas()) == "x" * 9_000
+
+
+async def test_an_unstored_reply_is_forgotten_after_its_linger_time(
+    scripted: ScriptedChat, conversations: SlowConversations, settings: Settings, listener: FakeListener
+) -> None:
+    async with running(scripted, conversations, settings, linger=0) as responses:
+        reply = await run(responses, request("say gone", Unstored()))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        with pytest.raises(ResponseNotFoundError):
+            await responses.follow("ann", reply.id, 0, listener)
+
+
+# Revoked users and a server that stops
+
+
+async def test_a_revoked_user_loses_only_stateless_replies_of_their_own(
+    responses: ResponseManager, scripted: ScriptedChat
+) -> None:
+    stateless, unstored, bobs = FakeListener(), FakeListener(), FakeListener()
+    await start(responses, stateless, request("wait here", Stateless()))
+    await start(responses, unstored, request("wait here", Unstored()))
+    await start(responses, bobs, request("wait here", Stateless(), user="bob"))
+    responses.revoke("ann")
+    reply = (await stateless.next(Finished)).reply
+    assert (reply.status, reply.reason) == (Status.FAILED, "revoked")
+    assert scripted.running == 2
+    assert unstored.heard.empty()
+    assert bobs.heard.empty()
+
+
+async def test_drain_refuses_new_replies_and_waits_for_running_ones(
+    responses: ResponseManager, scripted: ScriptedChat, listener: FakeListener, caplog: pytest.LogCaptureFixture
+) -> None:
+    await start(responses, listener, request("wait here"))
+    draining = asyncio.create_task(responses.drain(60))
+    await asyncio.sleep(0)
+    assert isinstance(await run_rejected(responses, request("say one", Unstored())), ServerStoppingError)
+    assert not draining.done()
+    scripted.release()
+    await draining
+    assert (await listener.next(Finished)).reply.status == Status.COMPLETED
+    assert "replies that have 60 s to finish: 1" in caplog.text
+
+
+async def test_drain_ends_replies_that_do_not_finish_in_time(
+    responses: ResponseManager, scripted: ScriptedChat, listener: FakeListener
+) -> None:
+    for number in range(2):
+        await start(responses, listener, request("wait here", NewConversation(f"conv_{number}")))
+    await responses.drain(0.01)
+    assert scripted.running == 0
+    for _ in range(2):
+        reply = (await listener.next(Finished)).reply
+        assert (reply.status, reply.reason) == (Status.FAILED, "server_shutdown")
+
+
+async def test_replies_that_are_lost_with_the_server_are_counted_in_the_log(
+    scripted: ScriptedChat, conversations: SlowConversations, settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running(scripted, conversations, settings) as responses:
+        conversations.broken = True
+        await run(responses, request("say one"))
+    assert "replies that could not be stored, and are lost: 1" in caplog.text

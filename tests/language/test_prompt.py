@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+from itertools import chain
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from models.errors import MessagesRejectedError
+from models.language.prompt import CHARACTERS_PER_TOKEN, Prompt, PromptBuilder
+from models.messages import Message, Role
+from models.options import Options
+from models.store.item import Item, left_out, visible_messages
+from tests.support.tiny import tiny_tokenizer
+
+CONTEXT = 256
+NO_OPTIONS = Options()
+SYSTEM: Message = {"role": "system", "content": "Be brief."}
+
+
+def user(content: str) -> Message:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str) -> Message:
+    return {"role": "assistant", "content": content}
+
+
+def build(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    options: Options = NO_OPTIONS,
+    whole: bool = False,
+    context: int = CONTEXT,
+) -> Prompt:
+    return PromptBuilder(tokenizer, context).build(messages, options, whole)
+
+
+def rendered(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
+    """The token ids that the chat template gives for some messages."""
+    templated: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)  # type: ignore[arg-type]
+    return list(tokenizer.encode(templated, add_special_tokens=False))
+
+
+# Instructions
+
+
+def test_instructions_become_the_system_prompt(tokenizer: PreTrainedTokenizerBase) -> None:
+    prompt = build(tokenizer, [user("Hi")], Options(instructions="Be brief."))
+    assert prompt.ids == rendered(tokenizer, [SYSTEM, user("Hi")])
+
+
+def test_a_system_prompt_replaces_the_instructions(tokenizer: PreTrainedTokenizerBase) -> None:
+    prompt = build(tokenizer, [SYSTEM, user("Hi")], Options(instructions="Be long and boring."))
+    assert prompt.ids == rendered(tokenizer, [SYSTEM, user("Hi")])
+
+
+def test_a_later_system_message_does_not_replace_the_instructions(tokenizer: PreTrainedTokenizerBase) -> None:
+    later: list[Message] = [user("Hi"), assistant("Hello"), {"role": "system", "content": "It rains."}, user("Why?")]
+    prompt = build(tokenizer, later, Options(instructions="Be brief."))
+    assert prompt.ids == rendered(tokenizer, [SYSTEM, *later])
+
+
+# Messages that do not fit
+
+
+def test_the_oldest_turns_are_left_out_and_the_system_prompt_stays(tokenizer: PreTrainedTokenizerBase) -> None:
+    turns = [[user("x" * 20), assistant("y" * 20)] for _ in range(40)]
+    messages = [SYSTEM, *chain.from_iterable(turns), user("What now?")]
+    prompt = build(tokenizer, messages, Options(max_output_tokens=10))
+    assert 0 < prompt.left_out < 80
+    assert prompt.left_out % 2 == 0, "whole turns"
+    assert prompt.ids == rendered(tokenizer, [SYSTEM, *messages[1 + prompt.left_out :]])
+    assert len(prompt.ids) < CONTEXT - 10
+
+
+def test_after_a_cut_the_next_prompts_need_no_cut(tokenizer: PreTrainedTokenizerBase) -> None:
+    messages, before, shortened = [user("x" * 60)], list[int](), 0
+    for _ in range(30):
+        prompt = build(tokenizer, messages, Options(max_output_tokens=8))
+        if prompt.left_out:
+            shortened += 1
+        else:
+            assert prompt.ids[: len(before)] == before
+        before = prompt.ids
+        messages = [*messages[prompt.left_out :], assistant("y" * 8), user("go on")]
+    assert 1 < shortened < 10
+
+
+def test_a_system_message_in_each_turn_can_be_left_out(tokenizer: PreTrainedTokenizerBase) -> None:
+    options = Options(instructions="Be brief.", max_output_tokens=4)
+    items = [Item("a", "user", "first", 1.0), Item("b", "assistant", "yes", 1.0, left_out=0)]
+    request: list[Message] = [{"role": "system", "content": "n" * 30}, user("x" * 30)]
+    for turn in range(20):
+        prompt = build(tokenizer, [*visible_messages(items), *request], options)
+        assert len(prompt.ids) < CONTEXT
+        unseen = left_out(items) + prompt.left_out
+        items += [Item.of_message(message, 1.0) for message in request]
+        items.append(Item(f"{turn}", "assistant", "yes.", 1.0, left_out=unseen))
+        assert visible_messages(items)[0]["role"] == "user", "it must not become the system prompt"
+    assert left_out(items) > 30
+
+
+def test_a_system_message_is_left_out_together_with_its_turn(tokenizer: PreTrainedTokenizerBase) -> None:
+    note: Message = {"role": "system", "content": "n"}
+    turns = [[note, user("x"), assistant("y")] for _ in range(10)]
+    messages = [user("first"), assistant("yes"), *chain.from_iterable(turns), user("last")]
+    prompt = build(tokenizer, messages)
+    assert messages[prompt.left_out] == note
+    assert 2 < prompt.left_out < 32
+    assert prompt.ids == rendered(tokenizer, messages[prompt.left_out :])
+
+
+def test_the_last_message_is_never_shortened(tokenizer: PreTrainedTokenizerBase) -> None:
+    history = [user("before"), assistant("yes")]
+    prompt = build(tokenizer, [*history, user("x" * 200)])
+    assert prompt == Prompt(rendered(tokenizer, [user("x" * 200)]), 2)
+    assert len(build(tokenizer, [*history, user("x" * 250)]).ids) > CONTEXT
+
+
+def test_a_whole_prompt_is_never_shortened(tokenizer: PreTrainedTokenizerBase) -> None:
+    messages = [user("x" * 150), assistant("y" * 150), user("last")]
+    assert build(tokenizer, messages).left_out == 2
+    assert build(tokenizer, messages, whole=True) == Prompt(rendered(tokenizer, messages), 0)
+
+
+def test_messages_stay_while_the_reply_has_its_room(tokenizer: PreTrainedTokenizerBase) -> None:
+    messages = [user("before"), assistant("yes"), user("now")]
+    size = len(rendered(tokenizer, messages))
+    assert build(tokenizer, messages, Options(max_output_tokens=10), context=size + 10).left_out == 0
+    assert build(tokenizer, messages, Options(max_output_tokens=10), context=size + 9).left_out == 2
+
+
+# Very long texts
+
+
+def test_of_a_far_too_long_text_only_the_beginning_is_encoded(tokenizer: PreTrainedTokenizerBase) -> None:
+    ids = build(tokenizer, [user("x" * 1_000_000)], context=64).ids
+    assert 64 < len(ids) <= 64 * CHARACTERS_PER_TOKEN
+
+
+def test_a_long_text_of_few_tokens_is_encoded_whole() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["supercalifragilistic"])
+    message = user("supercalifragilistic" * 40)
+    ids = build(tokenizer, [message], context=64).ids
+    assert len(message["content"]) > 64 * CHARACTERS_PER_TOKEN
+    assert len(ids) < 64
+    assert ids == rendered(tokenizer, [message])
+
+
+# Empty replies
+
+
+@pytest.mark.parametrize(
+    ("messages", "expected"),
+    [
+        pytest.param(
+            [user("one"), assistant(""), user("two")], [user("one\n\ntwo")], id="messages-around-it-are-joined"
+        ),
+        pytest.param(
+            [user("one"), assistant(""), user("two"), assistant(""), user("three")],
+            [user("one\n\ntwo\n\nthree")],
+            id="two-empty-replies",
+        ),
+        pytest.param([user("one"), assistant("")], [user("one")], id="last"),
+        pytest.param([assistant(""), user("one")], [user("one")], id="first"),
+        pytest.param(
+            [user("one"), assistant("yes"), user(""), assistant("no")],
+            [user("one"), assistant("yes\n\nno")],
+            id="empty-question",
+        ),
+        pytest.param([user("one"), user("two")], [user("one"), user("two")], id="no-empty-message"),
+    ],
+)
+def test_empty_messages_are_not_in_the_prompt(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], expected: list[Message]
+) -> None:
+    before = [dict(message) for message in messages]
+    assert build(tokenizer, messages).ids == rendered(tokenizer, expected)
+    assert messages == before
+
+
+# Chat templates
+
+
+def test_a_rejection_by_the_chat_template_is_told(tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(MessagesRejectedError, match="it cannot begin") as raised:
+        build(tokenizer, [assistant("Hi")])
+    assert (raised.value.status, raised.value.code, raised.value.param) == (400, "invalid_value", "input")
+
+
+@pytest.mark.parametrize("roles", [["user"], ["system", "user"], ["user", "assistant", "user"]], ids="-".join)
+def test_only_the_chat_template_adds_special_tokens(tokenizer: PreTrainedTokenizerBase, roles: list[Role]) -> None:
+    messages: list[Message] = [{"role": role, "content": "Hi"} for role in roles]
+    ids = build(tokenizer, messages).ids
+    start, end = (tokenizer.get_vocab()[token] for token in ("<|start|>", "<|end|>"))
+    assert (ids.count(start), ids.count(end)) == (len(roles) + 1, len(roles))

@@ -1,0 +1,104 @@
+"""What tests do with Starlette's `TestClient`."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from starlette.testclient import TestClient
+from starlette.websockets import WebSocketDisconnect
+
+Json = dict[str, Any]
+
+ANN, BOB = "ann's secret", "bob's secret"  # the secrets of the two users of most tests
+
+
+def bearer(secret: str = ANN) -> dict[str, str]:
+    """The header with a secret; a new one each time, since the test client writes into what it is given."""
+    return {"Authorization": f"Bearer {secret}"}
+
+
+def bearer_subprotocol(secret: str) -> str:
+    """The WebSocket subprotocol that carries a secret."""
+    return "bearer." + base64.urlsafe_b64encode(secret.encode()).decode().rstrip("=")
+
+
+def log_in(client: TestClient, secret: str = ANN) -> Any:
+    """Send the login form; the response sets the session cookie."""
+    return client.post("/login", data={"secret": secret}, follow_redirects=False)
+
+
+def complete(client: Any, message: str, secret: str = ANN, model: str = "scripted", **more: Any) -> Any:
+    """Ask for a chat completion; returns the response."""
+    body = {"model": model, "messages": [{"role": "user", "content": message}], **more}
+    return client.post("/v1/chat/completions", json=body, headers=bearer(secret))
+
+
+def ask(socket: Any, input: str, **fields: Any) -> None:
+    """Send a `response.create` of chat.v1."""
+    socket.send_json({"type": "response.create", "response": {"input": input, **fields}})
+
+
+def events_until(socket: Any, type: str) -> list[Json]:
+    """All events of chat.v1 up to the first of a type, which is the last."""
+    events: list[Json] = [socket.receive_json()]
+    while events[-1]["type"] != type:
+        events.append(socket.receive_json())
+    return events
+
+
+def until(socket: Any, type: str) -> Json:
+    """The next event of a type."""
+    return events_until(socket, type)[-1]
+
+
+def events_until_done(socket: Any) -> list[Json]:
+    """All events up to the end of a reply."""
+    return events_until(socket, "response.done")
+
+
+def close_code(socket: Any) -> int:
+    """The code of the close, after everything that comes before it."""
+    try:
+        while True:
+            socket.receive_text()
+    except WebSocketDisconnect as disconnect:
+        return disconnect.code
+
+
+@contextmanager
+def chat_v1(client: TestClient, secret: str = ANN) -> Iterator[Any]:
+    """A connection by chat.v1 that has had its `session.created`."""
+    with client.websocket_connect("/ws", ["chat.v1"], headers=bearer(secret)) as socket:
+        assert socket.receive_json()["type"] == "session.created"
+        yield socket
+
+
+def converse(client: TestClient, *inputs: str, conversation: str = "new", secret: str = ANN) -> str:
+    """Send some messages as a user and wait for the replies; returns the id of the conversation."""
+    with chat_v1(client, secret) as socket:
+        for input in inputs:
+            ask(socket, input, conversation=conversation)
+            conversation = events_until_done(socket)[-1]["response"]["conversation"]
+    return conversation
+
+
+CONTENT_SECURITY_POLICY = {"default-src 'self'", "base-uri 'none'", "form-action 'self'", "frame-ancestors 'none'"}
+
+
+def assert_security_headers(response: Any, cache: str = "no-store") -> None:
+    """Check the headers that protect browsers."""
+    headers = response.headers
+    policy = headers["content-security-policy"].split(";")
+    assert {directive.strip() for directive in policy} == CONTENT_SECURITY_POLICY
+    assert len(policy) == len(CONTENT_SECURITY_POLICY)
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers["referrer-policy"] == "same-origin"
+    assert headers["cross-origin-opener-policy"] == "same-origin"
+    assert headers["cross-origin-resource-policy"] == "same-origin"
+    assert headers["cache-control"] == cache
+    for name in ("content-security-policy", "cache-control", "referrer-policy", "x-content-type-options"):
+        assert len(headers.get_list(name)) == 1
+    assert "access-control-allow-origin" not in headers

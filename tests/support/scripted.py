@@ -1,0 +1,159 @@
+"""A chat that answers what a test wants, when the test wants it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+import anyio
+from starlette.applications import Starlette
+
+from models.generation.admission import Admission, Ticket
+from models.generation.manager import ResponseManager
+from models.language.events import Done, Event, TextDelta
+from models.messages import Message, Usage
+from models.ops.metrics import Metrics
+from models.options import Options
+from models.settings import Settings
+from models.store.conversations import Conversations
+
+SCRIPTED_POSITIONS = {"queue": [2, 1], "hold": [3]}
+
+
+class ScriptedChat:
+    """A `Chat` that obeys the first word of a message: the reply to "say X" is X, in pieces of four characters.
+
+    The reply to "wait X" is X and then nothing until `release`. "queue X" waits in second and first place before it is
+    said; "hold X" waits in third place until `release`, and is "wait X" from then on. "break X" fails after X. `heard`
+    has every request, `running` counts the replies that are running, `idle` is set when the last of them ends.
+    """
+
+    model_name = "scripted"
+    context = 4096
+    trouble: str | None = None
+    cache_usage = 0.0
+
+    def __init__(self) -> None:
+        self.defaults = Options()
+        self.arguments: dict[str, Any] = {"model": self.model_name}
+        self.admission: Admission = ScriptedAdmission(self)
+        self.heard: list[tuple[list[Message], Options]] = []
+        self.running = 0
+        self.died = asyncio.Event()
+        self.idle = anyio.Event()
+        self._released = anyio.Event()
+        self._orders: dict[asyncio.Task[Any] | None, str] = {}  # the first word of the message, by the reply's task
+
+    @asynccontextmanager
+    async def opened(self, app: Starlette) -> AsyncIterator[Any]:
+        """What `create_app` takes as `open_chat`."""
+        app.state.admission = self.admission
+        yield self
+
+    def release(self) -> None:
+        """Let the replies to "wait X" and "hold X" go on. To be called in the event loop."""
+        self._released.set()
+        self._released = anyio.Event()
+
+    async def prepare(self, messages: list[Message], options: Options, whole: bool = False) -> ScriptedReply:
+        self.heard.append((list(messages), options))
+        order, _, text = messages[-1]["content"].partition(" ")
+        task = asyncio.current_task()
+        assert task
+        self._orders[task] = order
+        self.running += 1
+        self.idle = anyio.Event()
+        task.add_done_callback(self._ended)
+        return ScriptedReply(self, messages, order, text)
+
+    async def events(self, reply: ScriptedReply) -> AsyncGenerator[Event, None]:
+        """What comes of a reply that is admitted; for kinds of chats to do otherwise."""
+        for start in range(0, len(reply.text), 4):
+            reply.usage.output_tokens += 1
+            yield TextDelta(reply.text[start : start + 4])
+        if reply.order in ("wait", "hold"):
+            await self.released()
+        if reply.order == "break":
+            raise RuntimeError("the script says so")
+        yield Done("stop")
+
+    async def positions(self) -> AsyncIterator[int]:
+        """The scripted positions of the reply that the current task runs."""
+        order = self._orders.get(asyncio.current_task(), "")
+        for position in SCRIPTED_POSITIONS.get(order, ()):
+            yield position
+        if order == "hold":
+            await self.released()
+
+    async def released(self) -> None:
+        """Wait until the next `release`."""
+        await self._released.wait()
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        del self._orders[task]
+        self.running -= 1
+        if not self.running:
+            self.idle.set()
+
+
+class ScriptedReply:
+    """A reply of a `ScriptedChat`, to one message."""
+
+    def __init__(self, chat: ScriptedChat, messages: list[Message], order: str, text: str) -> None:
+        self.messages = messages
+        self.order = order
+        self.text = text
+        self.usage = Usage(input_tokens=len(messages))
+        self.left_out = 0
+        self._chat = chat
+
+    def events(self) -> AsyncGenerator[Event, None]:
+        return self._chat.events(self)
+
+
+class ScriptedAdmission(Admission):
+    """Has room for everybody, but some replies wait in places that the script names."""
+
+    def __init__(self, chat: ScriptedChat) -> None:
+        super().__init__(slots=100, queue=0, per_user=100)
+        self._chat = chat
+
+    def enter(self, user: str) -> Ticket:
+        ticket = super().enter(user)
+        ticket.wait = self._wait(ticket.wait)  # type: ignore[method-assign]
+        return ticket
+
+    def _wait(self, wait: Callable[[], AsyncIterator[int]]) -> Callable[[], AsyncIterator[int]]:
+        async def scripted() -> AsyncIterator[int]:
+            async for position in self._chat.positions():
+                yield position
+            async for position in wait():
+                yield position
+
+        return scripted
+
+
+def keeping_in(kind: type[Conversations], open_chat: Any) -> Any:
+    """`open_chat`, in an app whose conversations are of a test's own kind."""
+
+    @asynccontextmanager
+    async def opened(app: Starlette) -> AsyncIterator[Any]:
+        app.state.conversations = kind(app.state.conversations._database)
+        async with open_chat(app) as chat:
+            yield chat
+
+    return opened
+
+
+@asynccontextmanager
+async def running(
+    scripted: ScriptedChat, conversations: Conversations, settings: Settings, **changes: int
+) -> AsyncIterator[ResponseManager]:
+    """A manager for the replies of a scripted chat, with some settings changed."""
+    changed = replace(settings, **changes)  # type: ignore[arg-type]
+    admission = scripted.admission
+    async with ResponseManager.running(scripted, admission, conversations, changed, Metrics()) as responses:
+        yield responses

@@ -1,0 +1,80 @@
+"""What tests do with a real WebSocket client, at a real server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import pytest
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import ClientConnection, connect
+from websockets.typing import Subprotocol
+
+from tests.support.client import ANN, Json, bearer
+from tests.support.serving import Served
+
+T = TypeVar("T")
+
+
+@contextmanager
+def chat_v1(served: Served, secret: str = ANN, **options: Any) -> Iterator[ClientConnection]:
+    """A connection by chat.v1 that has had its `session.created`."""
+    protocols = [Subprotocol("chat.v1")]
+    with connect(
+        served.ws, subprotocols=protocols, additional_headers=bearer(secret), max_size=None, **options
+    ) as connection:
+        assert json.loads(connection.recv())["type"] == "session.created"
+        yield connection
+
+
+def ask(connection: ClientConnection, input: str, **fields: Any) -> None:
+    """Send a `response.create`."""
+    connection.send(json.dumps({"type": "response.create", "response": {"input": input, **fields}}))
+
+
+def resume(connection: ClientConnection, response_id: str, starting_after: int) -> None:
+    """Send a `response.resume`."""
+    event = {"type": "response.resume", "response_id": response_id, "starting_after": starting_after}
+    connection.send(json.dumps(event))
+
+
+def events_until(connection: ClientConnection, type: str) -> list[Json]:
+    """All events up to the first of a type, which is the last."""
+    events: list[Json] = [json.loads(connection.recv())]
+    while events[-1]["type"] != type:
+        events.append(json.loads(connection.recv()))
+    return events
+
+
+def close_code(connection: ClientConnection) -> int | None:
+    """The code of the close, after everything that comes before it."""
+    try:
+        while True:
+            connection.recv()
+    except ConnectionClosed as closed:
+        return closed.rcvd.code if closed.rcvd else None
+
+
+def server_tracebacks(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    """What the server logged with a traceback; the client in this process may have trouble of its own."""
+    return [record for record in caplog.records if record.exc_info and record.name != "websockets.client"]
+
+
+def call(served: Served, coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine in the event loop of a server."""
+    return asyncio.run_coroutine_threadsafe(coroutine, served.loop).result()
+
+
+async def all_tasks() -> set[asyncio.Task[Any]]:
+    """The tasks of the event loop that runs this."""
+    return asyncio.all_tasks()
+
+
+async def wait_for_other_tasks(before: set[asyncio.Task[Any]]) -> None:
+    """Wait until no task is left but those that were there before."""
+    while others := asyncio.all_tasks() - before - {own for own in [asyncio.current_task()] if own}:
+        await asyncio.wait(others)

@@ -1,0 +1,200 @@
+"""A server in trouble: a failing model, a full disk, no database, no file descriptors, a clock that jumps."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import socket
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.support.databases import PostgreSQL
+from tests.support.process import COMMANDS, RESTARTS, Client, Server, launched, stored, until
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux can limit another process"),
+]
+
+READY = (200, "ready")
+
+
+# The engine
+
+
+def test_a_prompt_that_breaks_the_model_fails_alone(tmp_path: Path) -> None:
+    with launched(tmp_path, "faulty", quiet=False) as server, server.connected() as client:
+        usual = client.outcome(client.start("hello", conversation="new", max_output_tokens=100)["id"])
+        others = [client.start("% hello", conversation="none", max_output_tokens=100)]
+        bad = client.start("~", conversation="new")
+        others.append(client.start("hello", conversation="none", max_output_tokens=100))
+        server.release()
+        assert client.outcome(bad["id"]) == ("failed", "server_error", "")
+        assert client.outcome(others[0]["id"])[:2] == usual[:2] == ("incomplete", "max_output_tokens")
+        assert client.outcome(others[1]["id"]) == usual
+        assert client.outcome(client.start("hello", conversation="none", max_output_tokens=100)["id"]) == usual
+        assert server.ready() == READY
+        server.log.find(r"an engine step of \d sequences failed(.|\n)*fails alone too: ValueError: the model chokes")
+
+
+def test_out_of_memory_reduces_the_slots_and_replies_go_on(tmp_path: Path) -> None:
+    with launched(tmp_path, "faulty", quiet=False) as server, server.connected() as client:
+        assert "parley_num_slots 4.0" in server.get("/metrics").text
+        replies = [client.start(input, conversation="new", max_output_tokens=50) for input in ("% large", "^ larger")]
+        server.release()
+        replies.append(client.start("next", conversation="new", max_output_tokens=50))
+        assert [client.outcome(reply["id"])[0] for reply in replies] == 3 * ["incomplete"]
+        assert "parley_num_slots 2.0" in server.get("/metrics").text
+        assert server.ready() == READY
+        server.log.find("out of memory: from 4 slots to 2")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_broken_engine_is_logged_and_ends_the_server_with_1(tmp_path: Path, command: str) -> None:
+    with launched(tmp_path, "faulty", command, quiet=False) as server, server.connected() as client:
+        replies = [client.start("% runs"), client.start("@", conversation="new")]
+        server.release()
+        assert [client.outcome(reply["id"])[:2] for reply in replies] == 2 * [("failed", "server_error")]
+        assert client.wait_for_close() == RESTARTS
+        assert server.exit_code() == 1
+        server.log.find(r"the engine stopped(.|\n)*CUDA error: device-side assert")
+
+
+# Storage
+
+
+def expect_a_warning_and_service(server: Server, client: Client, running: str) -> None:
+    """Wait until a running reply has its warning that it is not stored, and check that everything else works."""
+    error = client.wait_for("error", code="not_kept")["error"]
+    assert error["response_id"] == running
+    assert "event_id" not in error
+    status, text = server.ready()
+    assert (status, text[:10]) == (200, "ready, but")
+    assert server.post("/login", data={"secret": server.secret}).status_code == 303
+    with server.connected() as another:
+        expect_an_unstored_answer(another, "say it", conversation="new")
+
+
+def expect_an_unstored_answer(client: Client, input: str, **fields: str) -> str:
+    """Check that a message is answered, with one warning that it is not stored; returns the conversation."""
+    response = client.start(input, **fields)
+    assert client.outcome(response["id"]) == ("completed", "stop", input.split()[1])
+    assert len(client.find("error", code="not_kept", response_id=response["id"])) == 1
+    return str(response["conversation"])
+
+
+def expect_recovery(server: Server) -> None:
+    """Wait until the server is ready again, and check that the log has one line for each change."""
+    until(lambda: server.ready() == READY, "it is ready again")
+    for line in ("messages cannot be stored, and wait in memory", "messages can be stored again"):
+        assert server.log.text.count(line) == 1
+    assert server.log.text.count("the database cannot be read") <= 1
+
+
+def test_with_a_full_disk_replies_go_on_and_are_stored_later(tmp_path: Path) -> None:
+    with launched(tmp_path) as server, server.connected() as client:
+        client.outcome(client.start("say one")["id"])
+        running = client.start("wait two")
+        server.limit(resource.RLIMIT_FSIZE, 0)
+        expect_a_warning_and_service(server, client, running["id"])
+        new = expect_an_unstored_answer(client, "say three", conversation="new")
+        server.release()
+        assert client.outcome(running["id"]) == ("completed", "stop", "two")
+        expect_an_unstored_answer(client, "say four")
+        usage = client.find("response.done")[-1]["response"]["usage"]
+        assert usage["input_tokens"] == 5  # the prompt has the unstored messages too
+        server.limit(resource.RLIMIT_FSIZE, None)
+        expect_recovery(server)
+        assert server.items(client.conversation) == [
+            *[("say one", None), ("one", "completed"), ("wait two", None), ("two", "completed")],
+            *[("say four", None), ("four", "completed")],
+        ]
+        assert server.items(new) == [("say three", None), ("three", "completed")]
+
+
+def test_unstored_replies_are_stored_at_the_end_if_possible(tmp_path: Path) -> None:
+    with launched(tmp_path) as server, server.connected() as client:
+        running = client.start("wait two")
+        server.limit(resource.RLIMIT_FSIZE, 0)
+        client.wait_for("error", code="not_kept")
+        server.release()
+        client.outcome(running["id"])
+        server.limit(resource.RLIMIT_FSIZE, None)
+        server.signal(signal.SIGTERM)
+        assert server.exit_code() == 0
+    assert stored(tmp_path) == [("wait two", None, None), ("two", "completed", "stop")]
+
+
+def test_a_server_that_ends_with_a_full_disk_logs_how_much_is_lost(tmp_path: Path) -> None:
+    with launched(tmp_path, drain=0) as server, server.connected() as client:
+        running = client.start("wait two")
+        server.limit(resource.RLIMIT_FSIZE, 0)
+        client.wait_for("error", code="not_kept")
+        server.signal(signal.SIGTERM)
+        assert client.outcome(running["id"]) == ("failed", "server_shutdown", "two")
+        assert client.wait_for_close() == RESTARTS
+        assert server.exit_code() == 0
+        server.log.find("replies that could not be stored, and are lost: 1")
+
+
+@pytest.mark.postgresql
+def test_without_the_database_replies_go_on_and_are_stored_later(tmp_path: Path) -> None:
+    with PostgreSQL.running() as postgresql:
+        url = f"postgresql://postgres@/postgres?host={postgresql.folder}"
+        with launched(tmp_path, database_url=url) as server, server.connected() as client:
+            running = client.start("wait two")
+            postgresql.stop()
+            expect_a_warning_and_service(server, client, running["id"])
+            new = expect_an_unstored_answer(client, "say three", conversation="new")
+            client.outcome(client.start("say nothing of it", conversation="none")["id"])
+            server.release()
+            assert client.outcome(running["id"]) == ("completed", "stop", "two")
+            client.ask("say four")
+            assert client.wait_for("error", event_id="say four")["error"]["code"] == "database_unavailable"
+            assert server.get("/v1/conversations").status_code == 503
+            postgresql.start()
+            expect_recovery(server)
+            assert server.items(client.conversation) == [("wait two", None), ("two", "completed")]
+            assert server.items(new) == [("say three", None), ("three", "completed")]
+
+
+# The operating system
+
+
+def test_without_free_file_descriptors_new_connections_wait(tmp_path: Path) -> None:
+    warning = "too many files and sockets are open"
+    with launched(tmp_path) as server, server.connected() as client:
+        running = client.start("wait hello")
+        server.limit(resource.RLIMIT_NOFILE, len(os.listdir(f"/proc/{server.pid}/fd")) + 4)
+        with ExitStack() as connections:
+            for _ in range(8):
+                connections.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+            server.log.find(warning)
+            server.release()
+            assert client.outcome(running["id"]) == ("completed", "stop", "hello")
+        assert server.ready() == READY
+        with server.connected() as another:
+            another.outcome(another.start("say more")["id"])
+        items = [("wait hello", None), ("hello", "completed")]
+        until(lambda: server.items(client.conversation) == items, "the messages are stored")
+        assert server.log.text.count(warning) == 1
+
+
+def test_a_clock_that_jumps_disturbs_nothing(tmp_path: Path) -> None:
+    jumps = ("back -3600", "forward 86400", "again 0")
+    with launched(tmp_path, "jumping", COMMANDS[1], rate="100/minute") as server, server.connected() as client:
+        for jump in jumps:
+            cookies = server.post("/login", data={"secret": server.secret}).cookies
+            assert client.outcome(client.start(jump)["id"]) == ("completed", "stop", jump.split()[1])
+            assert server.ready() == READY
+            assert server.get("/", cookies=cookies).status_code == 200
+        items = server.get(f"/v1/conversations/{client.conversation}").json()["items"]
+        assert items[4]["created"] - items[2]["created"] > 80_000  # so the clock has jumped
+        replies = [[(jump, None), (jump.split()[1], "completed")] for jump in jumps]
+        assert server.items(client.conversation) == [item for reply in replies for item in reply]
+        server.signal(signal.SIGTERM)
+        assert client.wait_for_close() == RESTARTS
+        assert server.exit_code() == 0

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from models.errors import TooManyConnectionsError
+from models.users.connections import Change, ConnectionRegistry
+
+Changes = list[tuple[Change, str]]
+
+REVOKED = (4401, "invalid_credentials")
+RESTART = (1012, "the server restarts")
+
+
+class FakeConnection:
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.changes: Changes = []
+        self.closed: list[tuple[int, str]] = []
+
+    def presence_changed(self, change: Change, user: str) -> None:
+        self.changes.append((change, user))
+
+    def close(self, code: int, reason: str) -> None:
+        self.closed.append((code, reason))
+
+
+@pytest.fixture
+def registry() -> ConnectionRegistry:
+    """A registry that announces, with room for all connections of a test."""
+    return ConnectionRegistry(announce=True, per_user=9)
+
+
+def join(registry: ConnectionRegistry, user: str) -> FakeConnection:
+    """A new connection of a user."""
+    connection = FakeConnection()
+    registry.join(user, connection)
+    return connection
+
+
+# Announcements
+
+
+def test_others_hear_of_a_users_first_and_last_connection(registry: ConnectionRegistry) -> None:
+    watchers = [join(registry, "ann"), join(registry, "ann"), join(registry, "bob")]
+    for watcher in watchers:
+        watcher.changes.clear()
+    first, second = join(registry, "eve"), join(registry, "eve")
+    registry.leave("eve", first)
+    assert [watcher.changes for watcher in watchers] == [[("joined", "eve")]] * 3
+    registry.leave("eve", second)
+    assert [watcher.changes for watcher in watchers] == [[("joined", "eve"), ("left", "eve")]] * 3
+
+
+def test_a_user_hears_nothing_about_their_own_connections(registry: ConnectionRegistry) -> None:
+    first, second = join(registry, "ann"), join(registry, "ann")
+    registry.leave("ann", first)
+    registry.leave("ann", second)
+    assert first.changes == second.changes == []
+
+
+def test_a_connection_that_left_hears_nothing_more(registry: ConnectionRegistry) -> None:
+    gone, present = join(registry, "ann"), join(registry, "ann")
+    registry.leave("ann", gone)
+    join(registry, "bob")
+    assert (gone.changes, present.changes) == ([], [("joined", "bob")])
+
+
+def test_a_user_who_comes_back_is_announced_again(registry: ConnectionRegistry) -> None:
+    ann = join(registry, "ann")
+    registry.leave("bob", join(registry, "bob"))
+    join(registry, "bob")
+    assert ann.changes == [("joined", "bob"), ("left", "bob"), ("joined", "bob")]
+
+
+def test_without_announcements_nobody_hears_of_others() -> None:
+    registry = ConnectionRegistry(announce=False, per_user=9)
+    ann = join(registry, "ann")
+    registry.leave("bob", join(registry, "bob"))
+    assert ann.changes == []
+
+
+# The limit
+
+
+@pytest.mark.parametrize("announce", [True, False], ids=["announced", "silent"])
+def test_the_connections_of_each_user_are_counted(announce: bool) -> None:
+    registry = ConnectionRegistry(announce, per_user=9)
+    first, _ = join(registry, "ann"), join(registry, "ann")
+    assert (registry.count("ann"), registry.count("bob")) == (2, 0)
+    registry.leave("ann", first)
+    assert registry.count("ann") == 1
+
+
+@pytest.mark.parametrize("per_user", [1, 3])
+def test_a_user_has_a_limited_number_of_connections(per_user: int) -> None:
+    registry = ConnectionRegistry(announce=True, per_user=per_user)
+    for _ in range(per_user):
+        registry.check("ann")
+        last = join(registry, "ann")
+    with pytest.raises(TooManyConnectionsError, match="too many open connections") as raised:
+        registry.check("ann")
+    assert (raised.value.type, raised.value.code) == ("rate_limit_error", "too_many_sockets")
+    registry.check("bob")
+    registry.leave("ann", last)
+    registry.check("ann")
+
+
+def test_a_check_does_not_count_as_a_connection() -> None:
+    registry = ConnectionRegistry(announce=True, per_user=1)
+    for _ in range(3):
+        registry.check("ann")
+    assert registry.count("ann") == 0
+
+
+# Closing
+
+
+def test_only_the_connections_of_one_user_are_closed(registry: ConnectionRegistry) -> None:
+    anns, bob = [join(registry, "ann") for _ in range(3)], join(registry, "bob")
+    registry.close_user("ann", *REVOKED)
+    assert [ann.closed for ann in anns] == [[REVOKED]] * 3
+    assert bob.closed == []
+
+
+def test_a_user_without_connections_can_be_closed(registry: ConnectionRegistry) -> None:
+    registry.close_user("ann", *REVOKED)
+    assert len(registry) == 0
+
+
+def test_a_closed_connection_counts_until_it_leaves(registry: ConnectionRegistry) -> None:
+    first, _, _ = join(registry, "ann"), join(registry, "ann"), join(registry, "bob")
+    registry.close_user("ann", *REVOKED)
+    assert (len(registry), registry.count("ann")) == (3, 2)
+    registry.leave("ann", first)
+    assert (len(registry), registry.count("ann")) == (2, 1)
+
+
+@pytest.mark.anyio
+async def test_close_all_waits_for_the_last_connection_and_announces_nothing(registry: ConnectionRegistry) -> None:
+    registry.leave("eve", join(registry, "eve"))  # the registry was empty once before
+    connections = [(user, join(registry, user)) for user in ("ann", "ann", "bob")]
+    for _, connection in connections:
+        connection.changes.clear()
+    closing = asyncio.create_task(registry.close_all(*RESTART))
+    await asyncio.sleep(0)
+    for user, connection in connections:
+        assert connection.closed == [RESTART]
+        assert not closing.done()
+        registry.leave(user, connection)
+    await closing
+    assert [connection.changes for _, connection in connections] == [[]] * 3
+
+
+@pytest.mark.anyio
+async def test_close_all_does_not_wait_where_nobody_is_connected(registry: ConnectionRegistry) -> None:
+    await registry.close_all(*RESTART)
+    registry.leave("ann", join(registry, "ann"))
+    await registry.close_all(*RESTART)
+    assert len(registry) == 0

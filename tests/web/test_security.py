@@ -1,0 +1,176 @@
+"""What a stolen or forged session cookie or secret is good for, and for how long."""
+
+from __future__ import annotations
+
+import asyncio
+import string
+import uuid
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from models.settings import Settings
+from models.store.database import open_database
+from models.users.users import Users
+from models.web.authentication import COOKIE
+from server import create_app
+from tests.support.client import (
+    ANN,
+    BOB,
+    ask,
+    bearer,
+    chat_v1,
+    close_code,
+    events_until,
+    events_until_done,
+    log_in,
+)
+from tests.support.running_app import RunningApp, start
+from tests.support.scripted import ScriptedChat
+
+# Session cookies
+
+
+def new_session(client: TestClient, secret: str = ANN) -> str:
+    """The session cookie of a new login."""
+    client.cookies.clear()
+    log_in(client, secret)
+    return str(client.cookies[COOKIE])
+
+
+def is_session(client: TestClient, cookie: str) -> bool:
+    """Whether a cookie opens the chat page."""
+    client.cookies.clear()
+    return 'id="composer"' in client.get("/", headers={"Cookie": f"{COOKIE}={cookie}"}).text
+
+
+@pytest.mark.parametrize(
+    ("url", "secure"), [("http://testserver", False), ("https://testserver", True)], ids=["http", "https"]
+)
+def test_a_cookie_is_hidden_from_scripts_and_lasts_two_weeks(shared_app: RunningApp, url: str, secure: bool) -> None:
+    _, *attributes = log_in(shared_app.client(url)).headers["set-cookie"].lower().split("; ")
+    expected = {"httponly", "samesite=strict", "path=/", "max-age=1209600"}
+    assert sorted(attributes) == sorted(expected | {"secure"} if secure else expected)
+
+
+@pytest.mark.parametrize(
+    "cookie", ["nonsense", "WyJhbm4iLCJ4Il0.aaaaaa.bbbbbbbbbbbbbbbbbbbbbbbbbbb", ""], ids=["text", "signed", "empty"]
+)
+def test_a_forged_cookie_is_no_session(client: TestClient, cookie: str) -> None:
+    client.cookies.set(COOKIE, cookie)
+    assert 'name="secret"' in client.get("/").text
+
+
+def test_each_login_gets_another_cookie_without_the_secret(client: TestClient) -> None:
+    cookies = [new_session(client) for _ in range(5)]
+    assert len({*cookies}) == 5
+    assert all(is_session(client, cookie) for cookie in cookies)
+    assert not any(ANN in cookie for cookie in cookies)
+
+
+ALPHABET = string.ascii_uppercase + string.ascii_lowercase + string.digits + "-_"
+
+
+def test_a_cookie_with_one_changed_character_is_no_session(client: TestClient) -> None:
+    cookie = new_session(client)
+    assert is_session(client, cookie)
+    for place, character in enumerate(cookie):
+        # From the other half of the alphabet, since the last bits of a last character mean nothing.
+        other = ALPHABET[ALPHABET.index(character) ^ 32] if character in ALPHABET else "x"
+        assert not is_session(client, cookie[:place] + other + cookie[place + 1 :]), f"{character} at {place}"
+
+
+def test_a_cookie_of_another_server_is_no_session(client: TestClient, settings: Settings, tmp_path: Path) -> None:
+    other = create_app(replace(settings, data=tmp_path / "other"), ScriptedChat().opened)
+    with start(other) as running:
+        cookie = new_session(running.client())
+        assert is_session(running.client(), cookie)
+    assert not is_session(client, cookie)
+
+
+def test_a_session_ends_when_its_user_is_removed(shared_app: RunningApp) -> None:
+    users, client = shared_app.app.state.users, shared_app.client()
+    log_in(client, shared_app.call(users.create, "carol"))
+    assert 'id="composer"' in client.get("/").text
+    shared_app.call(users.remove, "carol")
+    assert 'name="secret"' in client.get("/").text
+
+
+# Users who are added or removed by another process, such as `python server.py users remove`
+
+
+def in_another_process(settings: Settings, act: Callable[[Users], Awaitable[Any]]) -> Any:
+    """The result of an action on the users in the database, of which the app learns nothing."""
+
+    async def run() -> Any:
+        async with open_database(settings) as database:
+            return await act(Users.open(settings, database))
+
+    return asyncio.run(run())
+
+
+@pytest.fixture
+def eve(shared_settings: Settings) -> tuple[str, str]:
+    """The id and the secret of a new user."""
+    user = f"eve-{uuid.uuid4().hex}"
+    return user, in_another_process(shared_settings, lambda users: users.create(user))
+
+
+def test_a_new_user_can_log_in_at_once(client: TestClient, eve: tuple[str, str]) -> None:
+    user, secret = eve
+    assert client.get("/v1/models", headers=bearer(secret)).status_code == 200
+    with client.websocket_connect("/ws", ["chat.v1"], headers=bearer(secret)) as socket:
+        assert socket.receive_json()["session"]["user"] == user
+    assert is_session(client, new_session(client, secret))
+
+
+def test_a_removed_user_loses_all_access_and_others_stay(
+    client: TestClient, shared_settings: Settings, eve: tuple[str, str]
+) -> None:
+    user, secret = eve
+    cookie = {"Cookie": f"{COOKIE}={new_session(client, secret)}", "Origin": "http://testserver"}
+    client.cookies.clear()
+    with (
+        chat_v1(client, BOB) as bob,
+        client.websocket_connect("/ws", headers=bearer(BOB)) as bob_plain,
+        chat_v1(client, secret) as streaming,
+        chat_v1(client, secret) as idle,
+        client.websocket_connect("/ws", headers=bearer(secret)) as plain,
+        client.websocket_connect("/ws", ["chat.v1"], headers=dict(cookie)) as by_cookie,
+    ):
+        assert by_cookie.receive_json()["session"]["user"] == user
+        ask(streaming, "wait for it")
+        events_until(streaming, "response.output_text.delta")
+        in_another_process(shared_settings, lambda users: users.remove(user))
+        assert [close_code(socket) for socket in (streaming, idle, plain, by_cookie)] == [4401] * 4
+        for headers in (bearer(secret), cookie):
+            for method, path in (("GET", "/v1/models"), ("GET", "/v1/conversations"), ("POST", "/v1/chat/completions")):
+                response = client.request(method, path, headers=dict(headers))
+                assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_credentials")
+        assert not is_session(client, cookie["Cookie"].partition("=")[2])
+        with client.websocket_connect("/ws", ["chat.v1"], headers=bearer(secret)) as again:
+            assert close_code(again) == 4401
+        ask(bob, "say still here")
+        assert events_until_done(bob)[-1]["response"]["output_text"] == "still here"
+        bob_plain.send_text("say here too")
+        text = ""
+        while not text.endswith("here too"):
+            text += bob_plain.receive_text()
+        assert client.get("/v1/models", headers=bearer(BOB)).status_code == 200
+
+
+def test_the_old_secret_of_a_user_ends_its_connections(
+    client: TestClient, shared_settings: Settings, eve: tuple[str, str]
+) -> None:
+    user, old = eve
+    with chat_v1(client, old) as socket:
+        in_another_process(shared_settings, lambda users: users.remove(user))
+        new = in_another_process(shared_settings, lambda users: users.create(user))
+        assert close_code(socket) == 4401
+    assert client.get("/v1/models", headers=bearer(old)).status_code == 401
+    with client.websocket_connect("/ws", ["chat.v1"], headers=bearer(new)) as socket:
+        assert socket.receive_json()["session"]["user"] == user
