@@ -30,7 +30,7 @@ from models.language import loader
 from models.language.chat import Chat
 from models.language.engine_chat import EngineChat
 from models.ops.file_limit import raise_file_limit
-from models.ops.logs import configured, log
+from models.ops.logs import log, logging_configured
 from models.ops.metrics import Metrics
 from models.ops.shutdown import Shutdown
 from models.settings import PREFIX, Settings
@@ -42,7 +42,7 @@ from models.users.users import User, Users
 from models.web import completions, conversations, pages, status
 from models.web.authentication import UserRequired
 from models.web.chat_socket import FRAME_BYTES, ChatSocket
-from models.web.errors import HANDLERS
+from models.web.error_responses import HANDLERS
 from models.web.middleware import SecurityHeadersMiddleware, StartErrorMiddleware
 
 logger = logging.getLogger("parley")
@@ -65,7 +65,7 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
     settings: Settings = state.settings
     try:
         async with AsyncExitStack() as stack:
-            stack.enter_context(configured(settings.log))
+            stack.enter_context(logging_configured(settings.log))
             raise_file_limit()
             database = await stack.enter_async_context(open_database(settings))
             state.users, state.conversations = Users.open(settings, database), Conversations(database)
@@ -77,8 +77,8 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
             state.responses = await stack.enter_async_context(
                 ResponseManager.running(state.chat, state.admission, state.conversations, settings, state.metrics)
             )
-            watch(app)
-            greet(state.url, await state.users.create_first())
+            register_gauges(app)
+            print_login_help(state.url, await state.users.create_first())
             await stack.enter_async_context(state.users.watched(partial(revoke, app)))
             shutdown = Shutdown.installed(partial(drain, app), settings.drain, state.chat.died.wait)
             await stack.enter_async_context(shutdown)
@@ -103,10 +103,10 @@ async def open_chat(app: Starlette) -> AsyncIterator[Chat]:
         yield chat
 
 
-def watch(app: Starlette) -> None:
+def register_gauges(app: Starlette) -> None:
     """Show in the metrics what is in use."""
     state = app.state
-    state.metrics.watch(
+    state.metrics.add_gauges(
         {
             "num_requests_running": lambda: state.admission.running,
             "num_requests_waiting": lambda: len(state.admission.waiting),
@@ -132,7 +132,7 @@ def revoke(app: Starlette, user: User) -> None:
     app.state.connections.close_user(user.id, 4401, WrongCredentialsError.code)
 
 
-def greet(url: str | None, secret: str | None) -> None:
+def print_login_help(url: str | None, secret: str | None) -> None:
     """Tell whoever started the server how to log in; the only place that shows a secret."""
     if secret:
         print(f"\nThe first user is admin. The secret, shown only this once: {secret}", file=sys.stderr)

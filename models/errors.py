@@ -1,29 +1,29 @@
 """Every error that Parley raises on purpose, in one tree.
 
-    ParleyError
-    ├── StartError                     the server cannot start: one line for the operator
-    │   ├── SettingsError              a setting has a bad value
-    │   ├── ModelError                 the model cannot be loaded
-    │   │   ├── UnsupportedModelError  the engine cannot run this kind of model
-    │   │   └── CacheTooLargeError     the device has no room for the key-value cache
-    │   ├── DatabaseError              the database cannot be opened
-    │   ├── DataFolderError            the data folder cannot be used
-    │   └── UsersError                 a user cannot be added or removed
-    ├── APIError                       a request is refused, with an HTTP status, a type, a code and a message
-    │   ├── InvalidRequestError   400  InvalidJSON, InvalidValue, MissingField, UnknownField, UnknownEvent,
-    │   │                              UnsupportedParameter, MessagesRejected, ContextLengthExceeded
-    │   │                         404  ConversationNotFound, ItemNotFound, ResponseNotFound, ModelNotFound
-    │   │                         409  ConversationBusy
-    │   │                         413  BodyTooLarge
-    │   ├── AuthenticationError   401  WrongCredentials
-    │   │                         403  OriginNotAllowed
-    │   ├── RateLimitError        429  RateLimitExceeded, TooManyResponses, TooManyConnections, TooManyLogins
-    │   │                         503  QueueFull
-    │   └── ServerError           500  itself, NotStored
-    │                             503  ServerStopping, DatabaseUnavailable
-    └── EngineError                    the engine could not go on with a reply
-        ├── KernelsUnavailableError    the C++ kernels cannot be compiled or loaded
-        └── CompilationError           the model cannot be compiled
+ParleyError
+├── StartError                     the server, or a command, cannot start: one line for the operator
+│   ├── SettingsError              a setting has a bad value
+│   ├── ModelError                 the model cannot be loaded
+│   │   ├── UnsupportedModelError  the engine cannot run this kind of model
+│   │   └── CacheTooLargeError     the device has no room for the key-value cache
+│   ├── DatabaseError              the database cannot be opened
+│   ├── DataFolderError            the data folder cannot be used
+│   └── UsersError                 a user cannot be added or removed
+├── APIError                       a request is refused, with an HTTP status, a type, a code and a message
+│   ├── InvalidRequestError   400  InvalidJSON, InvalidValue, MissingField, UnknownField, UnknownEvent,
+│   │                              UnsupportedParameter, MessagesRejected, ContextLengthExceeded
+│   │                         404  ConversationNotFound, ItemNotFound, ResponseNotFound, ModelNotFound
+│   │                         409  ConversationBusy
+│   │                         413  BodyTooLarge
+│   ├── AuthenticationError   401  WrongCredentials
+│   │                         403  OriginNotAllowed
+│   ├── RateLimitError        429  RateLimitExceeded, TooManyResponses, TooManyConnections, TooManyLogins
+│   │                         503  QueueFull
+│   └── ServerError           500  itself, NotStored
+│                             503  ServerStopping, DatabaseUnavailable
+└── EngineError                    the engine cannot do what it was asked to
+    ├── KernelsUnavailableError    the C++ kernels cannot be compiled or loaded
+    └── CompilationError           the model cannot be compiled
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class ParleyError(Exception):
 
 
 class StartError(ParleyError):
-    """The server cannot start; the message is one line for the operator and says what to do."""
+    """The server, or a command, cannot start. The message is one line for the operator and says what to do."""
 
 
 class SettingsError(StartError):
@@ -89,7 +89,8 @@ class UsersError(StartError):
 class APIError(ParleyError):
     """A request is refused. `code` and `param` are for programs, the message tells people what to do.
 
-    `status` is the HTTP status; a WebSocket that ends by this error closes with 4000 + `status`.
+    `status` is the HTTP status. A WebSocket that ends by this error closes with 4000 + `status`; plain text closes with
+    1008 for 401 and 403.
     """
 
     status: int = 400
@@ -106,7 +107,7 @@ class APIError(ParleyError):
 
 
 class InvalidRequestError(APIError):
-    """The request itself is wrong: trying again does not help."""
+    """The request is wrong, or does not fit the present state: the same request fails until something changes."""
 
 
 class InvalidJSONError(InvalidRequestError):
@@ -277,7 +278,7 @@ class TooManyLoginsError(RateLimitError):
     """Too many logins from one address have failed."""
 
     code = "too_many_failures"
-    message = "too many failed logins from your address: wait a minute"
+    message = "too many failed logins from your address: wait up to a minute"
     retry_after = 60
 
 
@@ -308,7 +309,7 @@ class ServerStoppingError(ServerError):
 
 
 class DatabaseUnavailableError(ServerError):
-    """The database cannot be read at the moment."""
+    """The database cannot be used at the moment."""
 
     status = 503
     code = "database_unavailable"
@@ -327,7 +328,7 @@ class NotStoredError(ServerError):
 
 
 class EngineError(ParleyError):
-    """The engine could not go on with a reply; the log has the reason."""
+    """The engine cannot do what it was asked to, such as going on with a reply; the log has the reason."""
 
 
 class KernelsUnavailableError(EngineError):

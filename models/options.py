@@ -66,4 +66,6 @@ class Options(Struct, frozen=True, forbid_unknown_fields=True):
         return {name: value for name, value in self.as_json().items() if value != usual[name]}
 
 
-OPTION_NAMES = tuple(field.name for field in structs.fields(Options))
+def check_option(name: str, value: Any) -> Any:
+    """The value of one option, as `Options` has it. Raises InvalidValueError or UnknownFieldError."""
+    return getattr(Options().updated({name: value}), name)

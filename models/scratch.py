@@ -12,7 +12,7 @@ from filelock import FileLock
 
 
 @contextmanager
-def exclusive(cache: Path, name: str) -> Iterator[Path]:
+def scratch_folder(cache: Path, name: str) -> Iterator[Path]:
     """A folder in `cache` for unfinished work of one kind, which one process at a time has; removed afterwards.
 
     Waits for another process that has one. Removes what killed processes left. Raises OSError.

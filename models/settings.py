@@ -12,8 +12,8 @@ from typing import Any
 import limits
 
 from models.errors import InvalidValueError, SettingsError
-from models.options import Options
-from models.validation import allowed
+from models.options import Options, check_option
+from models.validation import describe_allowed
 
 Lookup = Callable[[str], str | None]  # gives the value of a setting, by its name without the prefix
 
@@ -66,7 +66,7 @@ class Settings:
     @classmethod
     def unknown(cls, variables: Iterable[str]) -> list[str]:
         """The variables that have the prefix of a setting, but name none."""
-        known = {f"{PREFIX}{name.upper()}" for name in [*RULES, *OPTIONS]}
+        known = {f"{PREFIX}{name.upper()}" for name in [*RULES, *OPTION_PARSERS]}
         return sorted(name for name in {*variables} - known if name.startswith(PREFIX))
 
     @classmethod
@@ -74,8 +74,8 @@ class Settings:
         """The settings of an environment; an empty value counts as none. Raises SettingsError."""
         values = {name: _read(lookup, name, *rule) for name, rule in RULES.items()}
         options = {
-            name: _read(lookup, name, allowed(Options, name), partial(_option, name, parse))
-            for name, parse in OPTIONS.items()
+            name: _read(lookup, name, describe_allowed(Options, name), partial(_option, name, parse))
+            for name, parse in OPTION_PARSERS.items()
         }
         return cls(
             options={name: value for name, value in options.items() if value is not None},
@@ -95,7 +95,7 @@ def _read(lookup: Lookup, name: str, allowed: str, convert: Callable[[str], Any]
 
 
 def _option(name: str, parse: Callable[[str], Any], value: str) -> Any:
-    return getattr(Options().updated({name: parse(value)}), name)
+    return check_option(name, parse(value))
 
 
 def _choice(pattern: str) -> Callable[[str], str]:
@@ -115,7 +115,7 @@ def _switch(value: str) -> bool:
     return _choice("true|1|false|0")(value.lower()) in ("true", "1")
 
 
-def _whole(low: int, high: int) -> tuple[str, Callable[[str], int]]:
+def _integer(low: int, high: int) -> tuple[str, Callable[[str], int]]:
     def convert(value: str) -> int:
         if not low <= int(value) <= high:
             raise ValueError(value)
@@ -166,26 +166,26 @@ RULES: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "quantize": ("auto, none or int8", _choice("auto|none|int8")),
     "compile": ("true or false", _switch),
     "chat_template": ("the path of a Jinja file", _path),
-    "context": _whole(16, 2**24),
-    "slots": _whole(1, 1024),
-    "queue": _whole(0, 1_000_000),
-    "responses_per_user": _whole(1, 1_000_000),
+    "context": _integer(16, 2**24),
+    "slots": _integer(1, 1024),
+    "queue": _integer(0, 1_000_000),
+    "responses_per_user": _integer(1, 1_000_000),
     "rate": ("requests in a time, such as 60/minute", _rate),
     "token_rate": ("tokens in a time, such as 100000/day", _rate),
-    "sockets_per_user": _whole(1, 1_000_000),
+    "sockets_per_user": _integer(1, 1_000_000),
     "users": ("id:secret,id:secret, each id and each secret once, ids of letters, digits and . _ @ -", _users),
     "data": ("a folder", _path),
     "database_url": ("postgresql://user:password@host/database, or sqlite:///path", _database_url),
-    "linger": _whole(0, 86_400),
-    "replay_bytes": _whole(0, 2**40),
-    "drain": _whole(0, 86_400),
+    "linger": _integer(0, 86_400),
+    "replay_bytes": _integer(0, 2**40),
+    "drain": _integer(0, 86_400),
     "origins": ("a list of origins, such as https://chat.example.com, with commas between them", _origins),
     "hosts": ("a list of host names, such as chat.example.com or *.example.com, with commas between them", _hosts),
     "log": ("text or json", _choice("text|json")),
     "presence": ("true or false", _switch),
 }
 
-OPTIONS: Mapping[str, Callable[[str], Any]] = {  # how an option is read from text; `Options` has its bounds
+OPTION_PARSERS: Mapping[str, Callable[[str], Any]] = {  # how an option is read from text; `Options` has its bounds
     "instructions": str,
     "temperature": float,
     "top_p": float,

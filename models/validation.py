@@ -67,7 +67,7 @@ def convert(value: Any, type: type[T], at: str = "") -> T:
         raise _explained(str(error), type, at) from None
 
 
-def allowed(type: Any, field: str) -> str:
+def describe_allowed(type: Any, field: str) -> str:
     """What a field of a msgspec type may be, in words."""
     return _description(_child(inspect.type_info(type), field)) or "something else"
 
@@ -102,7 +102,7 @@ def _explained(error: str, type: Any, at: str) -> InvalidRequestError:
         here, at = _child(here, step.lstrip(".")), f"{at}{step}".lstrip(".")
         if _description(here):
             param, described = at, here
-    if parts["field"] is not None and not _extra(here).get("whole"):
+    if parts["field"] is not None and not _extra(here).get("report_object"):
         field = printable(f"{at}.{parts['field']}" if at else parts["field"])
         if parts["kind"] == "missing required":
             return MissingFieldError(f"{field} is missing", field)

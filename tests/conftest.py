@@ -45,7 +45,7 @@ def two_threads() -> Iterator[None]:
 def compiled_kernels(request: pytest.FixtureRequest) -> None:
     """Load the engine's kernels where a selected test needs a compiler; without such tests, torch computes all."""
     if any(item.get_closest_marker("compiler") for item in request.session.items):
-        build.load(build.build(user_cache_path("parley")))
+        build.load_kernels(build.build_library(user_cache_path("parley")))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

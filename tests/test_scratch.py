@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from models.scratch import exclusive
+from models.scratch import scratch_folder
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,7 +31,7 @@ def leave_behind(cache: Path, name: str) -> Path:
 
 
 def test_the_folder_is_in_the_cache_and_removed_afterwards(cache: Path) -> None:
-    with exclusive(cache, "work") as folder:
+    with scratch_folder(cache, "work") as folder:
         assert folder.parent == cache
         assert names(folder) == set()
         (folder / "file").write_text("something")
@@ -39,7 +39,7 @@ def test_the_folder_is_in_the_cache_and_removed_afterwards(cache: Path) -> None:
 
 
 def test_finished_work_can_be_moved_out_of_the_folder(cache: Path) -> None:
-    with exclusive(cache, "work") as folder:
+    with scratch_folder(cache, "work") as folder:
         (folder / "result").mkdir()
         (folder / "result" / "file").write_text("whole")
         (folder / "result").rename(cache / "result")
@@ -48,38 +48,38 @@ def test_finished_work_can_be_moved_out_of_the_folder(cache: Path) -> None:
 
 def test_the_folder_is_removed_when_the_work_fails(cache: Path) -> None:
     def fail() -> None:
-        with exclusive(cache, "work") as folder:
+        with scratch_folder(cache, "work") as folder:
             (folder / "file").write_text("half")
             raise RuntimeError("the work fails")
 
     with pytest.raises(RuntimeError, match="the work fails"):
         fail()
     assert names(cache) == {"work.lock"}
-    with exclusive(cache, "work") as folder:
+    with scratch_folder(cache, "work") as folder:
         assert names(folder) == set()
 
 
 def test_folders_that_killed_processes_left_are_removed(cache: Path) -> None:
     left = leave_behind(cache, "work")
-    with exclusive(cache, "work"):
+    with scratch_folder(cache, "work"):
         assert not left.exists()
 
 
 def test_folders_for_other_work_are_kept(cache: Path) -> None:
     other = leave_behind(cache, "other")
-    with exclusive(cache, "work"):
+    with scratch_folder(cache, "work"):
         assert (other / "half").exists()
     assert (other / "half").exists()
 
 
 def test_work_of_two_kinds_can_be_done_at_once(cache: Path) -> None:
-    with exclusive(cache, "work") as first, exclusive(cache, "other") as second:
+    with scratch_folder(cache, "work") as first, scratch_folder(cache, "other") as second:
         assert {first.is_dir(), second.is_dir()} == {True}
 
 
 def test_a_cache_that_cannot_be_made_is_an_error(cache: Path) -> None:
     cache.write_text("a file in its place")
-    with pytest.raises(OSError, match="cache"), exclusive(cache, "work"):
+    with pytest.raises(OSError, match="cache"), scratch_folder(cache, "work"):
         pass
 
 
@@ -88,11 +88,11 @@ def test_a_cache_that_cannot_be_made_is_an_error(cache: Path) -> None:
 WORKER = """
 import sys
 from pathlib import Path
-from models.scratch import exclusive
+from models.scratch import scratch_folder
 
 cache, log = map(Path, sys.argv[1:])
 print("started", flush=True)
-with exclusive(cache, "work"), log.open("a") as lines:
+with scratch_folder(cache, "work"), log.open("a") as lines:
     print("working", flush=True)
     sys.stdin.read()
     for _ in range(3):
@@ -122,7 +122,7 @@ def wait_for(process: subprocess.Popen[str], line: str) -> None:
 
 def test_other_processes_wait_until_the_folder_is_free(cache: Path, log: Path) -> None:
     with ExitStack() as stack:
-        with exclusive(cache, "work") as folder:
+        with scratch_folder(cache, "work") as folder:
             workers = [stack.enter_context(worker(cache, log, subprocess.DEVNULL)) for _ in range(3)]
             for process in workers:
                 wait_for(process, "started")
@@ -139,5 +139,5 @@ def test_a_killed_process_does_not_block_the_others(cache: Path, log: Path) -> N
         process.kill()
         process.wait()
     (left,) = cache.glob("unfinished-work-*")
-    with exclusive(cache, "work"):
+    with scratch_folder(cache, "work"):
         assert not left.exists()

@@ -14,7 +14,7 @@ from models.errors import (
     MissingFieldError,
     UnknownFieldError,
 )
-from models.validation import Text, allowed, convert, parse_object, printable
+from models.validation import Text, convert, describe_allowed, parse_object, printable
 
 Number = Annotated[int, Meta(ge=0, le=9, description="a digit")]
 
@@ -26,7 +26,7 @@ class Part(Struct, forbid_unknown_fields=True):
     name: Text = ""
 
 
-WHOLE = Meta(description='{"size": 1}', extra={"whole": True, "code": "unsupported_parameter"})
+WHOLE = Meta(description='{"size": 1}', extra={"report_object": True, "code": "unsupported_parameter"})
 
 
 class Form(Struct, forbid_unknown_fields=True):
@@ -224,9 +224,9 @@ def test_any_object_is_converted_or_refused_in_words_that_can_be_sent(value: dic
 
 
 def test_the_description_of_a_field_can_be_asked_for() -> None:
-    assert allowed(Form, "number") == "a digit"
-    assert allowed(Form, "optional") == "a digit or null"
-    assert allowed(Form, "anything") == allowed(Form, "no_such_field") == "something else"
+    assert describe_allowed(Form, "number") == "a digit"
+    assert describe_allowed(Form, "optional") == "a digit or null"
+    assert describe_allowed(Form, "anything") == describe_allowed(Form, "no_such_field") == "something else"
 
 
 # JSON

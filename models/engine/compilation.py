@@ -24,14 +24,16 @@ from torch.export import Dim, export
 from models.engine import attention
 from models.engine.native import build
 from models.errors import CompilationError
-from models.scratch import exclusive
+from models.scratch import scratch_folder
 
 SOURCE = build.KERNELS.with_name("program.cpp")
 
 Program = Callable[..., Tensor]
 
 
-def compiled(module: nn.Module, inputs: tuple[Tensor, ...], sizes: tuple[Dim, ...], mark: str, cache: Path) -> Program:
+def compile_program(
+    module: nn.Module, inputs: tuple[Tensor, ...], sizes: tuple[Dim, ...], mark: str, cache: Path
+) -> Program:
     """A program that computes what the module computes, on the same tensors.
 
     The whole module becomes one C++ function, by torch's AOTInductor: a step of the embedded model takes 4.5 ms, where
@@ -42,8 +44,8 @@ def compiled(module: nn.Module, inputs: tuple[Tensor, ...], sizes: tuple[Dim, ..
     package = cache / f"{_name(module, mark)}.pt2"
     if not package.is_file():
         _compile(module, inputs, sizes, package)
-    if not build.loaded(SOURCE):
-        torch.ops.load_library(build.build(cache, SOURCE))  # type: ignore[no-untyped-call]
+    if not build.loaded_library(SOURCE):
+        torch.ops.load_library(build.build_library(cache, SOURCE))  # type: ignore[no-untyped-call]
     try:
         program, tensors = torch.classes.parley.Program(str(package)), _tensors(module)
         program.load({name: tensors[name].detach() for name in program.constants()})
@@ -63,8 +65,8 @@ def _name(module: nn.Module, mark: str) -> str:
     shapes = [f"{name} {tensor.dtype} {tensor.shape}" for name, tensor in _tensors(module).items()]
     versions = [str(torch.__version__), transformers.__version__, str(torch.cpu.get_capabilities())]
     sources = [source.read_text(encoding="utf-8") for source in _sources(module)]
-    whole = "\n".join([*versions, str(build.loaded()), mark, repr(module), *shapes, *sources])
-    return f"step-{hashlib.sha256(whole.encode()).hexdigest()[:16]}"
+    text = "\n".join([*versions, str(build.loaded_library()), mark, repr(module), *shapes, *sources])
+    return f"step-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def _sources(module: nn.Module) -> list[Path]:
@@ -83,7 +85,7 @@ def _compile(module: nn.Module, inputs: tuple[Tensor, ...], sizes: tuple[Dim, ..
     twin = copy.deepcopy((module, inputs), shapes)
     done = subprocess.run(
         [sys.executable, "-m", __name__],
-        input=pickle.dumps((*twin, sizes, build.loaded(), package)),
+        input=pickle.dumps((*twin, sizes, build.loaded_library(), package)),
         capture_output=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
@@ -107,7 +109,7 @@ def _compile_here() -> None:
     warnings.simplefilter("ignore")
     module, inputs, sizes, library, package = pickle.load(sys.stdin.buffer)
     if library:
-        build.load(library)
+        build.load_kernels(library)
     module.to_empty(device="cpu")
     inputs = tuple(torch.zeros_like(example, device="cpu") for example in inputs)
     with torch.no_grad():
@@ -120,7 +122,7 @@ def _compile_here() -> None:
         "cpp.threads": 1,  # for what is left between our kernels: a step of one row takes 4.4 ms, not 4.8
         "compile_threads": 1,
     }
-    with exclusive(package.parent, "program") as folder:
+    with scratch_folder(package.parent, "program") as folder:
         if package.is_file():  # another process has made it meanwhile
             return
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)  # before the import below

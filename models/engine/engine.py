@@ -42,7 +42,7 @@ class Engine:
         placement = self.scheduler.find_slot(sequence.prompt)
         self.sampler.assign(placement.slot, sequence.params, sequence.prompt)  # first, since it may lack memory
         self.scheduler.reserve(placement)
-        self.runner.fill(placement)
+        self.runner.prepare_slot(placement)
         self.scheduler.start(sequence, placement)
 
     def cancel(self, sequence: Sequence) -> None:

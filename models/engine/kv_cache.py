@@ -13,11 +13,12 @@ from models.errors import CacheTooLargeError
 
 
 class KVCache:
-    """Keys and values of up to `slots` sequences, one row for each slot, and one more row for scratch.
+    """Keys and values of up to `slots` sequences, one row for each slot, and one more row for padding.
 
-    Each attention module gets two tensors of its own at its first forward, `cached_keys` of (slots + 1, heads,
-    blocks, size, lanes) and `cached_values` of (slots + 1, heads, blocks * lanes, size), on its device and in
-    `dtype` or else its own. So a model has one cache at a time. On a CPU, memory is taken as slots are written.
+    Each attention module gets two tensors of its own at its first forward: `cached_keys`, (slots + 1, heads, blocks,
+    size, lanes), and `cached_values`, (slots + 1, heads, blocks * lanes, size rounded up to lanes). They are on the
+    device of the module and have `dtype`, or the module's dtype if it is None. So a model has one cache at a time. On a
+    CPU, a slot takes memory only as it is written.
     """
 
     def __init__(self, slots: int, context: int, dtype: torch.dtype | None = None) -> None:
@@ -27,7 +28,7 @@ class KVCache:
         self.modules: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
     @property
-    def scratch(self) -> int:
+    def padding_slot(self) -> int:
         """The slot for padding tokens, which no sequence ever reads."""
         return self.slots
 

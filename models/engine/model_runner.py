@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from models.engine.attention import ATTENTION, AttentionMetadata, Span
 from models.engine.batch import Batch
-from models.engine.compilation import Program, compiled
+from models.engine.compilation import Program, compile_program
 from models.engine.kv_cache import KVCache
 from models.engine.native import build
 from models.engine.quantization import Int8Linear
@@ -60,7 +60,7 @@ class ModelRunner:
         self.model = model
         self.device = model.device
         self.context = context
-        self.native = native and build.loaded() is not None and self.device.type == "cpu"
+        self.native = native and build.loaded_library() is not None and self.device.type == "cpu"
         self.quantized = any(isinstance(module, Int8Linear) for module in model.modules())
         self.cache = KVCache(slots, context, self._cache_dtype())
         self.program: Program | None = None  # computes what `forward` computes, once it is compiled
@@ -73,7 +73,6 @@ class ModelRunner:
     def slots(self) -> int:
         return self.cache.slots
 
-    @torch.inference_mode()
     def run(self, chunks: Iterable[Chunk]) -> Tensor:
         """Compute chunks, and the logits after those that give a token, (sequences, vocabulary)."""
         return self.run_batch(Batch(chunks))
@@ -81,6 +80,8 @@ class ModelRunner:
     @torch.inference_mode()
     def run_batch(self, batch: Batch, attach_to: KVCache | None = None) -> Tensor:
         """As `run`, for a batch that is made by hand."""
+        if len(batch.ids) == 1:  # a single token would need a program of its own
+            batch.add(self.cache.padding_slot, [0], 0)
         inputs = self._inputs(batch)
         if self.program:
             return self.program(*inputs)
@@ -88,8 +89,8 @@ class ModelRunner:
         return logits
 
     @torch.inference_mode()
-    def fill(self, placement: Placement) -> None:
-        """Prepare a slot for a prompt: copy the prefix that another slot holds, and clear the rest."""
+    def prepare_slot(self, placement: Placement) -> None:
+        """Prepare a slot for a prompt: copy the prefix that another slot holds; for torch, clear what is stale."""
         if placement.length and placement.slot != placement.source:
             self.cache.copy(placement.source, placement.slot, placement.length)
         if not self.native:
@@ -105,7 +106,7 @@ class ModelRunner:
     @torch.inference_mode()
     def probe(self) -> None:
         """Run a batch that belongs to no sequence. Raises whatever a broken device raises."""
-        self.run_batch(self._scratch_batch()).sum().item()  # item() waits until the device is done
+        self.run_batch(self._probe_batch()).sum().item()  # item() waits until the device is done
 
     def compile(self, cache: Path) -> None:
         """Compile the model and use the program from then on; `cache` is the folder for programs.
@@ -113,9 +114,9 @@ class ModelRunner:
         To be called in another thread than the one that steps, which goes on meanwhile. Raises CompilationError or
         KernelsUnavailableError.
         """
-        inputs, tokens, sequences = self._inputs(self._scratch_batch()), Dim("tokens", min=2), Dim("sequences", min=1)
+        inputs, tokens, sequences = self._inputs(self._probe_batch()), Dim("tokens", min=2), Dim("sequences", min=1)
         sizes = (tokens, tokens, tokens, sequences)
-        self.program = compiled(self.forward, inputs, sizes, repr(self.model.config), cache)
+        self.program = compile_program(self.forward, inputs, sizes, repr(self.model.config), cache)
 
     def _cache_dtype(self) -> torch.dtype | None:
         """The dtype of keys and values; None is the model's own."""
@@ -126,15 +127,13 @@ class ModelRunner:
 
     def _inputs(self, batch: Batch) -> tuple[Tensor, ...]:
         """The tensors that `Forward` takes."""
-        if len(batch.ids) == 1:  # a single token would need a program of its own
-            batch.add(self.cache.scratch, [0], 0)
         numbers = (batch.ids, batch.slots, batch.positions, batch.logits_at or [0])
         return tuple(torch.tensor(some, device=self.device) for some in numbers)
 
-    def _scratch_batch(self) -> Batch:
-        """A batch in the scratch slot, which no sequence reads."""
+    def _probe_batch(self) -> Batch:
+        """A batch in the padding slot, which no sequence reads."""
         batch = Batch()
-        batch.add(self.cache.scratch, [0] * 13, 0)
+        batch.add(self.cache.padding_slot, [0] * 13, 0)
         batch.logits_at = [3, 7, 12]
         return batch
 

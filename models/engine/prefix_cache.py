@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 MIN_PREFIX = 16  # tokens; a shorter prefix is computed as fast as it is copied
 
 
@@ -25,7 +23,7 @@ class PrefixCache:
         length = min(shared[slot], len(prompt) - 1)
         return slot, length if length >= MIN_PREFIX else 0
 
-    def choose(self, free: Sequence[int], source: int, length: int) -> int:
+    def choose(self, free: list[int], source: int, length: int) -> int:
         """The free slot for a prompt: the source itself where little else is lost, else the least recently used."""
         if source in free and 2 * length >= len(self.tokens[source]):
             return source

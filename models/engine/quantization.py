@@ -37,9 +37,9 @@ class Int8Linear(nn.Module):
             for rows in torch.split(linear.weight.detach(), 1024):  # a float32 copy of a whole head is large
                 here = torch.arange(start, start + len(rows))
                 self.scale[here] = rows.float().abs().amax(1).clamp(min=1e-12) / 127
-                whole = (rows.float() / self.scale[here, None]).round().to(torch.int8).view(-1, inputs // 4, 4)
+                rounded = (rows.float() / self.scale[here, None]).round().to(torch.int8).view(-1, inputs // 4, 4)
                 # The kernel takes weights as unsigned bytes, with 128 added.
-                self.weight[here // LANES, :, here % LANES] = whole.view(torch.uint8).bitwise_xor(128)
+                self.weight[here // LANES, :, here % LANES] = rounded.view(torch.uint8).bitwise_xor(128)
                 start += len(rows)
             if linear.bias is not None:
                 self.bias[start - linear.out_features : start] = linear.bias.detach()
@@ -105,9 +105,9 @@ def quantize(model: nn.Module, run: Callable[[], Any]) -> None:
         logger.warning("these linears stay as they are, not int8: %s", ", ".join(sorted(kept)) or "all of the model")
 
 
-def fast() -> bool:
+def int8_is_faster() -> bool:
     """Whether this processor multiplies int8 faster than float32: it needs AVX-512 VNNI."""
-    return build.loaded() is not None and bool(torch.cpu._is_vnni_supported())
+    return build.loaded_library() is not None and bool(torch.cpu._is_vnni_supported())
 
 
 def _is_subclass_of_linear(module: nn.Module) -> bool:

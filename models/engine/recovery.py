@@ -61,7 +61,7 @@ class StepRecovery:
         outcomes = [outcome for sequence in active for outcome in self._step_alone(sequence)]
         failed = [sequence for sequence, token in outcomes if not token]
         if not failed:
-            outcomes += [self._fail(sequence) for sequence in self._too_many(out_of_memory)]
+            outcomes += [self._fail(sequence) for sequence in self._sequences_to_end(out_of_memory)]
         elif len(failed) == len(active):
             self.engine.runner.probe()
         return outcomes
@@ -77,7 +77,7 @@ class StepRecovery:
         self.engine.cancel(sequence)
         return sequence, None
 
-    def _too_many(self, out_of_memory: bool) -> list[Sequence]:
+    def _sequences_to_end(self, out_of_memory: bool) -> list[Sequence]:
         """The sequences that have to end so that the others can go on."""
         if out_of_memory and self.engine.scheduler.limit > 1:
             return self._shrink()

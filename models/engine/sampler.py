@@ -41,31 +41,39 @@ class Sampler:
         `logits` is (rows, vocabulary), row i belongs to `slots[i]`. `uniforms[i]`, in [0, 1), is the only random
         number that its sequence uses for this token, so a seed gives the same reply whatever else runs.
         """
-        logits = logits.to(self.device, torch.float32)
-        params = [self.params[slot] for slot in slots]
-        slot = torch.tensor(slots, device=self.device)  # (rows,)
-        if any(each.repetition_penalty != 1 for each in params):
-            logits = self._penalize_seen(logits, slot, self._column([each.repetition_penalty for each in params]))
-        if any(self.counts.get(each) for each in slots):
-            logits = self._penalize_counted(logits, slots)
-        tokens = logits.argmax(-1)  # (rows,)
+        logits = self._penalize(logits.to(self.device, torch.float32), slots)
+        tokens = self._choose(logits, [self.params[slot] for slot in slots], uniforms)
+        ids: list[int] = tokens.tolist()
+        # State changes last: a step that fails before this line may be tried again.
+        self.seen[torch.tensor(slots, device=self.device), tokens] = True
+        for slot, token in zip(slots, ids, strict=True):
+            if slot in self.counts:
+                self.counts[slot][token] += 1
+        return ids
+
+    def _choose(self, logits: Tensor, params: list[SamplingParams], uniforms: list[float]) -> Tensor:
+        """The next token of each row, (rows,): the most probable one, or a random one if it is not greedy."""
+        tokens = logits.argmax(-1)
         sampled = [row for row, each in enumerate(params) if not each.greedy]
         truncated = [row for row in sampled if params[row].top_p < 1 or params[row].top_k]
-        whole = [row for row in sampled if row not in truncated]
-        for rows, draw in ((whole, self._draw_from_all), (truncated, self._draw_from_top)):
+        untruncated = [row for row in sampled if row not in truncated]
+        for rows, draw in ((untruncated, self._draw_from_all), (truncated, self._draw_from_top)):
             if rows:
                 chosen = [params[row] for row in rows]
                 # The largest is subtracted, so that a tiny temperature cannot overflow.
                 scaled = logits[rows] - logits[rows].amax(-1, keepdim=True)
                 scaled /= self._column([each.temperature for each in chosen])
                 tokens[rows] = draw(scaled, chosen, self._column([uniforms[row] for row in rows]))
-        ids: list[int] = tokens.tolist()
-        # State changes last: a step that fails before this line may be tried again.
-        self.seen[slot, tokens] = True
-        for place, token in zip(slots, ids, strict=True):
-            if place in self.counts:
-                self.counts[place][token] += 1
-        return ids
+        return tokens
+
+    def _penalize(self, logits: Tensor, slots: list[int]) -> Tensor:
+        """The logits, less the penalties of the slots that have any."""
+        penalties = [self.params[slot].repetition_penalty for slot in slots]
+        if any(penalty != 1 for penalty in penalties):
+            logits = self._penalize_seen(logits, torch.tensor(slots, device=self.device), self._column(penalties))
+        if any(self.counts.get(slot) for slot in slots):
+            logits = self._penalize_counted(logits, slots)
+        return logits
 
     def _penalize_seen(self, logits: Tensor, slot: Tensor, penalty: Tensor) -> Tensor:
         """Repetition penalty of CTRL (Keskar et al. 2019, arXiv 1909.05858), as transformers applies it."""

@@ -79,7 +79,7 @@ class Scheduler:
         return Placement(slot, source, length, stale=len(self.prefixes.tokens[slot]))
 
     def reserve(self, placement: Placement) -> None:
-        """Forget what the slot held beyond the prefix. If filling it fails, nobody takes the rest for good."""
+        """Forget what the slot held beyond the prefix, so that nobody reuses it if preparing the slot fails."""
         kept = self.prefixes.tokens[placement.slot][: placement.length] if placement.slot == placement.source else []
         self.prefixes.record(placement.slot, kept)
 

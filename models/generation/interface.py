@@ -64,7 +64,7 @@ class Listener(Protocol):
 class Follower(Listener, Protocol):
     """A listener that can catch up on a reply."""
 
-    async def drained(self) -> None:
+    async def wait_sent(self) -> None:
         """Wait until it has passed on all events."""
 
 

@@ -26,14 +26,14 @@ from models.generation.interface import (
     StoredConversation,
 )
 from models.generation.response import ActiveResponse, Phase, replay
-from models.language.chat import Chat, Reply
-from models.language.events import Done, TextDelta
+from models.language.chat import Chat, PreparedReply
+from models.language.events import Done, TextPiece
 from models.ops.logs import log
 from models.ops.metrics import Metrics, ResponseTimer
 from models.settings import Settings
 from models.store.buffered_replies import BufferedReply
 from models.store.conversations import Conversations
-from models.store.item import Item, Status, items_up_to, left_out, visible_messages
+from models.store.item import Item, Status, count_left_out, items_up_to, visible_messages
 from models.store.write_buffer import WriteBuffer
 
 logger = logging.getLogger("parley")
@@ -135,7 +135,7 @@ class ResponseManager:
         """Delete a conversation; a reply that is running in it ends first. Raises ConversationNotFoundError."""
         for response in self._active_in(user, id):
             response.cancel(Status.CANCELLED, "client_cancelled")
-            await response.concluded()
+            await response.wait_concluded()
         await self._write_buffer.delete(user, id)
 
     # What the operator does
@@ -154,7 +154,7 @@ class ResponseManager:
             with suppress(TimeoutError):
                 async with asyncio.timeout(seconds):
                     for response in list(self._active.values()):
-                        await response.concluded()
+                        await response.wait_concluded()
         await self._end_all()
 
     async def _end_all(self) -> None:
@@ -162,7 +162,7 @@ class ResponseManager:
         for response in responses:
             response.cancel(Status.FAILED, "server_shutdown")
         for response in responses:
-            await response.concluded()
+            await response.wait_concluded()
 
     # The life of a reply
 
@@ -176,19 +176,19 @@ class ResponseManager:
                 ticket.usage = reply.usage
                 await self._announce(response, len(before))
                 del before  # a reply may run long, and a conversation be large
-                async for place in ticket.wait():
-                    response.set_position(place)
+                async for position in ticket.wait():
+                    response.set_position(position)
                 await self._stream(response, reply, timer)
             finally:
                 timer.end(ticket.waited, response.usage)
 
-    async def _prepare(self, response: ActiveResponse, before: Sequence[Item]) -> Reply:
+    async def _prepare(self, response: ActiveResponse, before: Sequence[Item]) -> PreparedReply:
         """The reply with its prompt, of the items before it and the messages of the request."""
         request = response.request
         messages = [*visible_messages(before), *request.messages]
-        whole = isinstance(request.target, Stateless)
-        reply = await self._chat.prepare(messages, request.options, whole)
-        response.set_prompt(reply.usage, left_out(before) + reply.left_out)
+        keep_all = isinstance(request.target, Stateless)
+        reply = await self._chat.prepare(messages, request.options, keep_all)
+        response.set_prompt(reply.usage, count_left_out(before) + reply.left_out)
         return reply
 
     async def _items_before(self, response: ActiveResponse) -> Sequence[Item]:
@@ -212,11 +212,11 @@ class ResponseManager:
         if not stored:
             response.warn(NotStoredError())
 
-    async def _stream(self, response: ActiveResponse, reply: Reply, timer: ResponseTimer) -> None:
+    async def _stream(self, response: ActiveResponse, reply: PreparedReply, timer: ResponseTimer) -> None:
         async with aclosing(reply.events()) as events:
             async for event in events:
                 match event:
-                    case TextDelta(text):
+                    case TextPiece(text):
                         timer.delta()
                         response.add_text(text)
                     case Done(reason):
@@ -224,7 +224,7 @@ class ResponseManager:
 
     async def _conclude(self, response: ActiveResponse) -> None:
         """Wait until a reply ends in any way; finish it where it was announced, else reject it."""
-        error = await response.generated()
+        error = await response.wait_generated()
         if isinstance(error, asyncio.CancelledError):
             response.end_cancelled()
         elif error is not None:

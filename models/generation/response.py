@@ -45,7 +45,7 @@ class ActiveResponse:
         self._options = request.options.differences(defaults)
         self._left_out = 0
         self._deltas: list[str] = []
-        self._lengths: list[str] = []  # of the deltas
+        self._cuts: list[str] = []  # of the deltas
         self._first_at = self._last_at = 0.0  # when the first and the last delta came
         self._position = 0  # in the wait queue
         self._listeners: dict[Listener, bool] = {}  # whether they have caught up
@@ -79,17 +79,17 @@ class ActiveResponse:
     def item(self) -> Item:
         """The reply as it is stored, as far as it has come."""
         return Item(
-            self.id,
-            "assistant",
-            "".join(self._deltas),
-            self.created,
-            self.status,
-            self.reason,
-            self.usage.counts(),
-            self._options,
-            self._left_out,
-            " ".join(self._lengths),
-            self._last_at - self._first_at,
+            id=self.id,
+            role="assistant",
+            content="".join(self._deltas),
+            created=self.created,
+            status=self.status,
+            reason=self.reason,
+            usage=self.usage.counts(),
+            options=self._options,
+            left_out=self._left_out,
+            cuts=" ".join(self._cuts),
+            decode_seconds=self._last_at - self._first_at,
         )
 
     # The two tasks
@@ -99,12 +99,12 @@ class ActiveResponse:
         self._generating = asyncio.create_task(generate)
         self._concluding = asyncio.create_task(conclude)
 
-    async def generated(self) -> BaseException | None:
+    async def wait_generated(self) -> BaseException | None:
         """Wait until the reply is generated. Returns what ended it early, CancelledError too."""
         await asyncio.wait([self._generating])
         return asyncio.CancelledError() if self._generating.cancelled() else self._generating.exception()
 
-    async def concluded(self) -> None:
+    async def wait_concluded(self) -> None:
         """Wait until the response is over."""
         await asyncio.wait([self._concluding])
 
@@ -132,7 +132,7 @@ class ActiveResponse:
         self._first_at = self._first_at or self._last_at
         self._position = 0
         self._deltas.append(text)
-        self._lengths.append(str(len(text)))
+        self._cuts.append(str(len(text)))
         self._tell(TextDelta(self.id, len(self._deltas), text))
 
     def end(self, reason: FinishReason) -> None:
@@ -217,4 +217,4 @@ async def replay(follower: Follower, response_id: str, deltas: Sequence[str], st
             starting_after += 1
             follower.on_event(TextDelta(response_id, starting_after, delta))
         if len(batch) == BATCH:
-            await follower.drained()
+            await follower.wait_sent()

@@ -11,7 +11,7 @@ from models.messages import Message, Usage
 from models.options import Options
 
 
-class Reply(Protocol):
+class PreparedReply(Protocol):
     """A reply whose prompt is ready, but of which nothing is generated yet."""
 
     @property
@@ -59,9 +59,9 @@ class Chat(Protocol):
     def cache_usage(self) -> float:
         """The share of the key-value cache in use, from 0 to 1."""
 
-    async def prepare(self, messages: list[Message], options: Options, whole: bool = False) -> Reply:
+    async def prepare(self, messages: list[Message], options: Options, keep_all: bool = False) -> PreparedReply:
         """Make the prompt of a reply to the last message.
 
-        Where the messages do not fit the context, the oldest ones are left out, or refused if `whole` is set. Raises
+        If the messages do not fit the context, the oldest ones are left out; with `keep_all` that is an error. Raises
         MessagesRejectedError or ContextLengthExceededError.
         """

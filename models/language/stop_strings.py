@@ -1,12 +1,12 @@
-"""Ends a text at the first stop string, and never shows the beginning of one."""
+"""Ends a text before the first stop string, and never returns the first characters of one."""
 
 from __future__ import annotations
 
 
 class StopStrings:
-    """Watches a text that comes in pieces for some strings, and holds back what may be the beginning of one.
+    """Watches a text that comes in pieces, and holds back characters that may begin a stop string.
 
-    The text ends before the stop string that ends first; of those that end together, before the longest.
+    If several stop strings match, the one that ends first counts; of those that end together, the longest.
     """
 
     def __init__(self, strings: tuple[str, ...]) -> None:
@@ -19,11 +19,11 @@ class StopStrings:
         if self.found:
             return ""
         text = self._held + piece
-        ends = [(text.find(string) + len(string), -len(string)) for string in self._strings if string in text]
-        if ends:
-            end, length = min(ends)
+        starts = {string: text.find(string) for string in self._strings if string in text}
+        if starts:
+            first = min(starts, key=lambda string: (starts[string] + len(string), -len(string)))
             self.found, self._held = True, ""
-            return text[: end + length]
+            return text[: starts[first]]
         kept = max((_overlap(text, string) for string in self._strings), default=0)
         self._held = text[len(text) - kept :]
         return text[: len(text) - kept]

@@ -13,6 +13,7 @@ logger = logging.getLogger("parley")
 
 JSON_NAMES = {"asctime": "time", "levelname": "level", "name": "logger"}
 UNWANTED = ("color_message", "websocket")  # fields that uvicorn adds for itself
+LIBRARIES = ("uvicorn", "uvicorn.error", "uvicorn.access", "uvicorn.asgi", "aiosqlite")  # aiosqlite debugs messages
 
 
 def log(event: str, **details: object) -> None:
@@ -41,33 +42,44 @@ class Redaction(logging.Filter):
 
 
 @contextmanager
-def configured(format: str) -> Iterator[None]:
-    """While the context lasts, log as `text` or `json`, and redact uvicorn's log; it becomes JSON too if ours is."""
-    text = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
-    json = JsonFormatter(
-        ["asctime", "levelname", "name", "message"],
-        rename_fields=JSON_NAMES,
-        reserved_attrs=[*RESERVED_ATTRS, *UNWANTED],
-    )
-    redaction, handler = Redaction(), logging.StreamHandler()
-    handler.setFormatter(json if format == "json" else text)
-    theirs = [logging.getLogger(name) for name in ("uvicorn", "uvicorn.error", "uvicorn.access", "uvicorn.asgi")]
-    theirs.append(logging.getLogger("aiosqlite"))  # its debug lines show messages
-    formatters = {handler: handler.formatter for their in theirs for handler in their.handlers}
+def logging_configured(format: str) -> Iterator[None]:
+    """While the context lasts, log as `text` or `json`, redact the logs of libraries, and make them JSON if ours is."""
+    formatter = _formatter(format)
+    handler = logging.StreamHandler()
+    handler.setFormatter(formatter)
     level = logger.level
-    for their in theirs:
-        their.addFilter(redaction)
-    for their_handler in formatters if format == "json" else ():
-        their_handler.setFormatter(json)
     if not logger.hasHandlers():  # else the whole process has logging already
         logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
-        yield
+        with _libraries_redacted(formatter if format == "json" else None):
+            yield
     finally:
         logger.setLevel(level)
         logger.removeHandler(handler)
-        for their_handler, formatter in formatters.items():
-            their_handler.setFormatter(formatter)
-        for their in theirs:
-            their.removeFilter(redaction)
+
+
+def _formatter(format: str) -> logging.Formatter:
+    if format == "json":
+        fields, reserved = ["asctime", "levelname", "name", "message"], [*RESERVED_ATTRS, *UNWANTED]
+        return JsonFormatter(fields, rename_fields=JSON_NAMES, reserved_attrs=reserved)
+    return logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+
+
+@contextmanager
+def _libraries_redacted(formatter: logging.Formatter | None) -> Iterator[None]:
+    """While the context lasts, redact the logs of libraries, and format them by `formatter`, if there is one."""
+    redaction = Redaction()
+    loggers = [logging.getLogger(name) for name in LIBRARIES]
+    before = {handler: handler.formatter for library in loggers for handler in library.handlers}
+    for library in loggers:
+        library.addFilter(redaction)
+    for handler in before if formatter else ():
+        handler.setFormatter(formatter)
+    try:
+        yield
+    finally:
+        for handler, its_formatter in before.items():
+            handler.setFormatter(its_formatter)
+        for library in loggers:
+            library.removeFilter(redaction)

@@ -39,7 +39,7 @@ class Metrics:
         self.login_failures = self._counter("login_failures", "Logins that failed")
         self.slow_clients = self._counter("slow_clients_closed", "Connections that were closed since nobody read")
 
-    def watch(self, values: Mapping[str, Callable[[], float]]) -> None:
+    def add_gauges(self, values: Mapping[str, Callable[[], float]]) -> None:
         """Show what is in use, by functions for each of `GAUGES`."""
         for name, description in GAUGES.items():
             Gauge(f"parley_{name}", description, registry=self._registry).set_function(values[name])

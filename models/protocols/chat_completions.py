@@ -13,9 +13,8 @@ from models.errors import APIError, ServerError, ServerStoppingError, WrongCrede
 from models.generation.events import Finished, Queued, Rejected, ResponseEvent, TextDelta
 from models.generation.interface import ModelInfo, ResponseRequest, ResponseService, Stateless
 from models.protocols.chat_completions_request import ChatCompletionRequest
+from models.protocols.connection import Json
 from models.store.item import Item, Status
-
-Json = dict[str, Any]
 
 FINISH_REASONS = {"stop": "stop", "max_output_tokens": "length", "context_length": "length"}
 FAILURES: Mapping[str | None, type[APIError]] = {
@@ -75,7 +74,7 @@ class ChatCompletionStream(ChatCompletion):
         """Keep the event for the chunks."""
         self._events.put_nowait(event)
 
-    async def started(self) -> None:
+    async def wait_started(self) -> None:
         """Wait until the reply is accepted. Raises APIError where it is not."""
         event = await self._events.get()
         if isinstance(event, Rejected):

@@ -16,16 +16,15 @@ from models.errors import (
     UnsupportedParameterError,
 )
 from models.messages import Message, Role
-from models.options import Options
+from models.options import check_option
+from models.protocols.connection import Json
 from models.validation import Text, convert, parse_object, printable
-
-Json = dict[str, Any]
 
 MAX_MESSAGES = 1000
 MAX_END_USER = 256  # characters that are logged
 MAX_PARAM = 64  # characters of an unknown name that are sent back
 
-OPTIONS = {  # their names, and those of `Options`; of two names for one option, the later one counts
+OPTION_BY_PARAMETER = {  # their names, and those of `Options`; of two names for one option, the later one counts
     "temperature": "temperature",
     "top_p": "top_p",
     "top_k": "top_k",
@@ -75,7 +74,7 @@ class TextPart(Struct, forbid_unknown_fields=True):
 
 PART = Meta(
     description='{"type": "text", "text": "..."}: only text is supported',
-    extra={"whole": True, "code": "unsupported_parameter"},
+    extra={"report_object": True, "code": "unsupported_parameter"},
 )
 Content = Annotated[Text | list[Annotated[TextPart, PART]], Meta(description="text, or a list of parts")]
 
@@ -105,7 +104,7 @@ class StreamOptions(Struct, forbid_unknown_fields=True):
     include_obfuscation: Any = None  # not supported
 
 
-STREAM_OPTIONS = Meta(description='{"include_usage": true or false}', extra={"whole": True})
+STREAM_OPTIONS = Meta(description='{"include_usage": true or false}', extra={"report_object": True})
 
 
 class _Body(Struct, forbid_unknown_fields=True):
@@ -145,14 +144,14 @@ class ChatCompletionRequest:
             raise ModelNotFoundError(model)
         for name in sorted(UNSUPPORTED.keys() & values.keys()):
             _check_neutral(name, values.pop(name))
-        chosen = {name: values.pop(name) for name in OPTIONS if name in values}
+        chosen = {name: values.pop(name) for name in OPTION_BY_PARAMETER if name in values}
         if isinstance(values.get("messages"), list):
             values["messages"] = [_without_neutral(message) for message in values["messages"]]
         parsed = _convert(values)
         messages = [message.as_message(f"messages[{index}]") for index, message in enumerate(parsed.messages)]
         if not any(message["content"].strip() for message in messages):
             raise InvalidValueError("messages must say something", "messages")
-        options = {OPTIONS[name]: _option(name, value) for name, value in chosen.items()}
+        options = {OPTION_BY_PARAMETER[name]: _option(name, value) for name, value in chosen.items()}
         stream, include_usage = bool(parsed.stream), _include_usage(parsed)
         labels = (parsed.user, parsed.safety_identifier, parsed.prompt_cache_key)
         end_user = next((label[:MAX_END_USER] for label in labels if label is not None), None)
@@ -169,7 +168,7 @@ def _check_neutral(name: str, value: Any) -> None:
 
 def _option(name: str, value: Any) -> Any:
     try:
-        return getattr(Options().updated({OPTIONS[name]: value}), OPTIONS[name])
+        return check_option(OPTION_BY_PARAMETER[name], value)
     except InvalidValueError as error:
         raise InvalidValueError(f"{name} must be {error.allowed}", name) from None
 

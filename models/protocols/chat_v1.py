@@ -95,9 +95,9 @@ class ChatV1Session:
         event_id = self._event_ids.pop(event.response_id, None) if isinstance(event, Created | Rejected) else None
         self._client.send_json(render(event, event_id))
 
-    async def drained(self) -> None:
+    async def wait_sent(self) -> None:
         """Wait until the client has been sent all events."""
-        await self._client.drained()
+        await self._client.wait_sent()
 
     def _act(self, event: ClientEvent, event_id: str | None) -> None:
         match event:

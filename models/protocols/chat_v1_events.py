@@ -11,10 +11,9 @@ from models.errors import APIError, InvalidValueError, UnknownEventError
 from models.generation.events import Created, Finished, Queued, Rejected, ResponseEvent, TextDelta, Warned
 from models.messages import Message, Role
 from models.options import Options
+from models.protocols.connection import Json
 from models.users.connections import Change
 from models.validation import NO_SURROGATE, convert, printable
-
-Json = dict[str, Any]
 
 MAX_MESSAGES = 1000  # in one request
 
@@ -40,7 +39,7 @@ class InputMessage(Struct, forbid_unknown_fields=True):
 Input = Annotated[
     Content
     | Annotated[
-        list[Annotated[InputMessage, Meta(description="an object of role and content", extra={"whole": True})]],
+        list[Annotated[InputMessage, Meta(description="an object of role and content", extra={"report_object": True})]],
         Meta(min_length=1, max_length=MAX_MESSAGES),
     ],
     Meta(description=f"text, or a list of 1 to {MAX_MESSAGES} objects of role and content"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, Protocol
 
+Json = dict[str, Any]
+
 
 class Close(NamedTuple):
     """The code and the reason to close a WebSocket with."""
@@ -18,8 +20,8 @@ class Client(Protocol):
     def send_text(self, text: str) -> None:
         """Send a text frame after those before it."""
 
-    def send_json(self, value: dict[str, Any]) -> None:
+    def send_json(self, value: Json) -> None:
         """Send a value as JSON after what was sent before."""
 
-    async def drained(self) -> None:
+    async def wait_sent(self) -> None:
         """Wait until everything is sent."""

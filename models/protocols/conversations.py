@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 from msgspec import Meta, Struct
 
 from models.errors import InvalidRequestError, InvalidValueError
+from models.protocols.connection import Json
 from models.store.conversations import Conversation, Listing
 from models.store.item import Item
 from models.validation import NO_SURROGATE, convert
-
-Json = dict[str, Any]
 
 MAX_TITLE = MAX_QUERY = 256  # characters
 

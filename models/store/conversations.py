@@ -9,10 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 
 from sqlalchemy import ColumnElement, and_, bindparam, delete, exists, insert, or_, select, tuple_, update
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from models.errors import ConversationNotFoundError
-from models.store.database import conversations_table as conversations, items_table as items
+from models.store.database import Database, conversations_table, items_table
 from models.store.item import Item, Status, title_of
 
 
@@ -35,16 +34,17 @@ class Listing:
     query: str = ""
 
 
-SUMMARY = [conversations.c[field.name] for field in fields(Conversation)]
-GROWING = ("content", "status", "reason", "usage", "cuts", "decode_seconds")
-ITEM = [items.c[field.name] for field in fields(Item)]
-JOINED = items.join(conversations, conversations.c.id == items.c.conversation_id)
+CONVERSATION, ITEM = conversations_table.c, items_table.c
+SUMMARY_COLUMNS = [CONVERSATION[field.name] for field in fields(Conversation)]
+GROWING_COLUMNS = ("content", "status", "reason", "usage", "cuts", "decode_seconds")
+ITEM_COLUMNS = [ITEM[field.name] for field in fields(Item)]
+JOINED = items_table.join(conversations_table, CONVERSATION.id == ITEM.conversation_id)
 
 
 class Conversations:
     """The conversations in the database. For each user, those of others do not exist."""
 
-    def __init__(self, database: AsyncEngine) -> None:
+    def __init__(self, database: Database) -> None:
         self._database = database
         self._browsing = asyncio.Semaphore(4)  # so that replies get a connection, however much is read
         # SQLite has one writer at a time, and the others would ask every few milliseconds whether it has finished.
@@ -60,15 +60,15 @@ class Conversations:
 
         The query is searched in titles and in messages. Raises ConversationNotFoundError.
         """
-        chosen = select(*SUMMARY).where(conversations.c.user_id == user)
+        chosen = select(*SUMMARY_COLUMNS).where(CONVERSATION.user_id == user)
         if listing.after is not None:
             last = await self.find(user, listing.after)
-            place = tuple_(conversations.c.updated, conversations.c.id)
+            place = tuple_(CONVERSATION.updated, CONVERSATION.id)
             chosen = chosen.where(place < tuple_(last.updated, last.id))
         if listing.query:
-            said = exists().where(items.c.conversation_id == conversations.c.id, _has(items.c.content, listing.query))
-            chosen = chosen.where(or_(_has(conversations.c.title, listing.query), said))
-        chosen = chosen.order_by(conversations.c.updated.desc(), conversations.c.id.desc()).limit(listing.limit + 1)
+            said = exists().where(ITEM.conversation_id == CONVERSATION.id, _has(ITEM.content, listing.query))
+            chosen = chosen.where(or_(_has(CONVERSATION.title, listing.query), said))
+        chosen = chosen.order_by(CONVERSATION.updated.desc(), CONVERSATION.id.desc()).limit(listing.limit + 1)
         async with self._browsing, self._database.connect() as connection:
             found = [Conversation(*row) for row in await connection.execute(chosen)]
         return found[: listing.limit], len(found) > listing.limit
@@ -76,7 +76,7 @@ class Conversations:
     async def find(self, user: str, id: str) -> Conversation:
         """One conversation. Raises ConversationNotFoundError."""
         async with self._database.connect() as connection:
-            row = (await connection.execute(select(*SUMMARY).where(_owned(user, id)))).one_or_none()
+            row = (await connection.execute(select(*SUMMARY_COLUMNS).where(_owned(user, id)))).one_or_none()
         if row is None:
             raise ConversationNotFoundError
         return Conversation(*row)
@@ -88,14 +88,14 @@ class Conversations:
 
     async def items(self, user: str, id: str) -> list[Item]:
         """The items of a conversation, in order; none where there is no such conversation."""
-        chosen = select(*ITEM).select_from(JOINED).where(_owned(user, id)).order_by(items.c.position)
+        chosen = select(*ITEM_COLUMNS).select_from(JOINED).where(_owned(user, id)).order_by(ITEM.position)
         async with self._database.connect() as connection:
             return [Item(*row) for row in await connection.execute(chosen)]
 
     async def find_reply(self, user: str, id: str) -> tuple[str, Item] | None:
         """A reply, with the id of its conversation."""
-        chosen = select(conversations.c.id, *ITEM).select_from(JOINED)
-        chosen = chosen.where(conversations.c.user_id == user, items.c.id == id, items.c.status.is_not(None))
+        chosen = select(CONVERSATION.id, *ITEM_COLUMNS).select_from(JOINED)
+        chosen = chosen.where(CONVERSATION.user_id == user, ITEM.id == id, ITEM.status.is_not(None))
         async with self._database.connect() as connection:
             row = (await connection.execute(chosen)).one_or_none()
         return (row[0], Item(*row[1:])) if row else None
@@ -103,15 +103,15 @@ class Conversations:
     async def rename(self, user: str, id: str, title: str) -> Conversation:
         """Change the title of a conversation. Raises ConversationNotFoundError."""
         async with self._writing, self._database.begin() as connection:
-            await connection.execute(update(conversations).where(_owned(user, id)).values(title=title))
+            await connection.execute(update(conversations_table).where(_owned(user, id)).values(title=title))
         return await self.find(user, id)
 
     async def delete(self, user: str, id: str) -> None:
         """Delete a conversation with its items. Raises ConversationNotFoundError."""
         async with self._writing, self._database.begin() as connection:
-            if not (await connection.execute(delete(conversations).where(_owned(user, id)))).rowcount:
+            if not (await connection.execute(delete(conversations_table).where(_owned(user, id)))).rowcount:
                 raise ConversationNotFoundError
-            await connection.execute(delete(items).where(items.c.conversation_id == id))
+            await connection.execute(delete(items_table).where(ITEM.conversation_id == id))
 
     async def put_items(self, user: str, id: str, position: int, new: Sequence[Item]) -> None:
         """Put items into a conversation at a position. Items that were there, or behind it, are deleted.
@@ -121,34 +121,34 @@ class Conversations:
         now = time.time()
         rows = [asdict(item) | {"conversation_id": id, "position": place} for place, item in enumerate(new, position)]
         async with self._writing, self._database.begin() as connection:
-            touched = await connection.execute(update(conversations).where(_owned(user, id)).values(updated=now))
+            touched = await connection.execute(update(conversations_table).where(_owned(user, id)).values(updated=now))
             if touched.rowcount:
-                replaced = and_(items.c.conversation_id == id, items.c.position >= position)
-                await connection.execute(delete(items).where(replaced))
+                replaced = and_(ITEM.conversation_id == id, ITEM.position >= position)
+                await connection.execute(delete(items_table).where(replaced))
             elif position:
                 raise ConversationNotFoundError
             else:
                 summary = {"id": id, "user_id": user, "title": title_of(new), "created": now, "updated": now}
-                await connection.execute(insert(conversations).values(summary))
-            await connection.execute(insert(items), rows)
+                await connection.execute(insert(conversations_table).values(summary))
+            await connection.execute(insert(items_table), rows)
 
     async def update_replies(self, replies: Iterable[Item]) -> None:
         """Store how far replies are, or how they ended. Replies that were deleted stay deleted."""
         async with self._writing, self._database.begin() as connection:
-            rows = [{"reply": reply.id} | {name: getattr(reply, name) for name in GROWING} for reply in replies]
+            rows = [{"reply": reply.id} | {name: getattr(reply, name) for name in GROWING_COLUMNS} for reply in replies]
             if rows:
-                await connection.execute(update(items).where(items.c.id == bindparam("reply")), rows)
+                await connection.execute(update(items_table).where(ITEM.id == bindparam("reply")), rows)
 
     async def fail_unfinished(self) -> int:
         """Mark the replies of a process that has ended as failed; returns how many there were."""
         failed = {"status": Status.FAILED, "reason": "server_error"}
         async with self._writing, self._database.begin() as connection:
-            unfinished = update(items).where(items.c.status == Status.IN_PROGRESS).values(failed)
+            unfinished = update(items_table).where(ITEM.status == Status.IN_PROGRESS).values(failed)
             return int((await connection.execute(unfinished)).rowcount)
 
 
 def _owned(user: str, id: str) -> ColumnElement[bool]:
-    return and_(conversations.c.id == id, conversations.c.user_id == user)
+    return and_(CONVERSATION.id == id, CONVERSATION.user_id == user)
 
 
 def _has(column: ColumnElement[str], words: str) -> ColumnElement[bool]:

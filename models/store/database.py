@@ -15,6 +15,8 @@ from models.errors import DatabaseError, DataFolderError
 from models.settings import Settings
 from models.store.item import Status
 
+Database = AsyncEngine  # of SQLAlchemy; Parley has another engine
+
 
 class Text(TypeDecorator[str]):
     """Any text; U+0000, which PostgreSQL cannot store, becomes U+FFFD."""
@@ -88,7 +90,7 @@ MIGRATIONS = (
     ),
 )
 
-OPTIONS: dict[str, dict[str, Any]] = {
+ENGINE_ARGUMENTS: dict[str, dict[str, Any]] = {
     "sqlite": {"connect_args": {"timeout": 5}},  # seconds to wait while another process writes, such as a backup
     "postgresql": {
         "pool_pre_ping": True,  # the server may have been restarted
@@ -101,26 +103,31 @@ LOCKS = {"sqlite": "BEGIN IMMEDIATE", "postgresql": "SELECT pg_advisory_xact_loc
 
 
 @asynccontextmanager
-async def open_database(settings: Settings) -> AsyncIterator[AsyncEngine]:
+async def open_database(settings: Settings) -> AsyncIterator[Database]:
     """The database of the settings, created or brought up to date. Raises DatabaseError or DataFolderError."""
     url = _url(settings)
     try:
-        engine = create_async_engine(url, hide_parameters=True, **OPTIONS[url.get_backend_name()])
+        engine = create_async_engine(url, hide_parameters=True, **ENGINE_ARGUMENTS[url.get_backend_name()])
         try:
             await _prepare(engine)
             yield engine
         finally:
             await engine.dispose()
     except SQLAlchemyError as error:
-        raise DatabaseError(_trouble(url, str(error.args[0] if error.args else error))) from error
+        raise DatabaseError(_unusable(url, str(error.args[0] if error.args else error))) from error
+
+
+def make_data_folder(settings: Settings) -> None:
+    """Make the data folder, if it does not exist; only its owner can read it. Raises DataFolderError."""
+    try:
+        settings.data.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataFolderError(settings.data, error) from error
 
 
 def _url(settings: Settings) -> URL:
     if not settings.database_url:
-        try:
-            settings.data.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            raise DataFolderError(settings.data, error) from error
+        make_data_folder(settings)
         return URL.create("sqlite+aiosqlite", database=str(settings.data / "parley.db"))
     try:
         url = make_url(settings.database_url)
@@ -134,13 +141,13 @@ def _url(settings: Settings) -> URL:
     return url.set(drivername="sqlite+aiosqlite" if url.drivername.startswith("sqlite") else "postgresql+asyncpg")
 
 
-def _trouble(url: URL, reason: str) -> str:
+def _unusable(url: URL, reason: str) -> str:
     shown = url.set(query={}).render_as_string(hide_password=True)
     advice = "check that it can be reached and has room; else repair or restore it, or move it away to start anew"
     return f"the database {shown} cannot be used: {reason}; {advice}"
 
 
-async def _prepare(engine: AsyncEngine) -> None:
+async def _prepare(engine: Database) -> None:
     if engine.dialect.name == "sqlite":
         async with engine.connect() as connection:
             with suppress(OperationalError):  # locked, where another process does the same
@@ -150,7 +157,7 @@ async def _prepare(engine: AsyncEngine) -> None:
             await _migrate(connection)
     # asyncpg raises these for a server that is not there, or a URL that it cannot use
     except (OSError, TypeError, ValueError, OverflowError) as error:
-        raise DatabaseError(_trouble(engine.url, str(error))) from error
+        raise DatabaseError(_unusable(engine.url, str(error))) from error
 
 
 async def _migrate(connection: AsyncConnection) -> None:

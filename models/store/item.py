@@ -80,7 +80,7 @@ def items_up_to(items: Sequence[Item], after: str | Edge) -> Sequence[Item]:
     raise ItemNotFoundError
 
 
-def left_out(items: Sequence[Item]) -> int:
+def count_left_out(items: Sequence[Item]) -> int:
     """How many of the oldest messages after the system prompt the model does not see any more."""
     unseen = next((item.left_out for item in reversed(items) if item.left_out is not None), 0)
     # System messages right after the cut would be taken for the system prompt.
@@ -90,7 +90,7 @@ def left_out(items: Sequence[Item]) -> int:
 def visible_messages(items: Sequence[Item]) -> list[Message]:
     """What the model sees of the items: the system prompt and the messages that are not left out."""
     prompt = _system_prompt(items)
-    seen = [*prompt, *items[len(prompt) + left_out(items) :]]
+    seen = [*prompt, *items[len(prompt) + count_left_out(items) :]]
     return [{"role": item.role, "content": item.content} for item in seen]
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from itsdangerous import BadSignature, URLSafeTimedSerializer
 from sqlalchemy import delete, insert, select
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from models.errors import (
     APIError,
@@ -28,8 +27,8 @@ from models.errors import (
     one_line,
 )
 from models.settings import USER_ID, Settings
-from models.store.database import users_table
-from models.users.login_limit import LoginLimiter
+from models.store.database import Database, make_data_folder, users_table
+from models.users.login_limiter import LoginLimiter
 
 logger = logging.getLogger("parley")
 
@@ -49,14 +48,15 @@ class Users:
     """The users in the database and those of `PARLEY_USERS`.
 
     Secrets are stored as HMAC-SHA256 under a key in a file beside the database, so neither of the two is of use
-    without the other. Nobody can choose a digest without the key, so looking one up tells an attacker nothing. The
-    users of the last read are known without the database; `trouble` says why a later read failed.
+    without the other. An attacker cannot predict digests, so the time of a lookup reveals nothing. The users of the
+    last read are known without the database; `trouble` says why a later read failed.
     """
 
-    def __init__(self, database: AsyncEngine, key: bytes, configured: Mapping[str, str]) -> None:
+    def __init__(self, database: Database, key: bytes, configured: Mapping[str, str]) -> None:
         self._database = database
         self._login_limiter = LoginLimiter()
         self._key = key
+        # The label says tickets, since a new one would end all sessions.
         self._sessions = URLSafeTimedSerializer(hmac.digest(key, b"tickets", "sha256"))
         self._configured = [User(user, self._digest(secret)) for user, secret in configured.items()]
         self._known = tuple(self._configured)  # as of the last read of the database
@@ -65,10 +65,10 @@ class Users:
         self.trouble: str | None = None
 
     @classmethod
-    def open(cls, settings: Settings, database: AsyncEngine) -> Users:
+    def open(cls, settings: Settings, database: Database) -> Users:
         """The users of the settings and a database, with the key in the data folder. Raises StartError."""
+        make_data_folder(settings)
         try:
-            settings.data.mkdir(mode=0o700, parents=True, exist_ok=True)
             key = _read_key(settings.data / "key")
         except OSError as error:
             raise DataFolderError(settings.data, error) from error
@@ -115,7 +115,7 @@ class Users:
 
     def session_token(self, user: User) -> str:
         """A signed token for a session cookie, a new one each time; valid for two weeks, while the secret is."""
-        return self._sessions.dumps([user.id, self._stamp(user), secrets.token_urlsafe(8)])
+        return self._sessions.dumps([user.id, self._secret_fingerprint(user), secrets.token_urlsafe(8)])
 
     def user_of_session(self, token: str) -> User | None:
         """The user of a session token that is valid."""
@@ -124,7 +124,7 @@ class Users:
         except BadSignature:
             return None
         users = [user for user in self._known if user.id == user_id]
-        return next((user for user in users if hmac.compare_digest(self._stamp(user), stamp)), None)
+        return next((user for user in users if hmac.compare_digest(self._secret_fingerprint(user), stamp)), None)
 
     async def create(self, user_id: str, secret: str | None = None) -> str:
         """Add a user and return the secret, a random one where none is given. Raises UsersError."""
@@ -169,8 +169,8 @@ class Users:
         except UsersError:  # another process was faster
             return None
 
-    def _stamp(self, user: User) -> str:
-        """Shows with which secret a session token was made, without revealing it."""
+    def _secret_fingerprint(self, user: User) -> str:
+        """Identifies the secret that a session token was made with, without revealing it."""
         return hmac.digest(self._key, b"stamp" + user.digest, "sha256").hex()[:32]
 
     def _digest(self, secret: str) -> bytes:

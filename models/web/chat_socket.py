@@ -32,7 +32,7 @@ class ChatSocket(WebSocketEndpoint):
     unsent_seconds = UNSENT_SECONDS  # how long a frame may wait for a client that does not read
     user: str | None = None
     session: ChatV1Session | PlainTextSession | None = None
-    gone = False  # the client does not read even the close
+    close_unread = False  # the client does not read even the close
 
     async def dispatch(self) -> None:
         """Handle the connection until it ends, or until nothing can be sent any more."""
@@ -40,7 +40,7 @@ class ChatSocket(WebSocketEndpoint):
         try:
             await super().dispatch()
         except asyncio.CancelledError:
-            if not self.gone:
+            if not self.close_unread:
                 raise
 
     async def on_connect(self, websocket: WebSocket) -> None:
@@ -113,9 +113,9 @@ class ChatSocket(WebSocketEndpoint):
 
     def _on_sending_ended(self, sending: asyncio.Task[bool]) -> None:
         """Nothing more can be sent: stop receiving too, unless the client is about to answer our close."""
-        if self.outbox.unread:
+        if self.outbox.stalled:
             self.state.metrics.slow_clients.inc()
             log("closed since nobody reads", user=self.user)
         if not sending.cancelled() and (sending.exception() or not sending.result()) and self.receiving:
-            self.gone = True
+            self.close_unread = True
             self.receiving.cancel()

@@ -40,7 +40,7 @@ async def chat_completions(request: Request) -> Response:
     if asked.end_user:
         log("completion", response=completion.response_id, user=user, end_user=asked.end_user)
     if isinstance(completion, ChatCompletionStream):
-        await completion.started()
+        await completion.wait_started()
         return CompletionStreamResponse(completion)
     async with _cancelled_at_disconnect(completion, request.receive):
         return JSONResponse(await completion.result())

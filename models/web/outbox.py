@@ -28,7 +28,7 @@ class Outbox:
 
     def __init__(self, websocket: Sender, unsent_bytes: int = UNSENT_BYTES, seconds: float = UNSENT_SECONDS) -> None:
         self.closing = False
-        self.unread = False  # the client did not read
+        self.stalled = False  # the client did not read
         self._websocket = websocket
         self._limit = unsent_bytes
         self._seconds = seconds
@@ -36,7 +36,7 @@ class Outbox:
         self._unsent = 0
         self._sending: asyncio.Timeout | None = None
 
-    async def drained(self) -> None:
+    async def wait_sent(self) -> None:
         """Wait until everything is sent; for ever where it cannot be."""
         await self._items.join()
 
@@ -68,7 +68,7 @@ class Outbox:
             await self._deliver_all()
             return True
         except TimeoutError:
-            self.unread = True
+            self.stalled = True
         finally:
             self.closing, self._sending = True, None
         with suppress(TimeoutError):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType, quants
 
-from models.language.model_files import fetch
+from models.language.model_files import download_embedded
 
 
 def gguf_files(folder: Path) -> list[Path]:
@@ -18,7 +18,7 @@ def gguf_files(folder: Path) -> list[Path]:
     files = [folder / "model.Q4_1.gguf", folder / "model.Q8_0.gguf"]
     if not files[0].exists():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            shutil.move(fetch(Path(scratch)), files[0])
+            shutil.move(download_embedded(Path(scratch)), files[0])
     if not files[1].exists():
         _to_q8_0(files[0], files[1])
     return files

@@ -33,7 +33,7 @@ from websockets.protocol import State
 from websockets.typing import Subprotocol
 
 from models.engine.native import build
-from models.language.events import Event, TextDelta
+from models.language.events import Event, TextPiece
 from models.settings import Settings
 from server import create_app
 from tests.bench.soak import Errors, in_process, memory, processes, run_app
@@ -58,14 +58,14 @@ class FixedChat(ScriptedChat):
     async def events(self, reply: ScriptedReply) -> AsyncGenerator[Event, None]:
         while True:
             await asyncio.sleep(1 / RATE)
-            yield TextDelta("piece ")
+            yield TextPiece("piece ")
 
 
 def serve_parley(settings: Settings, model: str, started: Connection) -> None:
     """Serve a tiny model, or pieces at a fixed rate."""
     logging.basicConfig(handlers=[Errors()])
     torch.set_num_threads(1)
-    build.load(build.build(user_cache_path("parley")))
+    build.load_kernels(build.build_library(user_cache_path("parley")))
     run_app(create_app(settings, opens_tiny if model == "tiny" else FixedChat().opened), started)
 
 

@@ -114,7 +114,7 @@ def in_process(serve: Callable[..., None], *arguments: Any) -> Iterator[tuple[in
 def serve(settings: Settings, started: Connection) -> None:
     """Serve a tiny model, and what the process holds at `/reading`."""
     torch.set_num_threads(1)
-    build.load(build.build(user_cache_path("parley")))
+    build.load_kernels(build.build_library(user_cache_path("parley")))
     errors = Errors()
     logging.basicConfig(level=logging.WARNING, handlers=[errors])
     app = create_app(settings, opens_tiny)

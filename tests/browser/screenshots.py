@@ -69,9 +69,9 @@ class RecordedChat(ScriptedChat):
 
     model_name = EMBEDDED
 
-    async def prepare(self, messages: list[Message], options: Options, whole: bool = False) -> ScriptedReply:
+    async def prepare(self, messages: list[Message], options: Options, keep_all: bool = False) -> ScriptedReply:
         text = CONVERSATION.get(messages[-1]["content"], "...")
-        return await super().prepare([{"role": "user", "content": f"say {text}"}], options, whole)
+        return await super().prepare([{"role": "user", "content": f"say {text}"}], options, keep_all)
 
     async def events(self, reply: ScriptedReply) -> AsyncGenerator[Event, None]:
         async for event in super().events(reply):

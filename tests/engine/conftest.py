@@ -21,4 +21,4 @@ def program_library() -> Iterator[Path]:
     """
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("TORCHINDUCTOR_VEC_ISA_OK", "1")
-        yield build.build(user_cache_path("parley"), compilation.SOURCE)
+        yield build.build_library(user_cache_path("parley"), compilation.SOURCE)

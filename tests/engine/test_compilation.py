@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from models.engine import attention, compilation, model_runner, quantization
-from models.engine.compilation import _name, _sources, compiled
+from models.engine.compilation import _name, _sources, compile_program
 from models.engine.model_runner import Forward
 from models.errors import CompilationError
 from tests.support.tiny import tiny_llama, to_int8
@@ -47,7 +47,7 @@ def programs(program_library: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """A cache with the program of `Scaled(2)`."""
     cache = tmp_path_factory.mktemp("programs")
     shutil.copy(program_library, cache)
-    compiled(Scaled(2), INPUTS, SIZES, "two", cache)
+    compile_program(Scaled(2), INPUTS, SIZES, "two", cache)
     return cache
 
 
@@ -55,7 +55,7 @@ def programs(program_library: Path, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.mark.slow
 def test_a_program_computes_on_the_tensors_of_its_module_for_any_number_of_rows(programs: Path) -> None:
     module = Scaled(2)
-    program = compiled(module, INPUTS, SIZES, "two", programs)
+    program = compile_program(module, INPUTS, SIZES, "two", programs)
     for rows, others in [(2, 1), (5, 4), (17, 3)]:
         x, y = torch.rand(rows, 3), torch.rand(others, 3)
         torch.testing.assert_close(program(x, y), module(x, y))
@@ -71,18 +71,18 @@ def test_a_cached_program_needs_no_compiler_and_another_one_does(
 ) -> None:
     before = sorted(programs.iterdir())
     monkeypatch.setenv("CXX", "no-such-compiler")
-    program = compiled(Scaled(2), INPUTS, SIZES, "two", programs)
+    program = compile_program(Scaled(2), INPUTS, SIZES, "two", programs)
     torch.testing.assert_close(program(*INPUTS), Scaled(2)(*INPUTS))
     assert sorted(programs.iterdir()) == before
     with pytest.raises(CompilationError, match="compiler"):
-        compiled(Scaled(3), INPUTS, SIZES, "three", programs)
+        compile_program(Scaled(3), INPUTS, SIZES, "three", programs)
     assert sorted(programs.iterdir()) == before
 
 
 @pytest.mark.slow
 def test_a_module_that_cannot_be_compiled_says_why_and_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(CompilationError, match="data-dependent"):
-        compiled(Untraceable(), INPUTS[:1], SIZES[:1], "", tmp_path)
+        compile_program(Untraceable(), INPUTS[:1], SIZES[:1], "", tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -92,7 +92,7 @@ def test_a_damaged_program_is_refused(programs: Path, tmp_path: Path) -> None:
     (package,) = programs.glob("*.pt2")
     (tmp_path / package.name).write_bytes(b"cut off")
     with pytest.raises(CompilationError, match="archive"):
-        compiled(Scaled(2), INPUTS, SIZES, "two", tmp_path)
+        compile_program(Scaled(2), INPUTS, SIZES, "two", tmp_path)
 
 
 # The name of a program

@@ -174,8 +174,8 @@ def test_a_prefix_stays_cached_while_other_slots_are_free(llama: PreTrainedModel
 class HalfCopyingRunner(ModelRunner):
     """Copies half of a prefix, and fails."""
 
-    def fill(self, placement: Placement) -> None:
-        super().fill(placement._replace(length=placement.length // 2))
+    def prepare_slot(self, placement: Placement) -> None:
+        super().prepare_slot(placement._replace(length=placement.length // 2))
         if placement.length:
             raise RuntimeError("no memory")
 

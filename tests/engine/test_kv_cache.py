@@ -17,7 +17,7 @@ from tests.support.faulty import both_attentions
 @both_attentions
 def test_the_scratch_slot_is_no_slot_of_a_sequence(native: bool) -> None:
     attention, qkv = CachedAttention(4, 40), QKV.random(SMALL, 60)
-    scratch = attention.cache.scratch
+    scratch = attention.cache.padding_slot
     assert scratch == 4
     attention.forward([Segment(scratch, (0,), 13)], {scratch: qkv}, native)
     assert not attention.keys[:4].any()

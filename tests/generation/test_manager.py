@@ -221,7 +221,7 @@ class FailingChat(ScriptedChat):
         super().__init__()
         self.error = error
 
-    async def prepare(self, messages: list[Message], options: Options, whole: bool = False) -> ScriptedReply:
+    async def prepare(self, messages: list[Message], options: Options, keep_all: bool = False) -> ScriptedReply:
         raise self.error
 
 
@@ -317,9 +317,9 @@ async def test_a_cancelled_reply_closes_the_events_of_its_chat(
 class WholeChat(ScriptedChat):
     """Leaves out the two oldest messages, unless it has to take them whole."""
 
-    async def prepare(self, messages: list[Message], options: Options, whole: bool = False) -> ScriptedReply:
-        reply = await super().prepare(messages, options, whole)
-        reply.left_out = 0 if whole or len(messages) < 3 else 2
+    async def prepare(self, messages: list[Message], options: Options, keep_all: bool = False) -> ScriptedReply:
+        reply = await super().prepare(messages, options, keep_all)
+        reply.left_out = 0 if keep_all or len(messages) < 3 else 2
         return reply
 
 

@@ -137,7 +137,7 @@ async def test_a_response_warns_only_once(response: ActiveResponse, listener: Fa
 async def test_a_running_response_is_cancelled_at_once(response: ActiveResponse) -> None:
     response.announce()
     response.cancel(Status.CANCELLED, "client_cancelled")
-    assert isinstance(await response.generated(), asyncio.CancelledError)
+    assert isinstance(await response.wait_generated(), asyncio.CancelledError)
     response.end_cancelled()
     assert (response.status, response.reason) == (Status.CANCELLED, "client_cancelled")
 
@@ -148,7 +148,7 @@ async def test_a_response_in_preparation_is_cancelled_once_it_is_announced(
     response.cancel(Status.CANCELLED, "client_cancelled")
     assert not await has_ended(response)
     response.announce()
-    assert isinstance(await response.generated(), asyncio.CancelledError)
+    assert isinstance(await response.wait_generated(), asyncio.CancelledError)
     assert [type(event) for event in listener.rest()] == [Created]
 
 
@@ -173,11 +173,11 @@ async def test_an_error_of_the_generating_task_is_returned() -> None:
         raise ValueError("no")
 
     async def conclude() -> None:
-        assert isinstance(await response.generated(), ValueError)
+        assert isinstance(await response.wait_generated(), ValueError)
         response.fail()
 
     response.start(fail(), conclude())
-    await response.concluded()
+    await response.wait_concluded()
     assert response.status == Status.FAILED
 
 
@@ -236,7 +236,7 @@ async def test_a_response_ends_after_the_linger_time_of_its_last_listener(
     response.announce()
     response.remove_listener(listener, linger=0)
     response.remove_listener(other, linger=0)
-    assert isinstance(await response.generated(), asyncio.CancelledError)
+    assert isinstance(await response.wait_generated(), asyncio.CancelledError)
     response.end_cancelled()
     assert (response.status, response.reason) == (Status.CANCELLED, "client_disconnected")
 
@@ -317,7 +317,7 @@ async def test_a_replay_waits_for_its_follower_after_each_batch(deltas: int, pau
     class CountingListener(FakeListener):
         pauses = 0
 
-        async def drained(self) -> None:
+        async def wait_sent(self) -> None:
             self.pauses += 1
             assert self.heard.qsize() == self.pauses * BATCH
 

@@ -20,7 +20,7 @@ from models.errors import (
 from models.generation.admission import Admission
 from models.language.detokenizer import Detokenizer
 from models.language.engine_chat import EngineChat, EngineReply, ReplyText
-from models.language.events import Done, Event, TextDelta
+from models.language.events import Done, Event, TextPiece
 from models.language.loader import load
 from models.language.stop_strings import StopStrings
 from models.messages import FinishReason, Message
@@ -83,7 +83,7 @@ async def answer(chat: EngineChat, messages: list[Message], options: Options) ->
 
 
 def text_of(events: list[Event]) -> str:
-    return "".join(event.text for event in events if isinstance(event, TextDelta))
+    return "".join(event.text for event in events if isinstance(event, TextPiece))
 
 
 # The embedded model
@@ -143,7 +143,7 @@ async def test_a_prompt_that_fills_the_context_is_refused(
 ) -> None:
     async with opened(tokenizer, llama, context=64) as chat:
         for length in (200, 100_000):
-            with pytest.raises(ContextLengthExceededError, match="the context holds 64 with the reply") as raised:
+            with pytest.raises(ContextLengthExceededError, match="the context holds 64, with the reply") as raised:
                 await chat.prepare(user("x" * length), GREEDY)
             assert (raised.value.code, raised.value.param) == ("context_length_exceeded", "input")
         assert (await answer(chat, user("short"), structs.replace(GREEDY, seed=1)))[0]
@@ -160,7 +160,7 @@ async def test_a_whole_prompt_is_refused_instead_of_shortened(chat: EngineChat) 
     messages: list[Message] = [*user("x" * 150), {"role": "assistant", "content": "y" * 150}, *user("now")]
     assert (await chat.prepare(messages, GREEDY)).left_out == 2
     with pytest.raises(ContextLengthExceededError):
-        await chat.prepare(messages, GREEDY, whole=True)
+        await chat.prepare(messages, GREEDY, keep_all=True)
 
 
 async def test_the_prompts_after_a_cut_are_found_in_the_prefix_cache(chat: EngineChat) -> None:
@@ -216,7 +216,7 @@ async def test_no_text_delta_is_empty(chat: EngineChat) -> None:
     wild = Options(temperature=1.5, top_p=1, repetition_penalty=1, seed=4, max_output_tokens=100)
     *deltas, last = await events_of(await chat.prepare(user("Hi"), wild))
     assert deltas
-    assert all(isinstance(delta, TextDelta) and delta.text for delta in deltas)
+    assert all(isinstance(delta, TextPiece) and delta.text for delta in deltas)
     assert isinstance(last, Done)
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from models.engine.quantization import Int8Linear, fast
+from models.engine.quantization import Int8Linear, int8_is_faster
 from models.errors import ModelError
 from models.language.loader import load
 from models.settings import Settings
@@ -179,7 +179,7 @@ def test_the_setting_decides_about_int8_linears(
     folder: Path, cache: Path, changes: dict[str, str], expected: bool | None
 ) -> None:
     _, model = load(settings(folder, **changes), cache)
-    assert bool(int8_linears(model)) == (fast() if expected is None else expected)
+    assert bool(int8_linears(model)) == (int8_is_faster() if expected is None else expected)
 
 
 def test_without_a_compiler_the_linears_stay_and_the_log_says_why(

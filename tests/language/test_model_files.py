@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from models.errors import ModelError
-from models.language.model_files import check_space, describe, find
+from models.language.model_files import check_space, find_model, model_label
 from models.settings import EMBEDDED, Settings
 from tests.support.process import processes
 from tests.support.tiny import TEMPLATE
@@ -33,13 +33,13 @@ def settings(model: Path | str | None) -> Settings:
 
 def found(model: Path | str | None, cache: Path, dtype: torch.dtype = torch.float32) -> Path:
     """The folder that is found for a model."""
-    return Path(find(settings(model), dtype, cache))
+    return Path(find_model(settings(model), dtype, cache))
 
 
 def refusal(model: Path | str | None, cache: Path) -> str:
     """The message of the error that finding a model raises."""
     with pytest.raises(ModelError) as raised:
-        find(settings(model), torch.float32, cache)
+        find_model(settings(model), torch.float32, cache)
     message = str(raised.value)
     assert len(message.splitlines()) == 1
     return message
@@ -68,12 +68,12 @@ def test_a_path_that_does_not_exist_is_refused(model: str, cache: Path) -> None:
 
 
 def test_any_other_name_is_a_hub_id(cache: Path) -> None:
-    assert find(settings("Qwen/Qwen3-0.6B"), torch.float32, cache) == "Qwen/Qwen3-0.6B"
+    assert find_model(settings("Qwen/Qwen3-0.6B"), torch.float32, cache) == "Qwen/Qwen3-0.6B"
 
 
 @pytest.mark.parametrize(("model", "name"), [(None, EMBEDDED), ("a/b", "PARLEY_MODEL=a/b")], ids=["embedded", "hub"])
 def test_errors_name_the_model_or_the_setting(model: str | None, name: str) -> None:
-    assert describe(settings(model)) == name
+    assert model_label(settings(model)) == name
 
 
 # GGUF files

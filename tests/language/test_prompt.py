@@ -10,7 +10,7 @@ from models.errors import MessagesRejectedError
 from models.language.prompt import CHARACTERS_PER_TOKEN, Prompt, PromptBuilder
 from models.messages import Message, Role
 from models.options import Options
-from models.store.item import Item, left_out, visible_messages
+from models.store.item import Item, count_left_out, visible_messages
 from tests.support.tiny import tiny_tokenizer
 
 CONTEXT = 256
@@ -30,10 +30,10 @@ def build(
     tokenizer: PreTrainedTokenizerBase,
     messages: list[Message],
     options: Options = NO_OPTIONS,
-    whole: bool = False,
+    keep_all: bool = False,
     context: int = CONTEXT,
 ) -> Prompt:
-    return PromptBuilder(tokenizer, context).build(messages, options, whole)
+    return PromptBuilder(tokenizer, context).build(messages, options, keep_all)
 
 
 def rendered(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
@@ -94,11 +94,11 @@ def test_a_system_message_in_each_turn_can_be_left_out(tokenizer: PreTrainedToke
     for turn in range(20):
         prompt = build(tokenizer, [*visible_messages(items), *request], options)
         assert len(prompt.ids) < CONTEXT
-        unseen = left_out(items) + prompt.left_out
+        unseen = count_left_out(items) + prompt.left_out
         items += [Item.of_message(message, 1.0) for message in request]
         items.append(Item(f"{turn}", "assistant", "yes.", 1.0, left_out=unseen))
         assert visible_messages(items)[0]["role"] == "user", "it must not become the system prompt"
-    assert left_out(items) > 30
+    assert count_left_out(items) > 30
 
 
 def test_a_system_message_is_left_out_together_with_its_turn(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -121,7 +121,7 @@ def test_the_last_message_is_never_shortened(tokenizer: PreTrainedTokenizerBase)
 def test_a_whole_prompt_is_never_shortened(tokenizer: PreTrainedTokenizerBase) -> None:
     messages = [user("x" * 150), assistant("y" * 150), user("last")]
     assert build(tokenizer, messages).left_out == 2
-    assert build(tokenizer, messages, whole=True) == Prompt(rendered(tokenizer, messages), 0)
+    assert build(tokenizer, messages, keep_all=True) == Prompt(rendered(tokenizer, messages), 0)
 
 
 def test_messages_stay_while_the_reply_has_its_room(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -19,7 +19,7 @@ from websockets.typing import Subprotocol
 
 from models.errors import MessagesRejectedError
 from models.messages import Message
-from models.ops.logs import Redaction, configured, log
+from models.ops.logs import Redaction, log, logging_configured
 from models.options import Options
 from models.settings import Settings
 from models.web.authentication import COOKIE
@@ -62,7 +62,7 @@ def lines() -> Iterator[list[str]]:
 
 @pytest.mark.parametrize("name", LOGGERS)
 def test_the_query_of_a_request_is_cut_off(lines: list[str], name: str) -> None:
-    with configured("text"):
+    with logging_configured("text"):
         logging.getLogger(name).info(
             '%s - "%s %s HTTP/%s" %d', "10.0.0.1:5", "GET", f"/ws?userid=ann&secret={SECRET}", "1.1", 101
         )
@@ -71,20 +71,20 @@ def test_the_query_of_a_request_is_cut_off(lines: list[str], name: str) -> None:
 
 @pytest.mark.parametrize("name", LOGGERS)
 def test_debug_lines_are_dropped_since_they_show_headers(lines: list[str], name: str) -> None:
-    with configured("text"):
+    with logging_configured("text"):
         logging.getLogger(name).debug("< Authorization: Bearer %s", SECRET)
     assert lines == []
 
 
 @pytest.mark.parametrize("path", ["/", "/static/chat.js"])
 def test_a_line_without_a_query_is_not_changed(lines: list[str], path: str) -> None:
-    with configured("text"):
+    with logging_configured("text"):
         logging.getLogger("uvicorn.access").info("%s %s %d %s", "GET", path, 200, None)
     assert lines == [f"GET {path} 200 None"]
 
 
 def test_a_line_with_a_mapping_of_arguments_is_not_changed(lines: list[str]) -> None:
-    with configured("text"):
+    with logging_configured("text"):
         logging.getLogger("uvicorn.error").info("%(count)d workers", {"count": 2})
     assert lines == ["2 workers"]
 
@@ -93,13 +93,13 @@ def test_bad_utf8_from_a_client_leaves_no_traceback(lines: list[str]) -> None:
     try:
         b"\xff".decode()
     except UnicodeDecodeError:
-        with configured("text"):
+        with logging_configured("text"):
             logging.getLogger("uvicorn.error").exception("Invalid UTF-8 sequence received from client.")
     assert lines == ["Invalid UTF-8 sequence received from client."]
 
 
 def test_a_bug_leaves_its_traceback(lines: list[str]) -> None:
-    with configured("text"):
+    with logging_configured("text"):
         try:
             raise RuntimeError("a bug")
         except RuntimeError:
@@ -112,7 +112,7 @@ def test_the_filters_are_removed_when_the_context_ends_by_an_error(name: str) ->
     before = list(logging.getLogger(name).filters)
 
     def fail() -> None:
-        with configured("text"):
+        with logging_configured("text"):
             assert any(isinstance(filter, Redaction) for filter in logging.getLogger(name).filters)
             raise RuntimeError
 
@@ -221,7 +221,7 @@ def test_the_end_of_the_context_restores_handlers_levels_and_formatters(format: 
         logging.config.dictConfig(LOGGING_CONFIG)
         logging.getLogger("parley").setLevel(logging.WARNING)
         before = state()
-        with configured(format):
+        with logging_configured(format):
             within = state()
             assert logging.getLogger("parley").getEffectiveLevel() == logging.INFO
             assert len(logging.getLogger("parley").handlers) == 1
@@ -235,7 +235,7 @@ def test_no_handler_is_added_where_logging_is_configured_already() -> None:
     with unconfigured():
         logger, handler = logging.getLogger("parley"), LineHandler()
         logger.addHandler(handler)
-        with configured("text"):
+        with logging_configured("text"):
             assert logger.handlers == [handler]
             log("event", user="ann")
         assert handler.lines == ["event user=ann"]
@@ -303,10 +303,10 @@ def everything() -> Iterator[list[str]]:
 class RejectingChat(ScriptedChat):
     """Rejects messages that begin with "reject", by an error that shows them, as those of chat templates do."""
 
-    async def prepare(self, messages: list[Message], options: Options, whole: bool = False) -> ScriptedReply:
+    async def prepare(self, messages: list[Message], options: Options, keep_all: bool = False) -> ScriptedReply:
         if messages[-1]["content"].startswith("reject"):
             raise MessagesRejectedError(f"the chat template of the model does not accept the messages: {messages}")
-        return await super().prepare(messages, options, whole)
+        return await super().prepare(messages, options, keep_all)
 
 
 def use_websockets(served: Served, **options: Any) -> None:

@@ -36,7 +36,7 @@ def samples_of(metrics: Metrics) -> Samples:
 
 
 def test_every_metric_has_a_name_a_type_and_a_description(metrics: Metrics) -> None:
-    metrics.watch(dict.fromkeys(GAUGES, lambda: 0))
+    metrics.add_gauges(dict.fromkeys(GAUGES, lambda: 0))
     families = list(text_string_to_metric_families(metrics.text().decode()))
     types = {f"parley_{name}_seconds": "histogram" for name in HISTOGRAMS}
     types |= {f"parley_{name}": "counter" for name in COUNTERS}
@@ -51,7 +51,7 @@ def test_all_samples_begin_with_0(metrics: Metrics) -> None:
 
 def test_a_gauge_shows_what_its_function_returns(metrics: Metrics) -> None:
     values = {name: float(number) for number, name in enumerate(GAUGES, start=1)}
-    metrics.watch({name: partial(values.__getitem__, name) for name in GAUGES})
+    metrics.add_gauges({name: partial(values.__getitem__, name) for name in GAUGES})
     assert samples_of(metrics) == values
     values["num_slots"] = 99
     assert samples_of(metrics)["num_slots"] == 99

@@ -63,7 +63,7 @@ def stream(responses: ResponseService, *contents: str, usage: bool = False, **op
 
 async def frames_of(completion: ChatCompletionStream) -> list[str]:
     """All frames of a stream."""
-    await completion.started()
+    await completion.wait_started()
     return [frame async for frame in completion.frames()]
 
 
@@ -176,7 +176,7 @@ async def test_a_waiting_stream_sends_its_first_chunk_at_once(
     responses: ResponseManager, scripted: ScriptedChat
 ) -> None:
     completion = stream(responses, "hold here")
-    await completion.started()
+    await completion.wait_started()
     assert '"role":"assistant"' in await anext(completion.frames())
     assert scripted.running == 1
 
@@ -217,7 +217,7 @@ async def test_a_refused_request_fails_before_the_first_chunk(
     with pytest.raises(TooManyResponsesError):
         await complete(responses, "say yes").result()
     with pytest.raises(TooManyResponsesError):
-        await stream(responses, "say yes").started()
+        await stream(responses, "say yes").wait_started()
     assert not scripted.heard
 
 
@@ -259,7 +259,7 @@ async def test_a_server_that_stops_ends_completions_with_an_error(
 ) -> None:
     async with running(scripted, conversations, settings) as responses:
         whole, streamed = complete(responses, "wait here"), stream(responses, "wait here")
-        await streamed.started()
+        await streamed.wait_started()
     with pytest.raises(ServerStoppingError):
         await whole.result()
     frames = [frame async for frame in streamed.frames()]
@@ -289,7 +289,7 @@ async def test_a_prompt_longer_than_the_context_is_refused_not_shortened(tiny_re
     request = ChatCompletionRequest(messages, {"max_output_tokens": 1}, True, False, None)
     for wait in (
         ChatCompletion(tiny_responses, MODEL, "ann", request).result(),
-        ChatCompletionStream(tiny_responses, MODEL, "ann", request).started(),
+        ChatCompletionStream(tiny_responses, MODEL, "ann", request).wait_started(),
     ):
         with pytest.raises(ContextLengthExceededError, match="256") as raised:
             await wait
@@ -337,7 +337,7 @@ async def end_of(responses: ResponseManager, completion: ChatCompletion) -> asyn
 
 async def test_a_cancel_ends_the_reply(responses: ResponseManager, scripted: ScriptedChat) -> None:
     completion = stream(responses, "wait here")
-    await completion.started()
+    await completion.wait_started()
     end = await end_of(responses, completion)
     completion.cancel()
     reply = (await end)[-1].reply
@@ -355,7 +355,7 @@ async def test_a_cancel_before_the_reply_starts_ends_it_too(responses: ResponseM
 
 async def test_a_cancel_while_the_reply_waits_ends_it(responses: ResponseManager, scripted: ScriptedChat) -> None:
     completion = stream(responses, "hold here")
-    await completion.started()
+    await completion.wait_started()
     end = await end_of(responses, completion)
     completion.cancel()
     assert (await end)[-1].reply.status == "cancelled"
@@ -395,7 +395,7 @@ async def test_a_completion_is_neither_buffered_nor_stored(
     responses: ResponseManager, conversations: Conversations, order: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     completion, listener = stream(responses, f"{order} something"), FakeListener()
-    await completion.started()
+    await completion.wait_started()
     end = await end_of(responses, completion)
     if order == "wait":
         completion.cancel()

@@ -12,7 +12,12 @@ from openai.types.chat import ChatCompletionMessage
 
 from models.errors import APIError, ModelNotFoundError
 from models.protocols.chat_completions import render_error
-from models.protocols.chat_completions_request import MAX_MESSAGES, OPTIONS, UNSUPPORTED, ChatCompletionRequest
+from models.protocols.chat_completions_request import (
+    MAX_MESSAGES,
+    OPTION_BY_PARAMETER,
+    UNSUPPORTED,
+    ChatCompletionRequest,
+)
 from tests.support.client import Json
 
 END_USER = ("user", "safety_identifier", "prompt_cache_key")  # fields that name the end user, the first one counts
@@ -103,7 +108,7 @@ def test_a_stream_can_include_the_usage(values: Json, stream: bool, include_usag
 
 
 NEUTRAL = [(name, value) for name, values in UNSUPPORTED.items() for value in values]
-NULLABLE = [*UNSUPPORTED, *OPTIONS, *END_USER, "stream", "stream_options"]
+NULLABLE = [*UNSUPPORTED, *OPTION_BY_PARAMETER, *END_USER, "stream", "stream_options"]
 
 
 @pytest.mark.parametrize(("name", "value"), [*NEUTRAL, *((name, None) for name in NULLABLE)], ids=short_id)
@@ -359,7 +364,7 @@ def test_every_parameter_of_the_openai_package_is_known() -> None:
     own = ("self", "extra_headers", "extra_query", "extra_body", "timeout")
     names = [name for name in inspect.signature(Completions.create).parameters if name not in own]
     assert "temperature" in names
-    known = (*UNSUPPORTED, *OPTIONS, *END_USER, "model", "messages", "stream", "stream_options")
+    known = (*UNSUPPORTED, *OPTION_BY_PARAMETER, *END_USER, "model", "messages", "stream", "stream_options")
     assert not set(names) - set(known)
 
 
@@ -435,7 +440,7 @@ def test_a_bad_message_is_refused_with_its_place(messages: Any, code: str, param
 
 # Any body
 
-names = strategies.sampled_from(sorted({*UNSUPPORTED, *OPTIONS, *END_USER, "stream", "stream_options"}))
+names = strategies.sampled_from(sorted({*UNSUPPORTED, *OPTION_BY_PARAMETER, *END_USER, "stream", "stream_options"}))
 characters = strategies.text(strategies.characters(exclude_categories=[]), max_size=20)
 keys = strategies.sampled_from(
     ["role", "content", "type", "text", "name", "include_usage", "include_obfuscation", "tool_calls", "refusal"]
@@ -487,6 +492,6 @@ def test_any_body_is_a_request_or_an_error_that_can_be_sent(body: str | bytes) -
         sent = render_error(answer)
     else:
         assert 0 < len(answer.messages) <= MAX_MESSAGES
-        assert set(answer.options) <= set(OPTIONS.values())
+        assert set(answer.options) <= set(OPTION_BY_PARAMETER.values())
         sent = dataclasses.asdict(answer)
     json.dumps(sent, ensure_ascii=False, allow_nan=False).encode()

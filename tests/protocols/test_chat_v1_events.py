@@ -17,7 +17,7 @@ from models.errors import (
 )
 from models.generation.events import Created, Finished, Queued, Rejected, TextDelta, Warned
 from models.messages import Message
-from models.options import OPTION_NAMES
+from models.options import Options
 from models.protocols.chat_v1_events import (
     MAX_MESSAGES,
     ClientEvent,
@@ -40,6 +40,9 @@ from models.validation import parse_object
 HELLO: list[Message] = [{"role": "user", "content": "Hello"}]
 MESSAGES = [InputMessage("user", "Hello")]
 BAD_NUMBERS: list[Any] = [-1, 1.5, "1", True, None, []]
+
+
+OPTION_NAMES = Options.__struct_fields__
 
 
 def create(**response: Any) -> Json:

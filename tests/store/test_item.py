@@ -7,7 +7,7 @@ from hypothesis import given, strategies
 
 from models.errors import ItemNotFoundError
 from models.messages import Role
-from models.store.item import TITLE_LENGTH, Edge, Item, Status, items_up_to, left_out, title_of, visible_messages
+from models.store.item import TITLE_LENGTH, Edge, Item, Status, count_left_out, items_up_to, title_of, visible_messages
 
 SYSTEM = Item("item_0", "system", "Be brief.", 1.0)
 QUESTION = Item("item_1", "user", "How are you?", 2.0)
@@ -104,7 +104,7 @@ def test_an_empty_conversation_has_no_item_to_name() -> None:
     ids=str,
 )
 def test_the_last_reply_says_how_many_messages_are_left_out(counts: list[int | None], expected: int) -> None:
-    assert left_out([replace(ANSWER, left_out=count) for count in counts]) == expected
+    assert count_left_out([replace(ANSWER, left_out=count) for count in counts]) == expected
 
 
 def test_a_message_for_the_model_has_a_role_and_content_only() -> None:

@@ -20,7 +20,7 @@ from starlette.applications import Starlette
 from transformers import PreTrainedModel
 
 from models.language.engine_chat import EngineChat
-from models.language.events import Event, TextDelta
+from models.language.events import Event, TextPiece
 from server import create_app, serve
 from tests.support.scripted import ScriptedChat, ScriptedReply
 from tests.support.tiny import tiny_llama, tiny_tokenizer
@@ -72,7 +72,7 @@ class JumpingChat(ScriptedChat):
 
         async for event in super().events(reply):
             yield event
-            if isinstance(event, TextDelta):
+            if isinstance(event, TextPiece):
                 clock.offset = float(reply.messages[-1]["content"].split()[1])
 
 

@@ -23,7 +23,7 @@ class FakeClient:
     def send_json(self, value: Json) -> None:
         self.sent.put_nowait(value)
 
-    async def drained(self) -> None:
+    async def wait_sent(self) -> None:
         """Everything that was sent counts as read."""
 
     async def text(self, length: int) -> str:
@@ -53,7 +53,7 @@ class FakeListener:
     def on_event(self, event: ResponseEvent) -> None:
         self.heard.put_nowait(event)
 
-    async def drained(self) -> None:
+    async def wait_sent(self) -> None:
         self.behind.set()
         await self.reading.wait()
 

@@ -13,7 +13,7 @@ from starlette.applications import Starlette
 
 from models.generation.admission import Admission, Ticket
 from models.generation.manager import ResponseManager
-from models.language.events import Done, Event, TextDelta
+from models.language.events import Done, Event, TextPiece
 from models.messages import Message, Usage
 from models.ops.metrics import Metrics
 from models.options import Options
@@ -58,7 +58,7 @@ class ScriptedChat:
         self._released.set()
         self._released = anyio.Event()
 
-    async def prepare(self, messages: list[Message], options: Options, whole: bool = False) -> ScriptedReply:
+    async def prepare(self, messages: list[Message], options: Options, keep_all: bool = False) -> ScriptedReply:
         self.heard.append((list(messages), options))
         order, _, text = messages[-1]["content"].partition(" ")
         task = asyncio.current_task()
@@ -73,7 +73,7 @@ class ScriptedChat:
         """What comes of a reply that is admitted; for kinds of chats to do otherwise."""
         for start in range(0, len(reply.text), 4):
             reply.usage.output_tokens += 1
-            yield TextDelta(reply.text[start : start + 4])
+            yield TextPiece(reply.text[start : start + 4])
         if reply.order in ("wait", "hold"):
             await self.released()
         if reply.order == "break":

@@ -10,7 +10,7 @@ import numpy
 import torch
 from gguf import GGUFWriter, TokenType
 
-from models.language.model_files import find
+from models.language.model_files import find_model
 from models.settings import Settings
 from tests.support.tiny import SHAPE, SPECIAL, TEMPLATE, tiny_tokenizer
 
@@ -75,4 +75,4 @@ def write_tiny_gguf(path: Path, template: str | None = TEMPLATE) -> Path:
 def convert(gguf: Path, cache: Path, stderr: Connection) -> None:
     """Convert a file, in a process of its own; `stderr` gets what it prints."""
     os.dup2(stderr.fileno(), STDERR)
-    find(Settings(model=str(gguf)), torch.float32, cache)
+    find_model(Settings(model=str(gguf)), torch.float32, cache)

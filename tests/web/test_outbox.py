@@ -100,11 +100,11 @@ async def test_sending_never_waits_for_the_client() -> None:
 async def test_an_outbox_is_drained_when_the_client_has_read_all() -> None:
     websocket = FakeWebSocket(reads=False)
     outbox = Outbox(websocket)
-    await outbox.drained()
+    await outbox.wait_sent()
     delivering = asyncio.create_task(outbox.deliver())
     outbox.send_text("one")
     outbox.send_text("two")
-    draining = asyncio.create_task(outbox.drained())
+    draining = asyncio.create_task(outbox.wait_sent())
     await websocket.sending.wait()
     assert not draining.done()
     websocket.reading.set()
@@ -199,21 +199,21 @@ async def test_an_outbox_is_unread_when_the_client_did_not_read(reads_close: boo
     outbox = Outbox(FakeWebSocket(reads=False, reads_close=reads_close), seconds=0)
     outbox.send_text("hello")
     assert await outbox.deliver() == reads_close
-    assert outbox.unread
+    assert outbox.stalled
 
 
 async def test_an_outbox_is_not_unread_when_the_client_read_or_left() -> None:
     outbox = Outbox(FakeWebSocket())
-    assert not outbox.unread
+    assert not outbox.stalled
     outbox.send_text("hello")
     outbox.close(1000, "bye")
     assert await outbox.deliver()
-    assert not outbox.unread
+    assert not outbox.stalled
     outbox = Outbox(FakeWebSocket(gone=True))
     outbox.send_text("hello")
     with pytest.raises(ClientGone):
         await outbox.deliver()
-    assert not outbox.unread
+    assert not outbox.stalled
 
 
 # Clients that have gone

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from models.errors import KernelsUnavailableError, one_line
-from models.scratch import exclusive
+from models.scratch import scratch_folder
 
 KERNELS = Path(__file__).with_name("kernels.cpp")
 LANES = 16  # numbers that a vector register of the kernels holds; the layouts of keys and weights follow it
 FLAGS = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c++20", "-Wno-psabi", f"-DPARLEY_LANES={LANES}"]
 
 
-def library(cache: Path, source: Path = KERNELS) -> Path:
+def library_path(cache: Path, source: Path = KERNELS) -> Path:
     """The path of the compiled source in `cache`; its name changes with the source, the flags, torch and the CPU."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
@@ -28,15 +28,15 @@ def library(cache: Path, source: Path = KERNELS) -> Path:
     return cache / f"{source.stem}-{hashlib.sha256(parts.encode()).hexdigest()[:16]}.so"
 
 
-def build(cache: Path, source: Path = KERNELS) -> Path:
+def build_library(cache: Path, source: Path = KERNELS) -> Path:
     """The library of a source, compiled (in ten seconds) unless `cache` has it. Raises KernelsUnavailableError."""
-    path = library(cache, source)
+    path = library_path(cache, source)
     if path.is_file():
         return path
     compiler = os.environ.get("CXX", "g++")
     if not shutil.which(compiler):
         raise KernelsUnavailableError(f"there is no C++ compiler {compiler} (on Debian: apt-get install g++)")
-    with exclusive(cache, "kernels") as folder:
+    with scratch_folder(cache, "kernels") as folder:
         if path.is_file():  # another process has made it meanwhile
             return path
         unfinished = folder / path.name
@@ -59,9 +59,9 @@ def _reason(stderr: str) -> str:
     return one_line((errors or lines or ["it printed no reason"])[0])
 
 
-def load(path: Path) -> None:
+def load_kernels(path: Path) -> None:
     """Load the kernels from a compiled library. Raises KernelsUnavailableError."""
-    if loaded():
+    if loaded_library():
         return
     try:
         torch.ops.load_library(path)  # type: ignore[no-untyped-call]
@@ -71,7 +71,7 @@ def load(path: Path) -> None:
     torch.library.register_fake("parley::int8_linear", _int8_linear_shape)
 
 
-def loaded(source: Path = KERNELS) -> Path | None:
+def loaded_library(source: Path = KERNELS) -> Path | None:
     """The library of a source, if this process has loaded it."""
     libraries = (Path(library) for library in torch.ops.loaded_libraries)
     return next((library for library in libraries if library.stem.startswith(f"{source.stem}-")), None)

@@ -71,19 +71,19 @@ def test_the_library_is_compiled_once_and_then_taken_from_the_cache(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = set_compiler(tmp_path, WORKS, monkeypatch)
-    library = build.build(cache)
-    assert library == build.library(cache)
+    library = build.build_library(cache)
+    assert library == build.library_path(cache)
     assert library.read_text() == f"{tmp_path}\n"
-    assert build.build(cache) == library
+    assert build.build_library(cache) == library
     assert calls.read_text() == "call\n"
     assert files_in(cache) == {library.name}
 
 
 def test_a_cached_library_needs_no_compiler(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.mkdir(parents=True)
-    build.library(cache).write_text("compiled on another day")
+    build.library_path(cache).write_text("compiled on another day")
     monkeypatch.setenv("CXX", "/nowhere/c++")
-    assert build.build(cache).read_text() == "compiled on another day"
+    assert build.build_library(cache).read_text() == "compiled on another day"
 
 
 def test_the_library_of_another_source_is_not_used(
@@ -93,7 +93,7 @@ def test_the_library_of_another_source_is_not_used(
     cache.mkdir(parents=True)
     other = cache / "kernels-0123456789abcdef.so"
     other.write_text("of another source")
-    assert build.build(cache) != other
+    assert build.build_library(cache) != other
     assert calls.exists()
     assert other.read_text() == "of another source"
 
@@ -101,10 +101,10 @@ def test_the_library_of_another_source_is_not_used(
 def test_a_changed_source_gets_a_library_of_its_own(cache: Path, tmp_path: Path) -> None:
     source = tmp_path / "sums.cpp"
     source.write_text("int one() { return 1; }")
-    before = build.library(cache, source)
+    before = build.library_path(cache, source)
     assert before.stem.startswith("sums-")
     source.write_text("int two() { return 2; }")
-    assert build.library(cache, source) != before
+    assert build.library_path(cache, source) != before
 
 
 def test_without_a_compiler_the_message_says_how_to_get_one(
@@ -113,10 +113,10 @@ def test_without_a_compiler_the_message_says_how_to_get_one(
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(KernelsUnavailableError, match=r"no C\+\+ compiler g\+\+ \(on Debian: apt-get install g\+\+\)"):
-        build.build(cache)
+        build.build_library(cache)
     monkeypatch.setenv("CXX", "my-compiler")
     with pytest.raises(KernelsUnavailableError, match="no C\\+\\+ compiler my-compiler"):
-        build.build(cache)
+        build.build_library(cache)
     assert not cache.exists()
 
 
@@ -125,12 +125,12 @@ def test_a_failed_compiler_is_reported_with_its_first_error_and_leaves_no_file(
 ) -> None:
     set_compiler(tmp_path, FAILS, monkeypatch)
     with pytest.raises(KernelsUnavailableError) as raised:
-        build.build(cache)
+        build.build_library(cache)
     reason = "kernels.cpp:7:9: fatal error: torch/library.h: No such file"
     assert str(raised.value) == f"{tmp_path}/c++ failed: {reason}"
     assert files_in(cache) == set()
     set_compiler(tmp_path, WORKS, monkeypatch)
-    assert build.build(cache).is_file()
+    assert build.build_library(cache).is_file()
 
 
 def test_a_failed_linker_is_reported_with_its_own_reason(
@@ -138,7 +138,7 @@ def test_a_failed_linker_is_reported_with_its_own_reason(
 ) -> None:
     set_compiler(tmp_path, FAILS_TO_LINK, monkeypatch)
     with pytest.raises(KernelsUnavailableError) as raised:
-        build.build(cache)
+        build.build_library(cache)
     reason = "/usr/bin/ld: cannot find -ltorch_cpu: No such file or directory"
     assert str(raised.value) == f"{tmp_path}/c++ failed: {reason}"
 
@@ -148,7 +148,7 @@ def test_a_real_linker_that_fails_is_reported_with_its_own_reason(cache: Path, t
     source = tmp_path / "hidden.cpp"
     source.write_text('__attribute__((visibility("hidden"))) int missing();\nint call() { return missing(); }\n')
     with pytest.raises(KernelsUnavailableError, match="missing") as raised:
-        build.build(cache, source)
+        build.build_library(cache, source)
     assert "collect2" not in str(raised.value)
     assert files_in(cache) == set()
 
@@ -158,7 +158,7 @@ def test_a_compiler_that_fails_without_a_reason_is_reported(
 ) -> None:
     set_compiler(tmp_path, FAILS_WITHOUT_A_REASON, monkeypatch)
     with pytest.raises(KernelsUnavailableError, match=r"c\+\+ failed: it printed no reason"):
-        build.build(cache)
+        build.build_library(cache)
 
 
 def test_a_build_removes_the_folders_of_killed_builds_only(
@@ -168,7 +168,7 @@ def test_a_build_removes_the_folders_of_killed_builds_only(
     for name in ("unfinished-kernels-abc", "unfinished-kernels-def", "unfinished-model-ghi", "unfinished-program-jkl"):
         (cache / name).mkdir(parents=True)
         (cache / name / "half").touch()
-    library = build.build(cache)
+    library = build.build_library(cache)
     assert files_in(cache) == {library.name, "unfinished-model-ghi", "unfinished-program-jkl"}
     assert (cache / "unfinished-model-ghi" / "half").exists()
 
@@ -199,16 +199,16 @@ def test_two_builds_at_the_same_time_compile_once(cache: Path, tmp_path: Path, m
     released = os.open(tmp_path / "released", os.O_RDWR)
     try:
         with waiting_for_a_lock() as waiting, ThreadPoolExecutor(2) as pool:
-            builds = [pool.submit(build.build, cache) for _ in range(2)]
+            builds = [pool.submit(build.build_library, cache) for _ in range(2)]
             second_waits = waiting.wait(timeout=60)
             os.write(released, b"compiled\n" * 2)  # for both, so that a failed test ends
             libraries = {each.result() for each in builds}
     finally:
         os.close(released)
     assert second_waits
-    assert libraries == {build.library(cache)}
+    assert libraries == {build.library_path(cache)}
     assert calls.read_text() == "call\n"
-    assert files_in(cache) == {build.library(cache).name}
+    assert files_in(cache) == {build.library_path(cache).name}
 
 
 def test_a_library_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
@@ -219,9 +219,9 @@ def test_a_library_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
         "import pathlib, sys\n"
         "from models.engine.native import build\n"
         "from models.errors import KernelsUnavailableError\n"
-        "try: build.load(pathlib.Path(sys.argv[1]))\n"
+        "try: build.load_kernels(pathlib.Path(sys.argv[1]))\n"
         "except KernelsUnavailableError as error: print(error)\n"
-        "print(build.loaded())"
+        "print(build.loaded_library())"
     )
     command = [sys.executable, "-c", script, str(broken)]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

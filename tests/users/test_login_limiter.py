@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies
 from limits.storage import MemoryStorage
 
 from models.errors import TooManyLoginsError
-from models.users.login_limit import LoginLimiter
+from models.users.login_limiter import LoginLimiter
 
 PATIENCE = 10  # seconds, for what takes one
 

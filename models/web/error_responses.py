@@ -46,7 +46,7 @@ async def client_disconnect(request: Request, error: Exception) -> Response:
     return Response(status_code=400)
 
 
-async def bug(request: Request, error: Exception) -> Response:
+async def unexpected_error(request: Request, error: Exception) -> Response:
     """Anything else is a bug. Starlette raises it again, to be logged, and this response passes no middleware."""
     response = await api_error(request, ServerError())
     response.headers.update(SECURITY_HEADERS)
@@ -59,5 +59,5 @@ HANDLERS: Mapping[Any, ExceptionHandler] = {
     SQLAlchemyError: database_error,
     OSError: database_error,  # asyncpg raises it where there is no server
     ClientDisconnect: client_disconnect,
-    Exception: bug,
+    Exception: unexpected_error,
 }
