@@ -19,7 +19,6 @@ from models.generation.interface import (
 )
 from models.protocols.chat_v1_events import (
     ClientEvent,
-    Json,
     ResponseCancel,
     ResponseCreate,
     ResponseResume,
@@ -31,7 +30,7 @@ from models.protocols.chat_v1_events import (
     render_presence,
     render_session,
 )
-from models.protocols.connection import Client, Close
+from models.protocols.connection import Client, Close, Json
 from models.store.conversations import Conversations
 from models.store.item import Edge
 from models.users.connections import Change

@@ -10,8 +10,7 @@ from models.generation.interface import Follower, ModelInfo
 from models.generation.manager import ResponseManager
 from models.options import Options
 from models.protocols.chat_v1 import BAD_FRAMES, RESUMES, ChatV1Session
-from models.protocols.chat_v1_events import Json
-from models.protocols.connection import Close
+from models.protocols.connection import Close, Json
 from models.settings import Settings
 from models.store.conversations import Conversations
 from tests.support.fake_client import FakeClient

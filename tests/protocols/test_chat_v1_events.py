@@ -22,7 +22,6 @@ from models.protocols.chat_v1_events import (
     MAX_MESSAGES,
     ClientEvent,
     InputMessage,
-    Json,
     ResponseCancel,
     ResponseCreate,
     ResponseResume,
@@ -34,6 +33,7 @@ from models.protocols.chat_v1_events import (
     render_presence,
     render_session,
 )
+from models.protocols.connection import Json
 from models.store.item import Item, Status
 from models.validation import parse_object
 

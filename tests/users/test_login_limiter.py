@@ -77,7 +77,7 @@ def test_a_block_tells_to_wait_and_nothing_else() -> None:
     error = TooManyLoginsError()
     assert (error.status, error.type, error.code, error.param) == (429, "rate_limit_error", "too_many_failures", None)
     assert error.retry_after == 60
-    assert str(error) == "too many failed logins from your address: wait a minute"
+    assert str(error) == "too many failed logins from your address: wait up to a minute"
 
 
 @pytest.mark.anyio
