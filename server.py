@@ -47,10 +47,10 @@ from models.web.middleware import SecurityHeadersMiddleware, StartErrorMiddlewar
 
 logger = logging.getLogger("parley")
 
-CLOSE_SECONDS = 5  # for clients to answer that their connection closes
-KEEP_ALIVE_SECONDS = 75  # longer than clients keep a quiet connection; else a request may meet its end
-SHUTDOWN_SECONDS = 10  # for uvicorn to close connections; one client that does not read could delay it for ever
-UVICORN_FRAME_BYTES = 4 * FRAME_BYTES  # uvicorn drops the connection in mid frame, and often loses our 1009
+CLOSE_SECONDS = 5  # how long clients may take to answer a close
+KEEP_ALIVE_SECONDS = 75  # longer than clients wait, else the server may close a connection just as a request arrives
+SHUTDOWN_SECONDS = 10  # for uvicorn to close connections; a client that does not read could delay it forever
+UVICORN_FRAME_BYTES = 4 * FRAME_BYTES  # uvicorn's own limit closes without our 1009, so it must be higher than ours
 
 OpenChat = Callable[[Starlette], AbstractAsyncContextManager[Chat]]
 
@@ -90,7 +90,7 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def open_chat(app: Starlette) -> AsyncIterator[Chat]:
-    """Load the model of the settings and answer with it."""
+    """Load the model that the settings name, and run a chat with it."""
     state = app.state
     state.tokenizer, state.model = loader.load(state.settings)
     async with EngineChat.running(
@@ -104,7 +104,7 @@ async def open_chat(app: Starlette) -> AsyncIterator[Chat]:
 
 
 def register_gauges(app: Starlette) -> None:
-    """Show in the metrics what is in use."""
+    """Add gauges of slots, waiting responses, cache and sockets to the metrics."""
     state = app.state
     state.metrics.add_gauges(
         {
@@ -118,7 +118,7 @@ def register_gauges(app: Starlette) -> None:
 
 
 async def drain(app: Starlette, seconds: float) -> None:
-    """Let replies finish, for some seconds, then close all connections."""
+    """Let running responses finish for up to `seconds`, then close all connections."""
     await app.state.responses.drain(seconds)
     with suppress(TimeoutError):
         async with asyncio.timeout(min(seconds + 1, CLOSE_SECONDS)):
@@ -126,14 +126,14 @@ async def drain(app: Starlette, seconds: float) -> None:
 
 
 def revoke(app: Starlette, user: User) -> None:
-    """Close the connections of a user whose secret is no longer valid, and end the requests over HTTP."""
+    """Close the connections of a user whose secret is no longer valid, and end the user's HTTP requests."""
     log("revoked", user=user.id)
     app.state.responses.revoke(user.id)
     app.state.connections.close_user(user.id, 4401, WrongCredentialsError.code)
 
 
 def print_login_help(url: str | None, secret: str | None) -> None:
-    """Tell whoever started the server how to log in; the only place that shows a secret."""
+    """Print how to log in, for the person who starts the server; `secret` is that of a new first user."""
     if secret:
         print(f"\nThe first user is admin. The secret, shown only this once: {secret}", file=sys.stderr)
     if url:
@@ -142,7 +142,7 @@ def print_login_help(url: str | None, secret: str | None) -> None:
 
 # The app
 
-api = [  # closed: AuthenticationMiddleware stands before all of it
+api = [  # only for users: AuthenticationMiddleware protects all of it
     Route("/models", completions.models),
     Route("/models/{id:path}", completions.model),
     Route("/chat/completions", completions.chat_completions, methods=["POST"]),
@@ -158,7 +158,7 @@ routes = [
     Route("/ready", status.ready),
     Route("/metrics", status.metrics),
     Route("/args", status.args),
-    WebSocketRoute("/ws", ChatSocket),  # authenticates after it has accepted, so that it can tell errors
+    WebSocketRoute("/ws", ChatSocket),  # authenticates after it accepts, so that it can send errors
     Mount("/v1", routes=api, middleware=[Middleware(AuthenticationMiddleware, backend=UserRequired())]),
     Mount("/static", pages.static_files, name="static"),
 ]
@@ -184,7 +184,7 @@ def read_settings() -> Settings:
     """The settings of this process: its environment, then `.env`. Raises SettingsError."""
     config = Config(".env" if Path(".env").is_file() else None, os.environ, PREFIX)
     for name in Settings.unknown([*os.environ, *config.file_values]):
-        logger.warning("%s is not a setting of Parley and changes nothing", name)
+        logger.warning("%s is not a setting of Parley and has no effect", name)
     return Settings.read(lambda name: config(name, default=None))
 
 
@@ -209,13 +209,13 @@ def main(context: click.Context, host: str, port: int) -> None:
 
 
 def serve(host: str, port: int, app: Starlette) -> None:
-    """Serve an app until a signal; exit with 1 where it cannot start."""
+    """Serve an app until a signal; exit with 1 if it cannot start."""
     listener = listen(host, port)
     app.state.url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/"
     config = uvicorn.Config(app, ws_max_size=UVICORN_FRAME_BYTES, ws_per_message_deflate=False, access_log=False)
     config.timeout_graceful_shutdown = SHUTDOWN_SECONDS
     config.timeout_keep_alive = KEEP_ALIVE_SECONDS
-    config.http = "h11"  # it limits the size of headers; httptools, where it is installed, does not
+    config.http = "h11"  # it limits the size of headers; httptools, if installed, does not
     server = uvicorn.Server(config)
     try:
         server.run([listener])
@@ -226,7 +226,7 @@ def serve(host: str, port: int, app: Starlette) -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket, opened before the model is loaded, so that a port in use is told at once."""
+    """A listening socket. It is opened before the model is loaded, so that a port in use is reported at once."""
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:

@@ -21,7 +21,7 @@ ParleyError
 │   │                         503  QueueFull
 │   └── ServerError           500  itself, NotStored
 │                             503  ServerStopping, DatabaseUnavailable
-└── EngineError                    the engine cannot do what it was asked to
+└── EngineError                    the engine cannot do a task
     ├── KernelsUnavailableError    the C++ kernels cannot be compiled or loaded
     └── CompilationError           the model cannot be compiled
 """
@@ -46,7 +46,7 @@ class StartError(ParleyError):
 
 
 class SettingsError(StartError):
-    """A setting has a value that is not allowed; the message names the setting, the value and what is allowed."""
+    """A setting has a value that is not allowed; the message names the setting, the value and the allowed values."""
 
 
 class ModelError(StartError):
@@ -54,7 +54,7 @@ class ModelError(StartError):
 
 
 class UnsupportedModelError(ModelError):
-    """The engine cannot run this kind of model; `reason` says what is unknown to it."""
+    """The engine cannot run this kind of model; `reason` says what the engine does not support."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(
@@ -87,18 +87,18 @@ class UsersError(StartError):
 
 
 class APIError(ParleyError):
-    """A request is refused. `code` and `param` are for programs, the message tells people what to do.
+    """A request is refused. `code` and `param` are for programs, the message says what to do.
 
-    `status` is the HTTP status. A WebSocket that ends by this error closes with 4000 + `status`; plain text closes with
-    1008 for 401 and 403.
+    `status` is the HTTP status. A WebSocket that ends with this error closes with code 4000 + `status`. Plain text
+    closes with 1008 for 401 and 403.
     """
 
     status: int = 400
     type: ErrorType = "invalid_request_error"
     code: str | None = None
     param: str | None = None
-    retry_after: int | None = None  # seconds until it makes sense to try again
-    message: str  # for errors that always say the same
+    retry_after: int | None = None  # seconds to wait before the next try
+    message: str  # used if the caller gives no message
 
     def __init__(self, message: str | None = None, param: str | None = None) -> None:
         super().__init__(message or self.message)
@@ -107,7 +107,7 @@ class APIError(ParleyError):
 
 
 class InvalidRequestError(APIError):
-    """The request is wrong, or does not fit the present state: the same request fails until something changes."""
+    """The request is wrong, or does not fit the current state: it fails again until something changes."""
 
 
 class InvalidJSONError(InvalidRequestError):
@@ -117,7 +117,7 @@ class InvalidJSONError(InvalidRequestError):
 
 
 class InvalidValueError(InvalidRequestError):
-    """A parameter has a value that is not allowed; `allowed` says what is, where the message is made of it."""
+    """A parameter has a value that is not allowed; `allowed` describes the allowed values, or is None."""
 
     code = "invalid_value"
 
@@ -147,7 +147,7 @@ class UnknownEventError(InvalidRequestError):
 
 
 class UnsupportedParameterError(InvalidRequestError):
-    """A parameter asks for something that Parley cannot do. To ignore it would change the reply."""
+    """A parameter asks for something that Parley cannot do. Ignoring it would change the reply."""
 
     code = "unsupported_parameter"
 
@@ -203,7 +203,7 @@ class ResponseNotFoundError(InvalidRequestError):
 
 
 class ModelNotFoundError(InvalidRequestError):
-    """The request names another model than the one that is loaded."""
+    """The request names a model that is not loaded."""
 
     status = 404
     code = "model_not_found"
@@ -214,7 +214,7 @@ class ModelNotFoundError(InvalidRequestError):
 
 
 class ConversationBusyError(InvalidRequestError):
-    """Another reply is running in the conversation."""
+    """Another response is running in the conversation."""
 
     status = 409
     code = "conversation_busy"
@@ -222,7 +222,7 @@ class ConversationBusyError(InvalidRequestError):
 
 
 class AuthenticationError(APIError):
-    """It is not known who asks, or the browser page that asks is not trusted."""
+    """The user is unknown, or the browser page that sends the request is not trusted."""
 
     status = 401
     type = "authentication_error"
@@ -244,7 +244,7 @@ class OriginNotAllowedError(AuthenticationError):
 
 
 class RateLimitError(APIError):
-    """There are too many requests at the moment: trying again later helps."""
+    """There are too many requests at the moment: the client can try again later."""
 
     status = 429
     type = "rate_limit_error"
@@ -261,7 +261,7 @@ class RateLimitExceededError(RateLimitError):
 
 
 class TooManyResponsesError(RateLimitError):
-    """The user has too many replies running or waiting."""
+    """The user has too many responses running or waiting."""
 
     code = "too_many_responses"
     retry_after = 1
@@ -318,7 +318,7 @@ class DatabaseUnavailableError(ServerError):
 
 
 class NotStoredError(ServerError):
-    """A warning: the reply goes on, but it cannot be stored at the moment."""
+    """A warning: the response goes on, but the reply cannot be stored at the moment."""
 
     code = "not_kept"
     message = "messages cannot be stored at the moment; they are stored as soon as possible"
@@ -328,7 +328,7 @@ class NotStoredError(ServerError):
 
 
 class EngineError(ParleyError):
-    """The engine cannot do what it was asked to, such as going on with a reply; the log has the reason."""
+    """The engine cannot do a task, such as continue a reply; the log has the reason."""
 
 
 class KernelsUnavailableError(EngineError):
@@ -340,9 +340,9 @@ class CompilationError(EngineError):
 
 
 def one_line(error: BaseException | str, limit: int = 300) -> str:
-    """What an error is and says, in one line of at most `limit` characters; an error of ours needs no type.
+    """The type and the message of an error, in one line of at most `limit` characters; our errors show no type.
 
-    An error that wraps another one, as SQLAlchemy's do, is described by the wrapped one, which is shorter.
+    If an error wraps another one, as SQLAlchemy's do, the line describes the wrapped one, which is shorter.
     """
     if isinstance(error, BaseException):
         error = getattr(error, "orig", None) or error

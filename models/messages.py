@@ -1,4 +1,4 @@
-"""What goes into a language model and what comes out: messages, token counts, reasons to end."""
+"""The input and output of a language model: messages, token counts, finish reasons."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Usage:
     """Tokens read and written for one reply; `output_tokens` grows while the reply streams."""
 
     input_tokens: int
-    cached_tokens: int = 0  # those input tokens that were in the prefix cache
+    cached_tokens: int = 0  # input tokens that were in the prefix cache
     output_tokens: int = 0
 
     @property
@@ -29,7 +29,7 @@ class Usage:
         return self.input_tokens + self.output_tokens
 
     def counts(self) -> dict[str, int]:
-        """The counts and their sum by name."""
+        """The counts and their sum, by name."""
         return {
             "input_tokens": self.input_tokens,
             "cached_tokens": self.cached_tokens,

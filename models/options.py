@@ -1,4 +1,4 @@
-"""What a client may choose about a reply, and the bounds of each choice."""
+"""The options of a reply that a client may set, and the bounds of each one."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ Seed = Annotated[
 
 
 class Options(Struct, frozen=True, forbid_unknown_fields=True):
-    """How a reply is made.
+    """The options of a reply.
 
-    `temperature` 0 is greedy; `top_k` 0 is off; `max_output_tokens` None is as many as the context holds; `seed`
-    None is a random one.
+    `temperature` 0 is greedy; `top_k` 0 is off; `max_output_tokens` None allows as many tokens as the context holds;
+    `seed` None means a random seed.
     """
 
     instructions: Instructions = None
@@ -46,7 +46,7 @@ class Options(Struct, frozen=True, forbid_unknown_fields=True):
     seed: Seed = None
 
     def updated(self, changes: Mapping[str, Any], at: str = "") -> Options:
-        """These options with `changes`, whose values are as in JSON.
+        """These options with `changes`, whose values have the form of JSON.
 
         `at` is the name of the parameter that holds the changes. Raises InvalidValueError or
         UnknownFieldError, which name the option.
@@ -57,15 +57,15 @@ class Options(Struct, frozen=True, forbid_unknown_fields=True):
         return convert({**structs.asdict(self), **changes}, Options, at)
 
     def as_json(self) -> dict[str, Any]:
-        """The options as JSON has them."""
+        """The options in the form of JSON."""
         return {**structs.asdict(self), "stop": list(self.stop)}
 
     def differences(self, defaults: Options) -> dict[str, Any]:
-        """The options that differ from `defaults`, as JSON has them."""
+        """The options that differ from `defaults`, in the form of JSON."""
         usual = defaults.as_json()
         return {name: value for name, value in self.as_json().items() if value != usual[name]}
 
 
 def check_option(name: str, value: Any) -> Any:
-    """The value of one option, as `Options` has it. Raises InvalidValueError or UnknownFieldError."""
+    """The value of one option, checked and converted. Raises InvalidValueError or UnknownFieldError."""
     return getattr(Options().updated({name: value}), name)

@@ -1,4 +1,4 @@
-"""Folders for work that must be finished or not be there at all."""
+"""Folders for unfinished work, so that a result is either complete or absent."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from filelock import FileLock
 
 @contextmanager
 def scratch_folder(cache: Path, name: str) -> Iterator[Path]:
-    """A folder in `cache` for unfinished work of one kind, which one process at a time has; removed afterwards.
+    """A folder in `cache` for unfinished work of one kind; it is removed at the end.
 
-    Waits for another process that has one. Removes what killed processes left. Raises OSError.
+    One process at a time has it; others wait. Removes the folders that killed processes left. Raises OSError.
     """
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / f"{name}.lock"):

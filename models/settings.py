@@ -15,7 +15,7 @@ from models.errors import InvalidValueError, SettingsError
 from models.options import Options, check_option
 from models.validation import describe_allowed
 
-Lookup = Callable[[str], str | None]  # gives the value of a setting, by its name without the prefix
+Lookup = Callable[[str], str | None]  # returns the value of a setting, by its name without the prefix
 
 PREFIX = "PARLEY_"
 EMBEDDED = "SmolLM2-135M-Instruct"
@@ -23,7 +23,7 @@ EMBEDDED = "SmolLM2-135M-Instruct"
 
 @dataclass(frozen=True)
 class Settings:
-    """What the server runs with; the table in README.md explains each setting."""
+    """The settings of the server; the table in README.md explains each one."""
 
     model: str | None = None
     revision: str | None = None
@@ -58,20 +58,20 @@ class Settings:
         return EMBEDDED if self.model is None else Path(self.model).name.removesuffix(".gguf") or self.model
 
     def without_secrets(self) -> dict[str, Any]:
-        """Every setting but the secret ones, ready for JSON."""
+        """All settings except the secret ones, ready for JSON."""
         values = asdict(self)
         shown = {name: value for name, value in values.items() if name not in SECRET}
         return {name: str(value) if isinstance(value, Path) else value for name, value in shown.items()}
 
     @classmethod
     def unknown(cls, variables: Iterable[str]) -> list[str]:
-        """The variables that have the prefix of a setting, but name none."""
+        """The variables that have the prefix of a setting, but are not settings."""
         known = {f"{PREFIX}{name.upper()}" for name in [*RULES, *OPTION_PARSERS]}
         return sorted(name for name in {*variables} - known if name.startswith(PREFIX))
 
     @classmethod
     def read(cls, lookup: Lookup) -> Settings:
-        """The settings of an environment; an empty value counts as none. Raises SettingsError."""
+        """The settings of an environment; an empty value counts as unset. Raises SettingsError."""
         values = {name: _read(lookup, name, *rule) for name, rule in RULES.items()}
         options = {
             name: _read(lookup, name, describe_allowed(Options, name), partial(_option, name, parse))
@@ -128,9 +128,9 @@ def _users(value: str) -> dict[str, str]:
     pairs = [pair.strip().partition(":") for pair in value.split(",")]
     users = {user: secret for user, _, secret in pairs}
     if not all(re.fullmatch(USER_ID, user) and secret for user, secret in users.items()) or len(users) < len(pairs):
-        raise ValueError("a user without an id or a secret, or twice")
+        raise ValueError("a user has no id or no secret, or is listed twice")
     if len(set(users.values())) < len(users):
-        raise ValueError("two users with one secret")
+        raise ValueError("two users have the same secret")
     return users
 
 
@@ -170,8 +170,8 @@ RULES: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "slots": _integer(1, 1024),
     "queue": _integer(0, 1_000_000),
     "responses_per_user": _integer(1, 1_000_000),
-    "rate": ("requests in a time, such as 60/minute", _rate),
-    "token_rate": ("tokens in a time, such as 100000/day", _rate),
+    "rate": ("requests per period, such as 60/minute", _rate),
+    "token_rate": ("tokens per period, such as 100000/day", _rate),
     "sockets_per_user": _integer(1, 1_000_000),
     "users": ("id:secret,id:secret, each id and each secret once, ids of letters, digits and . _ @ -", _users),
     "data": ("a folder", _path),

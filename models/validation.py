@@ -1,9 +1,9 @@
 """Checks data from outside against msgspec types, and says in one line what is wrong and where.
 
 A type says what is allowed in two ways: constraints for msgspec, and a description for people, as in
-`Annotated[float, Meta(ge=0, le=2, description="a number from 0 to 2")]`. What is wrong is told of the nearest type that
-has a description. Its `extra` may say more: `whole`, that missing and unknown fields are told of the object, not of the
-field; `code`, the code of the error.
+`Annotated[float, Meta(ge=0, le=2, description="a number from 0 to 2")]`. An error names the nearest type that has a
+description. Its `extra` may have two keys: `report_object`: missing and unknown fields are reported for the whole
+object; `code`: the code of the error.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from models.errors import InvalidJSONError, InvalidRequestError, InvalidValueErr
 
 T = TypeVar("T")
 
-NO_SURROGATE = r"\A[^\ud800-\udfff]*\Z"  # a lone surrogate, which JSON can spell, cannot be sent or stored as UTF-8
+NO_SURROGATE = r"\A[^\ud800-\udfff]*\Z"  # JSON can have a lone surrogate, which cannot be sent or stored as UTF-8
 
-ERROR = re.compile(  # of msgspec; names and values of clients may look like the end of it
+ERROR = re.compile(  # of msgspec; names and values from clients may look like the end of its message
     r"(?P<reason>Object (?P<kind>missing required|contains unknown) field `(?P<field>.*?)`|.*?)"
     r"(?: - at `\$(?P<path>[^`]*)`)?",
     re.DOTALL,
@@ -50,14 +50,14 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def printable(words: object, limit: int = 200) -> str:
-    """Words of a client, short and safe enough to be sent back."""
+    """A client's words, shortened and made safe to send back."""
     return str(words).encode(errors="replace").decode()[:limit]
 
 
 def convert(value: Any, type: type[T], at: str = "") -> T:
-    """The value as an object of a msgspec type; `at` is its own parameter name.
+    """The value as an object of a msgspec type; `at` is the parameter name of the value.
 
-    Raises InvalidValueError, MissingFieldError or UnknownFieldError, whose `param` is the path to what is wrong.
+    Raises InvalidValueError, MissingFieldError or UnknownFieldError, whose `param` is the path of the wrong part.
     """
     try:
         return _convert(value, type)
@@ -68,21 +68,21 @@ def convert(value: Any, type: type[T], at: str = "") -> T:
 
 
 def describe_allowed(type: Any, field: str) -> str:
-    """What a field of a msgspec type may be, in words."""
+    """The allowed values of a field of a msgspec type, in words."""
     return _description(_child(inspect.type_info(type), field)) or "something else"
 
 
 def _convert(value: Any, type: type[T]) -> T:
-    """The value as an object of a type, although msgspec fails where it has to encode a lone surrogate."""
+    """The value as an object of a type. Works around msgspec, which fails if it has to encode a lone surrogate."""
     with suppress(UnicodeEncodeError):
         return msgspec.convert(value, type)
     with suppress(UnicodeEncodeError):
         return msgspec.convert(_without_surrogates(value, names_only=True), type)
-    return msgspec.convert(_without_surrogates(value), type)  # which raises: a text is where no text may be
+    return msgspec.convert(_without_surrogates(value), type)  # raises: text is in a place where no text is allowed
 
 
 def _without_surrogates(value: Any, names_only: bool = False) -> Any:
-    """The value with "?" in place of lone surrogates, in the names of fields and in texts."""
+    """The value with "?" instead of lone surrogates: in field names, and in texts unless `names_only` is set."""
     if isinstance(value, str):
         return value if names_only else value.encode(errors="replace").decode()
     if isinstance(value, list | tuple):
@@ -93,7 +93,7 @@ def _without_surrogates(value: Any, names_only: bool = False) -> Any:
 
 
 def _explained(error: str, type: Any, at: str) -> InvalidRequestError:
-    """The error for people, made of msgspec's and of the description that is nearest to where it happened."""
+    """The error for people, made from msgspec's message and the nearest description."""
     parts = ERROR.fullmatch(error)
     assert parts
     here = inspect.type_info(type)
@@ -114,7 +114,7 @@ def _explained(error: str, type: Any, at: str) -> InvalidRequestError:
 
 
 def _description(type: inspect.Type) -> str:
-    """The description of a type, or of the one part of a union that has one."""
+    """The description of a type, or of the first part of a union that has one."""
     if isinstance(type, inspect.Metadata):
         return str((type.extra_json_schema or {}).get("description") or _description(type.type))
     parts = type.types if isinstance(type, inspect.UnionType) else ()
@@ -140,7 +140,7 @@ def _fields(type: inspect.Type) -> Iterator[inspect.Field]:
 
 
 def _parts(type: inspect.Type) -> Iterator[inspect.Type]:
-    """The types that a type is made of: the members of a union, or itself; without descriptions."""
+    """The members of a union, or the type itself; without descriptions."""
     if isinstance(type, inspect.Metadata):
         yield from _parts(type.type)
     elif isinstance(type, inspect.UnionType):

@@ -1,6 +1,6 @@
 """The engine: token ids in, token ids out, for many sequences at once.
 
 It knows no text, no user and no database, and only async_engine.py knows asyncio.
-It imports the ground alone (errors, messages, scratch).
+It imports only the ground (errors, messages, scratch).
 Start reading at engine.py: a step is scheduler.py, then model_runner.py, then sampler.py. README.md explains it.
 """

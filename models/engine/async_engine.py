@@ -1,4 +1,4 @@
-"""Runs the engine in a thread of its own, and hands its tokens to the event loop."""
+"""Runs the engine in its own thread, and passes its tokens to the event loop."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class AsyncEngine:
     """Steps an engine in a thread while it has sequences; the thread sleeps while it has none.
 
     Commands reach the thread through a queue and run between two steps; tokens come back to the event loop, one call
-    for each step. All methods belong to the event loop, where `on_shrink` is called with the number of slots that are
-    left after the memory ran out. `on_step` is called in the thread, with the seconds of each step.
+    for each step. All public methods must be called in the event loop. `on_shrink` is called there when the memory runs
+    out, with the number of slots that are left. `on_step` is called in the thread, with the seconds of each step.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class AsyncEngine:
                 yield token
                 if token.finish_reason:
                     return
-            raise EngineError("the engine could not go on with a reply")
+            raise EngineError("the engine could not continue a reply")
         finally:
             del self._streams[sequence]
             self._commands.put((self.engine.cancel, sequence))
@@ -69,7 +69,7 @@ class AsyncEngine:
         def run() -> None:
             try:
                 self.engine.runner.compile(cache)
-            except Exception as error:  # torch's compiler and the system raise many kinds
+            except Exception as error:  # torch's compiler and the system raise many types of errors
                 logger.warning("the model is not compiled and stays a little slower: %s", one_line(error))
 
         threading.Thread(target=run, name="compile", daemon=True).start()
@@ -85,13 +85,13 @@ class AsyncEngine:
             keep_memory()
             while self._run_commands():
                 self._call(self._deliver, self._recovery.step())
-        except BaseException as error:  # whatever it is, those who wait for tokens must hear of it
+        except BaseException as error:  # any error must reach the callers that wait for tokens
             logger.critical("the engine stopped", exc_info=True)
             trouble = one_line(f"the engine stopped: {one_line(error)}")
         self._call(self._end, trouble)
 
     def _run_commands(self) -> bool:
-        """Run all commands in the queue; wait for one while there is nothing to step. False means stop."""
+        """Run all commands in the queue; wait for one while no sequence runs. Returns False to stop."""
         while True:
             try:
                 command = self._commands.get(block=self.engine.idle)
@@ -105,18 +105,18 @@ class AsyncEngine:
         try:
             method(sequence)
         except Exception:
-            logger.exception("the engine could not take a sequence; its reply ends here")
+            logger.exception("the engine could not add a sequence; its reply ends")
             self.engine.cancel(sequence)
             self._call(self._deliver, [(sequence, None)])
             self.engine.runner.probe()
 
     def _call(self, function: Callable[..., object], *arguments: object) -> None:
-        """Have the event loop call a function."""
+        """Make the event loop call a function."""
         with suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(function, *arguments)
 
     def _deliver(self, outcomes: Iterable[Outcome]) -> None:
-        """Pass tokens on to those who wait for them; None means that no more come."""
+        """Pass tokens to the callers that wait for them; None means that there are no more."""
         for sequence, token in outcomes:
             if stream := self._streams.get(sequence):  # else it was cancelled meanwhile
                 stream.put_nowait(token)
@@ -130,22 +130,28 @@ class AsyncEngine:
 
 
 def _freeze_garbage() -> None:
-    """Exempt all present objects from Python's garbage collector, which would stop a step for 60 ms to visit them."""
+    """Exempt all existing objects from Python's garbage collector, which would stop a step for 60 ms to visit them."""
     gc.collect()
     gc.freeze()
 
 
 def _end_openmp_threads() -> None:
-    """End the OpenMP threads of the calling thread. With more threads than cores, the engine's own ones sleep between
-    two operators instead of spinning, and a step takes 45 ms instead of 10."""
+    """End the OpenMP threads of the calling thread.
+
+    Otherwise two OpenMP pools compete for the cores: the engine's threads sleep between two operators instead of
+    spinning, and a step takes 45 ms instead of 10.
+    """
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libgomp.so.1").omp_pause_resource_all(1)  # omp_pause_soft
 
 
 def keep_memory() -> None:
-    """Have glibc keep the memory that a step frees. To return it and fault it in again took half of a step of 32."""
+    """Make glibc keep the memory that a step frees.
+
+    Returning it and faulting it in again took half the time of a step of 32 sequences.
+    """
     with suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)
-        library.malloc_trim(0)  # return what loading the model left
+        library.malloc_trim(0)  # return the memory that loading the model left
         for parameter in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
             library.mallopt(parameter, 1 << 30)

@@ -18,7 +18,7 @@ ATTENTION = "parley_slots"  # the name in transformers' registry
 
 @dataclass(frozen=True)
 class Span:
-    """Neighbouring tokens of a step: from token `start` on, `count` tokens for each of `rows` slots from `slot` on.
+    """Neighbouring tokens of a step, from token `start` on: `count` tokens for each of `rows` slots, from `slot` on.
 
     `length` is one more than the highest position that any of them attends to.
     """
@@ -32,12 +32,12 @@ class Span:
 
 @dataclass(eq=False)
 class AttentionMetadata:
-    """Where the tokens of one step, (1, tokens), belong: the slot of each and its position in the slot."""
+    """The slot of each token of one step, (1, tokens), and its position in the slot."""
 
     slots: Tensor  # (tokens,)
     positions: Tensor  # (tokens,)
     spans: tuple[Span, ...]
-    native: bool = False  # whether the C++ kernel computes
+    native: bool = False  # whether the C++ kernel computes the attention
     attach_to: KVCache | None = None  # at the first step: the cache that gives the attention modules their tensors
     _masks: dict[tuple[Span, int | None, torch.device], Tensor] = field(default_factory=dict)
 
@@ -57,7 +57,7 @@ class AttentionMetadata:
 
 @dataclass(frozen=True, eq=False)
 class Scoring:
-    """How a layer turns products of queries and keys into weights."""
+    """How a layer turns products of queries and keys into attention weights."""
 
     scale: float
     window: int | None  # how many positions back a token attends; None is all
@@ -106,7 +106,7 @@ def _native_attention(
     metadata: AttentionMetadata,
     scoring: Scoring,
 ) -> Tensor:
-    """Attention by our C++ kernel. For 32 sequences of 200 tokens it takes 0.1 ms, with the same bits in any batch."""
+    """Attention by our C++ kernel: 0.1 ms for 32 sequences of 200 tokens, and the same bits in any batch."""
     output: Tensor = torch.ops.parley.attention(
         *(query.float(), key.float(), value.float(), cached_keys, cached_values),
         *(metadata.slots, metadata.positions, None if scoring.sinks is None else scoring.sinks.float()),
@@ -158,7 +158,7 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scoring: 
 
 
 def _eager_attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scoring: Scoring) -> Tensor:
-    """Attention step by step, for what fused kernels lack: soft-capped scores (Gemma 2) and sinks (gpt-oss)."""
+    """Attention step by step, for what fused kernels cannot do: soft-capped scores (Gemma 2) and sinks (gpt-oss)."""
     scores = query @ keys.transpose(-1, -2) * scoring.scale  # (rows, key heads, groups * count, length)
     if scoring.softcap is not None:
         scores = scoring.softcap * torch.tanh(scores / scoring.softcap)

@@ -1,4 +1,4 @@
-"""Compiles a module to one program, in another process, while the module itself goes on."""
+"""Compiles a module to one program in another process; the module stays usable meanwhile."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def compile_program(
 ) -> Program:
     """A program that computes what the module computes, on the same tensors.
 
-    The whole module becomes one C++ function, by torch's AOTInductor: a step of the embedded model takes 4.5 ms, where
-    Python takes 10 ms to call one operator after another. `inputs` are an example, whose first sizes may vary as
-    `sizes` say; `mark` is anything else that the program depends on, such as the model's configuration. The first time
-    takes a minute; `cache` keeps programs. Raises CompilationError and KernelsUnavailableError.
+    torch's AOTInductor turns the whole module into one C++ function: a step of the embedded model takes 4.4 ms. Python
+    takes 10 ms to call one operator after another. `inputs` are an example; their first sizes may vary as `sizes` says.
+    `mark` is anything else that the program depends on, such as the model's configuration. The first compilation takes
+    a minute; `cache` is the folder of programs. Raises CompilationError and KernelsUnavailableError.
     """
     package = cache / f"{_name(module, mark)}.pt2"
     if not package.is_file():
@@ -56,12 +56,12 @@ def compile_program(
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers, each by all its names."""
+    """All parameters and buffers, each under all its names."""
     return dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])
 
 
 def _name(module: nn.Module, mark: str) -> str:
-    """A name that changes with everything that decides what the program computes."""
+    """A name with a hash of everything that affects the program."""
     shapes = [f"{name} {tensor.dtype} {tensor.shape}" for name, tensor in _tensors(module).items()]
     versions = [str(torch.__version__), transformers.__version__, str(torch.cpu.get_capabilities())]
     sources = [source.read_text(encoding="utf-8") for source in _sources(module)]
@@ -70,7 +70,7 @@ def _name(module: nn.Module, mark: str) -> str:
 
 
 def _sources(module: nn.Module) -> list[Path]:
-    """The files whose code becomes the program, without those of torch and transformers, whose versions are known."""
+    """The files whose code becomes the program, except those of torch and transformers: `_name` has their versions."""
     files = {attention.__file__, __file__}
     for kind in {type(part) for part in module.modules()}:
         if kind.__module__.partition(".")[0] not in ("torch", "transformers"):
@@ -80,7 +80,7 @@ def _sources(module: nn.Module) -> list[Path]:
 
 
 def _compile(module: nn.Module, inputs: tuple[Tensor, ...], sizes: tuple[Dim, ...], package: Path) -> None:
-    """Compile in another process: in this one the compiler would hold the GIL, and delay replies, for a minute."""
+    """Compile in another process: in this one, the compiler would hold the GIL and delay replies for a minute."""
     shapes = {id(tensor): _empty(tensor) for tensor in [*inputs, *_tensors(module).values()]}
     twin = copy.deepcopy((module, inputs), shapes)
     done = subprocess.run(
@@ -102,8 +102,8 @@ def _empty(tensor: Tensor) -> Tensor:
 
 
 def _compile_here() -> None:
-    """What the other process does: read a module without its data, write the package."""
-    os.nice(19)  # replies first
+    """The work of the other process: read a module without its data, write the package."""
+    os.nice(19)  # replies have priority
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGINT)  # PR_SET_PDEATHSIG: end with the server, and clean up
     warnings.simplefilter("ignore")
@@ -119,17 +119,17 @@ def _compile_here() -> None:
         "aot_inductor.precompile_headers": False,  # takes ten seconds, in a folder of /tmp that others can create
         "always_keep_tensor_constants": True,  # else small constants are compiled in, without their data
         "joint_graph_constant_folding": False,
-        "cpp.threads": 1,  # for what is left between our kernels: a step of one row takes 4.4 ms, not 4.8
+        "cpp.threads": 1,  # for the operators between our kernels: a step of one row takes 4.4 ms, not 4.8
         "compile_threads": 1,
     }
     with scratch_folder(package.parent, "program") as folder:
-        if package.is_file():  # another process has made it meanwhile
+        if package.is_file():  # another process has just made it
             return
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)  # before the import below
         from torch._inductor import aoti_compile_and_package
 
         made = aoti_compile_and_package(exported, package_path=f"{folder}/{package.name}", inductor_configs=options)
-        Path(made).rename(package)  # whole or not at all: another process may load it at any time
+        Path(made).rename(package)  # atomic, since another process may load it at any time
 
 
 if __name__ == "__main__":

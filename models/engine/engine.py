@@ -34,26 +34,26 @@ class Engine:
     def add(self, sequence: Sequence) -> None:
         """Give a sequence a free slot, with the longest prefix of its prompt that any slot holds.
 
-        Asserts that a slot is free and that the model can take the prompt.
+        Asserts that a slot is free and that the model can process the prompt.
         """
         assert 0 < len(sequence.prompt) < self.runner.context
         assert max(sequence.prompt) < self.runner.vocabulary
         assert sequence.max_tokens > 0
         placement = self.scheduler.find_slot(sequence.prompt)
-        self.sampler.assign(placement.slot, sequence.params, sequence.prompt)  # first, since it may lack memory
+        self.sampler.assign(placement.slot, sequence.params, sequence.prompt)  # first, since it may run out of memory
         self.scheduler.reserve(placement)
         self.runner.prepare_slot(placement)
         self.scheduler.start(sequence, placement)
 
     def cancel(self, sequence: Sequence) -> None:
-        """Free the slot of a sequence at once; a sequence without a slot is left alone."""
+        """Free the slot of a sequence at once; does nothing if it has no slot."""
         self.scheduler.release(sequence)
 
     def step(self, among: list[Sequence] | None = None) -> list[Token]:
         """Compute one forward, and return a token for each sequence that decodes or whose prompt is complete.
 
-        Only the sequences `among` take part, where that is given. A step that raises changes nothing: it can be tried
-        again and gives the same tokens.
+        If `among` is given, only these sequences take part. A step that raises changes nothing: it can be tried again,
+        and gives the same tokens.
         """
         chunks = self.scheduler.schedule(self.scheduler.active if among is None else among)
         if not chunks:
@@ -71,7 +71,7 @@ class Engine:
         return [self._append(sequence, token_id) for sequence, token_id in zip(ready, ids, strict=True)]
 
     def _append(self, sequence: Sequence, token_id: int) -> Token:
-        """Append a token to a sequence, and release the sequence where that was its last one."""
+        """Append a token to a sequence, and release the sequence if that was its last one."""
         sequence.append(token_id)
         token = Token(sequence, token_id, self._finish_reason(sequence))
         if token.finish_reason:

@@ -15,10 +15,10 @@ from models.errors import CacheTooLargeError
 class KVCache:
     """Keys and values of up to `slots` sequences, one row for each slot, and one more row for padding.
 
-    Each attention module gets two tensors of its own at its first forward: `cached_keys`, (slots + 1, heads, blocks,
+    Each attention module gets its own two tensors at its first forward: `cached_keys`, (slots + 1, heads, blocks,
     size, lanes), and `cached_values`, (slots + 1, heads, blocks * lanes, size rounded up to lanes). They are on the
     device of the module and have `dtype`, or the module's dtype if it is None. So a model has one cache at a time. On a
-    CPU, a slot takes memory only as it is written.
+    CPU, a slot takes memory only for the positions that are written.
     """
 
     def __init__(self, slots: int, context: int, dtype: torch.dtype | None = None) -> None:
@@ -37,7 +37,7 @@ class KVCache:
 
         Raises CacheTooLargeError.
         """
-        # On a CPU, keys of LANES positions stand side by side, for the kernel to score them together.
+        # On a CPU, keys of LANES positions are next to each other, so that the kernel can score them together.
         lanes = LANES if key.device.type == "cpu" else 1
         blocks = -(-self.context // lanes)
         heads, width = value.shape[1], -(-value.shape[3] // lanes) * lanes
@@ -68,10 +68,10 @@ class KVCache:
         try:
             if like.device.type != "cpu":
                 return torch.zeros(shape, dtype=dtype, device=like.device)
-            # Pages that the system fills in when they are written. torch.zeros writes all of them, and numpy's asks
-            # for huge pages, of which short sequences in many slots touch gigabytes (5.0 GB after 32 chats, not 1.2).
+            # The system adds each page when it is first written. torch.zeros writes all pages. numpy.zeros asks for
+            # huge pages: then short sequences in many slots use gigabytes (5.0 GB after 32 chats, not 1.2).
             memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
-            with torch.inference_mode(False):  # the compiler takes no inference tensors
+            with torch.inference_mode(False):  # the compiler accepts no inference tensors
                 return torch.frombuffer(memory, dtype=dtype).view(shape)
         except (RuntimeError, OSError, OverflowError) as error:
             raise CacheTooLargeError(

@@ -22,7 +22,7 @@ from models.errors import UnsupportedModelError
 
 
 class Forward(nn.Module):
-    """A model's forward over tokens of many sequences in a row, as a function of tensors."""
+    """The forward of a model, as a function of tensors, over the tokens of many sequences in a row."""
 
     def __init__(self, model: PreTrainedModel, native: bool) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class ModelRunner:
     """A model with its key-value cache. It replaces the model's attention, and checks the result at the start.
 
     On a CPU our kernels compute the attention, unless `native` is False or they are not loaded. Raises
-    UnsupportedModelError where the attention cannot be replaced, and CacheTooLargeError.
+    UnsupportedModelError if the attention cannot be replaced, and CacheTooLargeError.
     """
 
     def __init__(self, model: PreTrainedModel, slots: int, context: int, native: bool = True) -> None:
@@ -79,8 +79,8 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run_batch(self, batch: Batch, attach_to: KVCache | None = None) -> Tensor:
-        """As `run`, for a batch that is made by hand."""
-        if len(batch.ids) == 1:  # a single token would need a program of its own
+        """Like `run`, for a given batch."""
+        if len(batch.ids) == 1:  # a single token would need its own program
             batch.add(self.cache.padding_slot, [0], 0)
         inputs = self._inputs(batch)
         if self.program:
@@ -90,7 +90,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def prepare_slot(self, placement: Placement) -> None:
-        """Prepare a slot for a prompt: copy the prefix that another slot holds; for torch, clear what is stale."""
+        """Prepare a slot for a prompt: copy the prefix that another slot holds; for torch, clear stale positions."""
         if placement.length and placement.slot != placement.source:
             self.cache.copy(placement.source, placement.slot, placement.length)
         if not self.native:
@@ -98,20 +98,20 @@ class ModelRunner:
 
     @torch.inference_mode()
     def discard(self, chunks: Iterable[Chunk]) -> None:
-        """Clear what a failed run may have written."""
+        """Clear the positions that a failed run may have written."""
         if not self.native:
             for chunk in chunks:
                 self.cache.clear(chunk.sequence.slot, chunk.start, chunk.start + chunk.count)
 
     @torch.inference_mode()
     def probe(self) -> None:
-        """Run a batch that belongs to no sequence. Raises whatever a broken device raises."""
+        """Run a batch that belongs to no sequence. Raises the error of a broken device."""
         self.run_batch(self._probe_batch()).sum().item()  # item() waits until the device is done
 
     def compile(self, cache: Path) -> None:
         """Compile the model and use the program from then on; `cache` is the folder for programs.
 
-        To be called in another thread than the one that steps, which goes on meanwhile. Raises CompilationError or
+        Call it in another thread than the one that steps, which goes on meanwhile. Raises CompilationError or
         KernelsUnavailableError.
         """
         inputs, tokens, sequences = self._inputs(self._probe_batch()), Dim("tokens", min=2), Dim("sequences", min=1)
@@ -139,7 +139,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _replace_attention(self) -> int:
-        """Have the model's attention run on the slots, and compare it with the original. Returns the logits' size."""
+        """Make the model's attention use the slots, and compare it with the original. Returns the logits' size."""
         layer_types = set(getattr(self.model.config.get_text_config(), "layer_types", None) or ())
         if unknown := layer_types - {"full_attention", "sliding_attention"}:
             raise UnsupportedModelError(f"it has {', '.join(sorted(unknown))}")
@@ -159,7 +159,7 @@ class ModelRunner:
         return logits.shape[-1]
 
     def _prefill_and_decode(self, prompt: list[int]) -> Tensor:
-        """Logits after a prompt whose last token is decoded by itself; gives the attention modules their tensors."""
+        """Logits after a prompt whose last token is decoded alone; gives the attention modules their tensors."""
         prefill, decode = Batch(), Batch()
         prefill.add(0, prompt[:-1], 0)
         decode.add(0, prompt[-1:], len(prompt) - 1)

@@ -1,4 +1,4 @@
-"""Which tokens each slot still holds, so that a prompt that begins like an earlier one is not computed again."""
+"""Keeps track of the tokens in each slot, so that the common prefix of two prompts is computed only once."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class PrefixCache:
         return slot, length if length >= MIN_PREFIX else 0
 
     def choose(self, free: list[int], source: int, length: int) -> int:
-        """The free slot for a prompt: the source itself where little else is lost, else the least recently used."""
+        """The free slot for a prompt: the source itself if little else is lost, else the least recently used."""
         if source in free and 2 * length >= len(self.tokens[source]):
             return source
         return min(free, key=lambda slot: self._used[slot])

@@ -1,4 +1,4 @@
-"""Steps an engine, and goes on after a step that fails."""
+"""Steps an engine, and recovers from steps that fail."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ logger = logging.getLogger("parley")
 
 Outcome = tuple[Sequence, Token | None]  # None: the sequence has failed
 
-TRIES = 3  # failed steps in a row, where no sequence fails alone, before all sequences end
+TRIES = 3  # failed steps in a row, in which no sequence fails alone, before all sequences end
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc", "ALLOC_FAILED")  # CUDA, CPU, C++, cuBLAS
 
 
 class StepRecovery:
     """Steps an engine. After a step that fails, each sequence runs alone: one that fails again ends, the others go on.
 
-    Where none fails alone, the batch is too large. If memory was lacking, the engine runs half as many sequences from
-    then on, and the newest ones end. If not, all sequences end after the third such step in a row.
+    If none fails alone, the batch is too large. After an out-of-memory error, the engine runs half as many sequences
+    from then on, and the newest ones end. After any other error, all sequences end at the third such step in a row.
     """
 
     def __init__(
@@ -36,10 +36,13 @@ class StepRecovery:
         self.engine = engine
         self._on_shrink = on_shrink  # gets the new number of slots
         self._on_step = on_step  # gets the seconds of each step
-        self._unexplained = 0  # failed steps in a row where no sequence fails alone
+        self._unexplained = 0  # failed steps in a row in which no sequence fails alone
 
     def step(self) -> list[Outcome]:
-        """The outcome of a step, for each sequence that gets a token or ends. Raises what a broken engine raises."""
+        """Run a step; returns an outcome for each sequence that gets a token or ends.
+
+        Raises the error of a broken device.
+        """
         began = time.perf_counter()
         try:
             tokens = self.engine.step()
@@ -51,7 +54,7 @@ class StepRecovery:
                 self._on_step(time.perf_counter() - began)
             self._unexplained = 0
             return [(token.sequence, token) for token in tokens]
-        # Outside of the except clause: the traceback of the error holds all memory that the step used.
+        # Outside of the except clause: the traceback of the error keeps all memory that the step used.
         return self._recover(out_of_memory)
 
     def _recover(self, out_of_memory: bool) -> list[Outcome]:
@@ -84,7 +87,7 @@ class StepRecovery:
         self._unexplained += 1
         if self._unexplained < TRIES:
             return []
-        logger.error("%d engine steps in a row failed, and no sequence alone: all end", TRIES)
+        logger.error("%d engine steps in a row failed, but no sequence failed alone: all sequences end", TRIES)
         self._unexplained = 0
         return self.engine.scheduler.active
 

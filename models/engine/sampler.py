@@ -1,4 +1,4 @@
-"""Logits to next tokens, for many sequences at once."""
+"""Chooses next tokens from logits, for many sequences at once."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Sampler:
         """The next token of each slot.
 
         `logits` is (rows, vocabulary), row i belongs to `slots[i]`. `uniforms[i]`, in [0, 1), is the only random
-        number that its sequence uses for this token, so a seed gives the same reply whatever else runs.
+        number that its sequence uses for this token, so a seed gives the same reply in any batch.
         """
         logits = self._penalize(logits.to(self.device, torch.float32), slots)
         tokens = self._choose(logits, [self.params[slot] for slot in slots], uniforms)
@@ -60,14 +60,14 @@ class Sampler:
         for rows, draw in ((untruncated, self._draw_from_all), (truncated, self._draw_from_top)):
             if rows:
                 chosen = [params[row] for row in rows]
-                # The largest is subtracted, so that a tiny temperature cannot overflow.
+                # The largest logit is subtracted, so that a tiny temperature cannot overflow.
                 scaled = logits[rows] - logits[rows].amax(-1, keepdim=True)
                 scaled /= self._column([each.temperature for each in chosen])
                 tokens[rows] = draw(scaled, chosen, self._column([uniforms[row] for row in rows]))
         return tokens
 
     def _penalize(self, logits: Tensor, slots: list[int]) -> Tensor:
-        """The logits, less the penalties of the slots that have any."""
+        """The logits after the penalties of the slots that have any."""
         penalties = [self.params[slot].repetition_penalty for slot in slots]
         if any(penalty != 1 for penalty in penalties):
             logits = self._penalize_seen(logits, torch.tensor(slots, device=self.device), self._column(penalties))
@@ -81,7 +81,7 @@ class Sampler:
         return torch.where(self.seen[slot], torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
     def _penalize_counted(self, logits: Tensor, slots: list[int]) -> Tensor:
-        """Frequency and presence penalty of OpenAI's API; as in vLLM, the repetition penalty comes before them."""
+        """Frequency and presence penalty of OpenAI's API; as in vLLM, the repetition penalty is applied first."""
         logits = logits.clone()
         for row, slot in enumerate(slots):
             if counts := self.counts.get(slot):
@@ -97,18 +97,18 @@ class Sampler:
     def _draw_from_top(
         self, scaled: Tensor, params: list[SamplingParams], uniform: Tensor, few: int = CANDIDATES
     ) -> Tensor:
-        """Top-k, then top-p (Holtzman et al. 2019, arXiv 1904.09751) of the tokens that are left."""
+        """Apply top-k, then top-p (Holtzman et al. 2019, arXiv 1904.09751), and draw from the tokens that are left."""
         vocabulary = scaled.shape[-1]
         top_k = self._column([each.top_k or vocabulary for each in params])
         top_p = self._column([each.top_p for each in params])
         # On a CPU, sorting all 49,152 logits takes 3 ms a row, and finding the first 256 takes 0.2 ms. A GPU sorts
-        # all, since to ask whether 256 are enough would make the host wait for it.
+        # all: to check whether 256 are enough, the host would have to wait for it.
         few = min(few, vocabulary) if self.device.type == "cpu" else vocabulary
         best, order = scaled.topk(few)  # (rows, few)
         everything = scaled.exp().sum(-1, keepdim=True)
         rank = torch.arange(few, device=self.device)
         probability = best.exp().masked_fill(rank >= top_k, 0)
-        # Top-p is a share of what top-k leaves, which is more than the candidates where top-k is off.
+        # Top-p is a share of the sum that top-k leaves. If top-k is off, this is the sum over all tokens.
         probability /= torch.where(top_k <= few, probability.sum(-1, keepdim=True), everything)
         before = probability.cumsum(-1) - probability
         probability = probability.masked_fill((before >= top_p) & (rank > 0), 0)
@@ -126,8 +126,8 @@ class Sampler:
 
 
 def _inverse_cdf(probability: Tensor, uniform: Tensor) -> Tensor:
-    """The inverse CDF of each row at its uniform number: the index of a token that has a probability, (rows,)."""
+    """The inverse CDF of each row at its uniform number: the index of a token with a probability above 0, (rows,)."""
     cumulative = probability.cumsum(-1)
-    # Rounding can lift the target to the sum itself, past the last token with a probability.
+    # Rounding can lift the target to the sum itself, past the last token with a probability above 0.
     last = probability.shape[-1] - 1 - (probability.flip(-1) > 0).to(torch.uint8).argmax(-1, keepdim=True)
     return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).minimum(last).squeeze(-1)

@@ -1,4 +1,4 @@
-"""How one sequence chooses its tokens."""
+"""The parameters by which one sequence chooses its tokens."""
 
 from __future__ import annotations
 
@@ -18,4 +18,4 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        return self.temperature < 1e-6  # smaller values are 0 in float32, or divide by 0
+        return self.temperature < 1e-6  # smaller values may become 0 in float32, and divide by 0

@@ -1,4 +1,4 @@
-"""Which slot a sequence gets, and which tokens the next step computes."""
+"""Decides which slot a sequence gets, and which tokens the next step computes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 from models.engine.prefix_cache import PrefixCache
 from models.engine.sequence import Sequence
 
-DEPTH = 2048  # a prompt token that attends to so many others takes twice as long as the first one
+DEPTH = 2048  # a prompt token that attends to this many others takes twice as long as the first one
 PREFILL_ALONE = 16  # how many times larger a prefill chunk is while nothing decodes
 
 
@@ -47,9 +47,9 @@ class Placement(NamedTuple):
 class Scheduler:
     """Places sequences in slots and shares each step among them. Pure bookkeeping: no tensor is touched here.
 
-    A step computes one token for each sequence that decodes, and up to `prefill_chunk` tokens of new prompts: fewer
-    far into a prompt, sixteen times as many while nothing decodes. A longer chunk starts a reply sooner, and makes
-    the others wait longer for their next token.
+    A step computes one token for each sequence that decodes, and up to `prefill_chunk` tokens of new prompts. Late in a
+    long prompt, a chunk is smaller; while nothing decodes, it is sixteen times larger. A longer chunk starts a reply
+    sooner, but the others wait longer for their next token.
     """
 
     def __init__(self, slots: int, prefill_chunk: int) -> None:
@@ -65,11 +65,11 @@ class Scheduler:
 
     @property
     def active(self) -> list[Sequence]:
-        """The sequences that take part in the next step; the others wait, since the limit was higher before."""
+        """The sequences that take part in the next step; others wait if the limit was lowered."""
         return self.running[: self.limit]
 
     def find_slot(self, prompt: list[int]) -> Placement:
-        """The slot for a prompt, and the longest prefix of it that any slot holds. There has to be a free slot."""
+        """The slot for a prompt, and the longest prefix of the prompt that any slot holds. A slot must be free."""
         free = [slot for slot, sequence in enumerate(self.slots) if sequence is None]
         assert free
         for running in self.running:
@@ -79,7 +79,7 @@ class Scheduler:
         return Placement(slot, source, length, stale=len(self.prefixes.tokens[slot]))
 
     def reserve(self, placement: Placement) -> None:
-        """Forget what the slot held beyond the prefix, so that nobody reuses it if preparing the slot fails."""
+        """Forget the tokens of the slot after the prefix, so that they are not reused if preparing the slot fails."""
         kept = self.prefixes.tokens[placement.slot][: placement.length] if placement.slot == placement.source else []
         self.prefixes.record(placement.slot, kept)
 
@@ -91,7 +91,7 @@ class Scheduler:
         self.running.append(sequence)
 
     def release(self, sequence: Sequence) -> None:
-        """Free the slot of a sequence; a sequence without a slot is left alone."""
+        """Free the slot of a sequence; does nothing if it has no slot."""
         if sequence.slot >= 0:
             self.prefixes.record(sequence.slot, sequence.tokens[: sequence.cached])
             self.slots[sequence.slot] = None
@@ -99,7 +99,7 @@ class Scheduler:
             sequence.slot = -1
 
     def schedule(self, sequences: list[Sequence]) -> list[Chunk]:
-        """The chunks of a step: first those that decode, by slot, then prompts, in their order, within the budget."""
+        """The chunks of a step: first sequences that decode, by slot, then prompts, in order, within the budget."""
         decoding = [sequence for sequence in sequences if sequence.prefilled]
         chunks = [Chunk(sequence, 1) for sequence in sorted(decoding, key=attrgetter("slot"))]
         budget = self.prefill_chunk if chunks else PREFILL_ALONE * self.prefill_chunk

@@ -23,7 +23,7 @@ class Sequence:
     tokens: list[int] = field(init=False)  # the prompt and the generated tokens
     cached: int = field(default=0, init=False)  # tokens whose keys and values are in the slot
     reused: int = field(default=0, init=False)  # prompt tokens that were in the prefix cache
-    uniform: float = field(init=False)  # the random number of the next token; a step that is tried again reuses it
+    uniform: float = field(init=False)  # the random number of the next token; a repeated step reuses it
     random: random.Random = field(init=False)
 
     def __post_init__(self) -> None:

@@ -1,5 +1,5 @@
-"""Generation: which reply gets a slot, the responses that are running, and who follows them.
+"""Generation: which response gets a slot, which responses run, and who follows them.
 
 It imports language, store, ops and the ground. It knows no protocol: protocols use only interface.py and events.py.
-Start reading at manager.py, which runs replies; response.py is one of them, admission.py hands out slots.
+Start reading at manager.py, which runs responses; response.py is one response, admission.py decides who gets a slot.
 """

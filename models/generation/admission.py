@@ -1,4 +1,4 @@
-"""Which reply gets a slot, and which ones wait for one."""
+"""Decides which response gets a slot, and which ones wait."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from models.settings import Settings
 
 
 class Ticket:
-    """The place of one reply: at `position` 0 it has a slot, at 1 it is next."""
+    """The place of one response: at `position` 0 it has a slot, at 1 it is next."""
 
     def __init__(self, user: str, position: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.user = user
         self.position = position
-        self.usage = Usage(0)  # of the reply; whoever runs it sets this
+        self.usage = Usage(0)  # of the reply; the caller sets it
         self._clock = clock
         self._entered = self._admitted = clock()
         self._moved = asyncio.Event()
 
     @property
     def waited(self) -> float | None:
-        """How many seconds it waited for its slot; None while it has none."""
+        """How many seconds it waited for its slot; None while it has no slot."""
         return None if self.position else self._admitted - self._entered
 
     def move(self, position: int) -> None:
@@ -39,7 +39,7 @@ class Ticket:
             self._moved.set()
 
     async def wait(self) -> AsyncIterator[int]:
-        """Wait for the slot; yields each new position on the way."""
+        """Wait for the slot; yields each new position until then."""
         while True:
             self._moved.clear()
             if not self.position:
@@ -49,9 +49,9 @@ class Ticket:
 
 
 class Admission:
-    """Hands out `slots` to the users in turn. Up to `queue` more replies wait; a user has `per_user` replies in all.
+    """Gives `slots` to the users in turn. Up to `queue` more responses wait; a user has at most `per_user` in all.
 
-    However many replies of one user wait, the first one of another user waits for one of them at most.
+    If many responses of one user wait, another user's first one waits for at most one of them.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Admission:
         rate_limiter: RateLimiter | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.free = slots  # below 0 while more replies have slots than there are
+        self.free = slots  # below 0 while more responses have slots than `slots` allows
         self.slots = slots
         self.queue = queue
         self.per_user = per_user
@@ -70,11 +70,11 @@ class Admission:
         self.closed = False
         self._rate_limiter = rate_limiter
         self._clock = clock
-        self._waiting: dict[str, deque[Ticket]] = {}  # by user; the user whose turn is next comes first
+        self._waiting: dict[str, deque[Ticket]] = {}  # by user; the next user in turn comes first
 
     @classmethod
     def of(cls, settings: Settings) -> Admission:
-        """An admission as the settings want it."""
+        """An admission with the limits of the settings."""
         rates = RateLimiter(settings.rate, settings.token_rate) if settings.rate or settings.token_rate else None
         return cls(settings.slots, settings.queue, settings.responses_per_user, rates)
 
@@ -86,21 +86,21 @@ class Admission:
 
     @property
     def running(self) -> int:
-        """How many replies have a slot."""
+        """How many responses have a slot."""
         return self.in_flight.total() - len(self.waiting)
 
     def close(self) -> None:
-        """Refuse all new replies from now on."""
+        """Refuse all new responses from now on."""
         self.closed = True
 
     def shrink(self, slots: int) -> None:
-        """Hand out fewer slots from now on."""
+        """Give out fewer slots from now on."""
         self.free -= self.slots - slots
         self.slots = slots
 
     @contextmanager
     def ticket(self, user: str) -> Iterator[Ticket]:
-        """A ticket for as long as the context lasts. Raises what `enter` raises."""
+        """A ticket for as long as the context lasts. Raises the errors of `enter`."""
         ticket = self.enter(user)
         try:
             yield ticket
@@ -108,7 +108,7 @@ class Admission:
             self.leave(ticket)
 
     def enter(self, user: str) -> Ticket:
-        """A ticket for one more reply; the check and the count are one step.
+        """A ticket for one more response. The check and the count happen in one step.
 
         Raises ServerStoppingError, TooManyResponsesError, QueueFullError or RateLimitExceededError.
         """
@@ -133,8 +133,8 @@ class Admission:
         return ticket
 
     def leave(self, ticket: Ticket) -> None:
-        """Give a ticket back. The next one gets its slot, and all behind it move up."""
-        self.in_flight -= Counter([ticket.user])  # drops users who have none left
+        """Give a ticket back. The next ticket gets its slot, and all later ones move up."""
+        self.in_flight -= Counter([ticket.user])  # drops users who have no ticket left
         if ticket.position:
             self._waiting[ticket.user].remove(ticket)
         else:
@@ -152,7 +152,7 @@ class Admission:
         tickets.popleft().move(0)
         self.free -= 1
         if tickets:
-            self._waiting[user] = tickets  # behind all other users
+            self._waiting[user] = tickets  # after all other users
 
     def _renumber(self) -> None:
         for position, ticket in enumerate(self.waiting, start=1):

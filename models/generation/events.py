@@ -1,4 +1,4 @@
-"""What happens to a reply, as those who follow it are told. Each protocol renders these events in its own way."""
+"""The events that a response sends to its listeners. Each protocol renders them in its own way."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from models.store.item import Item
 
 
 class Created(Struct, frozen=True):
-    """The request is accepted and its messages are stored. A Finished event will follow, whatever happens."""
+    """The request is accepted; messages that a conversation keeps are stored, or wait to be stored.
+
+    A Finished event always follows.
+    """
 
     response_id: str
     conversation: str | None
@@ -17,14 +20,14 @@ class Created(Struct, frozen=True):
 
 
 class Rejected(Struct, frozen=True):
-    """There will be no reply, and nothing is stored. No other event comes."""
+    """There is no reply, and nothing is stored. This is the only event."""
 
     response_id: str
     error: APIError
 
 
 class Queued(Struct, frozen=True):
-    """The reply waits for a slot; position 1 is next."""
+    """The response waits for a slot; position 1 is next."""
 
     response_id: str
     position: int
@@ -39,14 +42,14 @@ class TextDelta(Struct, frozen=True):
 
 
 class Warned(Struct, frozen=True):
-    """Something is wrong, but the reply goes on."""
+    """Something is wrong, but the response goes on."""
 
     response_id: str
     error: APIError
 
 
 class Finished(Struct, frozen=True):
-    """The reply has ended. This is the last event."""
+    """The response has ended. This is the last event."""
 
     conversation: str | None
     reply: Item

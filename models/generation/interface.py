@@ -1,4 +1,4 @@
-"""How the rest of the app asks for replies. It knows nothing of language models, and loads no torch."""
+"""How the rest of the app requests replies, and what it may know about the model (`ModelInfo`). Loads no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from models.store.item import Edge
 
 @dataclass(frozen=True)
 class Stateless:
-    """Nothing is stored, nothing of the prompt is left out, and the reply is gone when it has ended."""
+    """Nothing is stored, no message is left out of the prompt, and the reply is gone after its end."""
 
 
 @dataclass(frozen=True)
@@ -24,16 +24,16 @@ class Unstored:
 
 @dataclass(frozen=True)
 class NewConversation:
-    """The reply begins a conversation whose id is new, so there is nothing to read."""
+    """The reply begins a conversation. Its id is new, so there are no items to read."""
 
     id: str
 
 
 @dataclass(frozen=True)
 class StoredConversation:
-    """The reply goes on with a conversation, after an item of it. Items behind that are deleted.
+    """The reply continues a conversation after one of its items. Later items are deleted.
 
-    A conversation that does not exist is an error, unless `create` is set: then it begins with this reply.
+    A conversation that does not exist is an error, unless `create` is set: then this reply begins it.
     """
 
     id: str
@@ -55,48 +55,48 @@ class ResponseRequest:
 
 
 class Listener(Protocol):
-    """Someone who follows replies."""
+    """An object that receives the events of responses."""
 
     def on_event(self, event: ResponseEvent) -> None:
-        """Take an event, without waiting."""
+        """Handle an event, without waiting."""
 
 
 class Follower(Listener, Protocol):
-    """A listener that can catch up on a reply."""
+    """A listener that can catch up on a response."""
 
     async def wait_sent(self) -> None:
-        """Wait until it has passed on all events."""
+        """Wait until the follower has passed on all events."""
 
 
 class ResponseService(Protocol):
-    """Runs replies. Those of other users do not exist for a user."""
+    """Runs responses. A user cannot find the responses of other users."""
 
     def create(self, request: ResponseRequest, listener: Listener) -> str:
-        """Start a reply, tell its events to a listener, and return its id. Raises ConversationBusyError."""
+        """Start a response, send its events to a listener, and return its id. Raises ConversationBusyError."""
 
     async def follow(self, user: str, id: str, starting_after: int, follower: Follower) -> None:
-        """Tell a follower the events after a text delta, up to the last. Raises ResponseNotFoundError."""
+        """Send a follower all events after the text delta `starting_after`. Raises ResponseNotFoundError."""
 
     def leave(self, listener: Listener) -> None:
-        """Tell a listener nothing more. A reply that nobody follows ends after a while."""
+        """Stop sending events to a listener. A response that nobody follows ends after a while."""
 
     def cancel(self, user: str, id: str) -> None:
-        """End a reply. Raises ResponseNotFoundError."""
+        """End a response. Raises ResponseNotFoundError."""
 
     def cancel_all(self, listener: Listener) -> None:
-        """End all replies that a listener follows."""
+        """End all responses that a listener follows."""
 
     def abandon(self, user: str, id: str) -> None:
-        """End a reply whose client has gone, if it is still running."""
+        """End a response whose client has disconnected, if it is still running."""
 
     async def delete_conversation(self, user: str, id: str) -> None:
-        """Delete a conversation; a reply that is running in it ends first. Raises ConversationNotFoundError."""
+        """Delete a conversation; a response that runs in it ends first. Raises ConversationNotFoundError."""
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What clients may know of the model."""
+    """What clients may know about the model."""
 
     name: str
-    context: int  # tokens of a prompt and its reply together
+    context: int  # how many tokens a prompt and its reply may have together
     defaults: Options

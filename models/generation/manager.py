@@ -1,4 +1,4 @@
-"""Runs replies, and keeps for a while those that no conversation keeps."""
+"""Runs responses. Keeps replies that belong to no conversation in memory for a while."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ from models.store.write_buffer import WriteBuffer
 
 logger = logging.getLogger("parley")
 
-WRITE_SECONDS = 0.5  # from one write of all growing replies to the next
+WRITE_SECONDS = 0.5  # between two writes of all growing replies
 
 
 class ResponseManager:
-    """Runs each reply in tasks of its own, whoever follows it, and stores replies while they grow.
+    """Runs each response in its own tasks, independent of its listeners, and stores replies while they grow.
 
-    A reply that nobody follows for `linger` seconds is ended. A reply of no conversation can be followed for as long
-    after its end, as far as the write buffer has room.
+    A response that nobody follows for `linger` seconds is cancelled. A reply that belongs to no conversation can be
+    resumed for `linger` seconds after its end, if the write buffer has room.
     """
 
     def __init__(
@@ -63,9 +63,9 @@ class ResponseManager:
     async def running(
         cls, chat: Chat, admission: Admission, conversations: Conversations, settings: Settings, metrics: Metrics
     ) -> AsyncIterator[ResponseManager]:
-        """A manager whose replies are written while they grow, and end with the context."""
+        """A manager that stores growing replies, and ends all responses when the context ends."""
         if count := await conversations.fail_unfinished():
-            logger.warning("%d replies were cut off when the server ended; they are kept as far as they came", count)
+            logger.warning("%d replies were cut off when the server ended; their text so far is kept", count)
         write_buffer = WriteBuffer(conversations, settings.replay_bytes)
         manager = cls(chat, admission, write_buffer, metrics, settings.linger)
         writing = asyncio.create_task(manager._write_growing())
@@ -76,17 +76,17 @@ class ResponseManager:
             writing.cancel()
             await asyncio.wait([writing])
             if write_buffer.unwritten and not await write_buffer.write([]):
-                logger.error("replies that could not be stored, and are lost: %d", write_buffer.unwritten)
+                logger.error("lost %d replies that could not be stored", write_buffer.unwritten)
 
     @property
     def trouble(self) -> str | None:
-        """Why nothing can be stored at the moment, if so."""
+        """Why nothing can be stored at the moment; None if it can."""
         return self._write_buffer.trouble
 
-    # What clients ask for
+    # Requests of clients
 
     def create(self, request: ResponseRequest, listener: Listener) -> str:
-        """Start a reply, tell its events to a listener, and return its id. Raises ConversationBusyError."""
+        """Start a response, send its events to a listener, and return its id. Raises ConversationBusyError."""
         response = ActiveResponse(request, self._chat.defaults)
         if self._active_in(request.user, response.conversation):
             raise ConversationBusyError
@@ -96,7 +96,7 @@ class ResponseManager:
         return response.id
 
     async def follow(self, user: str, id: str, starting_after: int, follower: Follower) -> None:
-        """Tell a follower the events after a text delta, up to the last. Raises ResponseNotFoundError."""
+        """Send a follower all events after the text delta `starting_after`. Raises ResponseNotFoundError."""
         response = self._active.get(id)
         if response and response.user == user:
             return await response.catch_up(follower, starting_after)
@@ -108,49 +108,52 @@ class ResponseManager:
         follower.on_event(Finished(conversation, reply))
 
     def leave(self, listener: Listener) -> None:
-        """Tell a listener nothing more. A reply that nobody follows ends after a while."""
+        """Stop sending events to a listener. A response that nobody follows ends after a while."""
         for response in self._active.values():
             response.remove_listener(listener, self._linger)
 
     def cancel(self, user: str, id: str) -> None:
-        """End a reply. Raises ResponseNotFoundError."""
+        """End a response. Raises ResponseNotFoundError."""
         response = self._active.get(id)
         if response is None or response.user != user:
             raise ResponseNotFoundError("no such reply is running")
         response.cancel(Status.CANCELLED, "client_cancelled")
 
     def cancel_all(self, listener: Listener) -> None:
-        """End all replies that a listener follows."""
+        """End all responses that a listener follows."""
         for response in self._active.values():
             if response.is_followed_by(listener):
                 response.cancel(Status.CANCELLED, "client_cancelled")
 
     def abandon(self, user: str, id: str) -> None:
-        """End a reply whose client has gone, if it is still running."""
+        """End a response whose client has disconnected, if it is still running."""
         response = self._active.get(id)
         if response and response.user == user:
             response.cancel(Status.CANCELLED, "client_disconnected")
 
     async def delete_conversation(self, user: str, id: str) -> None:
-        """Delete a conversation; a reply that is running in it ends first. Raises ConversationNotFoundError."""
+        """Delete a conversation; a response that runs in it ends first. Raises ConversationNotFoundError."""
         for response in self._active_in(user, id):
             response.cancel(Status.CANCELLED, "client_cancelled")
             await response.wait_concluded()
         await self._write_buffer.delete(user, id)
 
-    # What the operator does
+    # Actions of the operator
 
     def revoke(self, user: str) -> None:
-        """End the stateless replies of a user whose secret is no longer valid; others end with their connections."""
+        """End the stateless responses of a user whose secret is no longer valid.
+
+        The others end `linger` seconds after their connections close.
+        """
         for response in self._active.values():
             if isinstance(response.request.target, Stateless) and response.user == user:
                 response.cancel(Status.FAILED, "revoked")
 
     async def drain(self, seconds: float) -> None:
-        """Refuse new replies, give the running ones some seconds to finish, and end the others."""
+        """Refuse new responses, give the running ones some seconds to finish, then end the rest."""
         self._admission.close()
         if self._active:
-            logger.warning("replies that have %g s to finish: %d", seconds, len(self._active))
+            logger.warning("waiting up to %g s for %d replies", seconds, len(self._active))
             with suppress(TimeoutError):
                 async with asyncio.timeout(seconds):
                     for response in list(self._active.values()):
@@ -164,10 +167,10 @@ class ResponseManager:
         for response in responses:
             await response.wait_concluded()
 
-    # The life of a reply
+    # The life of a response
 
     async def _generate(self, response: ActiveResponse) -> None:
-        """Generate a reply: prompt, storage, slot, text."""
+        """Generate the reply: prompt, storage, slot, text."""
         timer = self._metrics.time_response()
         with self._admission.ticket(response.user) as ticket:
             before = await self._items_before(response)
@@ -175,7 +178,7 @@ class ResponseManager:
                 reply = await self._prepare(response, before)
                 ticket.usage = reply.usage
                 await self._announce(response, len(before))
-                del before  # a reply may run long, and a conversation be large
+                del before  # a response may run long, and a conversation may be large
                 async for position in ticket.wait():
                     response.set_position(position)
                 await self._stream(response, reply, timer)
@@ -183,7 +186,7 @@ class ResponseManager:
                 timer.end(ticket.waited, response.usage)
 
     async def _prepare(self, response: ActiveResponse, before: Sequence[Item]) -> PreparedReply:
-        """The reply with its prompt, of the items before it and the messages of the request."""
+        """The reply with its prompt, made from the earlier items and the messages of the request."""
         request = response.request
         messages = [*visible_messages(before), *request.messages]
         keep_all = isinstance(request.target, Stateless)
@@ -202,7 +205,7 @@ class ResponseManager:
         return items_up_to(items, target.after)
 
     async def _announce(self, response: ActiveResponse, position: int) -> None:
-        """Store the messages and the empty reply, then tell that the reply will come."""
+        """Store the messages and the empty reply, then send `Created`."""
         if response.conversation is None:
             return response.announce()
         messages = [Item.of_message(message, response.created) for message in response.request.messages]
@@ -223,7 +226,7 @@ class ResponseManager:
                         response.end(reason)
 
     async def _conclude(self, response: ActiveResponse) -> None:
-        """Wait until a reply ends in any way; finish it where it was announced, else reject it."""
+        """Wait until the reply ends in any way; finish the response if it was announced, else reject it."""
         error = await response.wait_generated()
         if isinstance(error, asyncio.CancelledError):
             response.end_cancelled()
@@ -244,7 +247,7 @@ class ResponseManager:
         response.reject(error)
 
     async def _store(self, response: ActiveResponse) -> None:
-        """Store the end of a reply: in its conversation, or in memory for a while."""
+        """Store a reply that has ended: in its conversation, or in memory for a while."""
         if isinstance(response.request.target, Stateless):
             return
         if response.conversation is None:
@@ -254,7 +257,7 @@ class ResponseManager:
             response.warn(NotStoredError())
 
     def _record(self, response: ActiveResponse, status: str, reason: str | None) -> None:
-        """Count how a reply ended, and log it."""
+        """Count and log how a response ended."""
         self._metrics.responses.labels(status, reason).inc()
         details: dict[str, object] = {
             "response": response.id,
@@ -274,7 +277,7 @@ class ResponseManager:
                     response.warn(NotStoredError())
 
     def _active_in(self, user: str, conversation: str | None) -> list[ActiveResponse]:
-        """The reply that is running in a conversation of a user, if any."""
+        """The response that runs in a conversation of a user, if any."""
         if conversation is None:
             return []
         return [one for one in self._active.values() if (one.user, one.conversation) == (user, conversation)]

@@ -1,4 +1,4 @@
-"""How many requests and tokens a user may have in a span of time."""
+"""Limits the requests and tokens of a user in a period of time."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from models.errors import RateLimitExceededError
 class RateLimiter:
     """Counts the requests and tokens of each user against limits such as "60/minute"; None is no limit.
 
-    Requests count in a moving window. Tokens count in one that begins with the first of them, since a moving window
-    would keep an entry for each token.
+    Requests count in a moving window. Tokens count in a fixed window that starts at the first token, since a moving
+    window would keep an entry for each token.
     """
 
     def __init__(self, requests: str | None = None, tokens: str | None = None) -> None:
@@ -39,7 +39,7 @@ class RateLimiter:
 
 
 def _exceeded(strategy: Strategy, limit: RateLimitItem, of: str, user: str) -> RateLimitExceededError:
-    """The error that says of what there was too much, and when to try again."""
+    """The error that names the limit and says when to try again."""
     seconds = max(1, math.ceil(strategy.get_window_stats(limit, of, user).reset_time - time.time()))
     allowed = str(limit).replace(" per", f" {of} per", 1)
     return RateLimitExceededError(f"you may have {allowed}: try again in {seconds} s", seconds)

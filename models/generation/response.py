@@ -1,4 +1,4 @@
-"""A reply that is running, and those who follow it."""
+"""A response that is running, and its listeners."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from models.messages import FinishReason, Usage
 from models.options import Options
 from models.store.item import Item, Status
 
-BATCH = 256  # text deltas that are replayed before the follower has to have passed them on
+BATCH = 256  # how many text deltas are replayed before the follower must have passed them on
 
 
 class Phase(Enum):
-    """How far a response is."""
+    """The phase of a response."""
 
-    PREPARING = auto()  # its prompt is made, and its messages are stored
-    RUNNING = auto()  # it is announced: it waits for a slot, or generates
+    PREPARING = auto()  # its prompt is being made, and its messages are being stored
+    RUNNING = auto()  # it has sent `Created`: it waits for a slot, or generates
     FINISHED = auto()
 
 
 class ActiveResponse:
-    """A reply that is running. It keeps what has come so far, and tells events to those who follow it.
+    """A response that is running. It keeps the text so far, and sends events to its listeners.
 
     `ResponseManager` runs it: one task generates the reply, a second one waits for the end of the first and stores the
-    result. Nobody else changes its fields.
+    result. Only `ResponseManager` calls its methods.
     """
 
     def __init__(self, request: ResponseRequest, defaults: Options) -> None:
@@ -45,13 +45,13 @@ class ActiveResponse:
         self._options = request.options.differences(defaults)
         self._left_out = 0
         self._deltas: list[str] = []
-        self._cuts: list[str] = []  # of the deltas
-        self._first_at = self._last_at = 0.0  # when the first and the last delta came
+        self._cuts: list[str] = []  # the lengths of the deltas
+        self._first_at = self._last_at = 0.0  # when the first and the last delta were added
         self._position = 0  # in the wait queue
-        self._listeners: dict[Listener, bool] = {}  # whether they have caught up
+        self._listeners: dict[Listener, bool] = {}  # the value: whether it has caught up
         self._cancellation: tuple[Status, str] | None = None
         self._warned = False
-        self._timeout: asyncio.TimerHandle | None = None  # ends the reply that nobody follows
+        self._timeout: asyncio.TimerHandle | None = None  # ends a response that nobody follows
         self._started_at = time.monotonic()
         self._generating: asyncio.Task[None]
         self._concluding: asyncio.Task[None]
@@ -68,7 +68,7 @@ class ActiveResponse:
 
     @property
     def seconds(self) -> float:
-        """How long the response exists."""
+        """How long ago the response started."""
         return time.monotonic() - self._started_at
 
     @property
@@ -77,7 +77,7 @@ class ActiveResponse:
 
     @property
     def item(self) -> Item:
-        """The reply as it is stored, as far as it has come."""
+        """The reply so far, as it is stored."""
         return Item(
             id=self.id,
             role="assistant",
@@ -95,39 +95,39 @@ class ActiveResponse:
     # The two tasks
 
     def start(self, generate: Coroutine[Any, Any, None], conclude: Coroutine[Any, Any, None]) -> None:
-        """Start the task that generates the reply and the one that concludes it."""
+        """Start the task that generates the reply, and the one that concludes the response."""
         self._generating = asyncio.create_task(generate)
         self._concluding = asyncio.create_task(conclude)
 
     async def wait_generated(self) -> BaseException | None:
-        """Wait until the reply is generated. Returns what ended it early, CancelledError too."""
+        """Wait until the reply is generated. Returns the error that ended it early, if any, also CancelledError."""
         await asyncio.wait([self._generating])
         return asyncio.CancelledError() if self._generating.cancelled() else self._generating.exception()
 
     async def wait_concluded(self) -> None:
-        """Wait until the response is over."""
+        """Wait until the response has ended."""
         await asyncio.wait([self._concluding])
 
-    # What happens to it
+    # Progress
 
     def set_prompt(self, usage: Usage, left_out: int) -> None:
-        """The prompt is ready; `usage` grows with the reply."""
+        """Note that the prompt is ready; `usage` grows with the reply."""
         self.usage, self._left_out = usage, left_out
 
     def announce(self) -> None:
-        """Tell that the reply will come, since its messages are stored."""
+        """Send `Created`: the messages are stored, or wait to be stored."""
         self.phase = Phase.RUNNING
         self._tell(Created(self.id, self.conversation, self._left_out))
         if self._cancellation:
             self._generating.cancel()
 
     def set_position(self, position: int) -> None:
-        """The reply has a new position in the wait queue."""
+        """Set a new position in the wait queue."""
         self._position = position
         self._tell(Queued(self.id, position))
 
     def add_text(self, text: str) -> None:
-        """A piece of text has come."""
+        """Add a piece of text to the reply."""
         self._last_at = asyncio.get_running_loop().time()
         self._first_at = self._first_at or self._last_at
         self._position = 0
@@ -136,36 +136,36 @@ class ActiveResponse:
         self._tell(TextDelta(self.id, len(self._deltas), text))
 
     def end(self, reason: FinishReason) -> None:
-        """The model has ended the reply."""
+        """Note that the model has ended the reply."""
         self.status, self.reason = Status.COMPLETED if reason == "stop" else Status.INCOMPLETE, reason
 
     def cancel(self, status: Status, reason: str) -> None:
-        """End the reply. One that is not announced yet is announced first, since its messages are being stored."""
+        """End the response. If it is not announced yet, it is announced first, since its messages are being stored."""
         self._cancellation = self._cancellation or (status, reason)
         if self.phase is Phase.RUNNING:
             self._generating.cancel()
 
     def end_cancelled(self) -> None:
-        """The generating task was cancelled, by `cancel` or since the process ends."""
+        """Note that the generating task was cancelled, by `cancel` or because the process ends."""
         self.status, self.reason = self._cancellation or (Status.FAILED, "server_shutdown")
 
     def fail(self) -> None:
-        """Something went wrong after the reply was announced."""
+        """Note that the reply failed after the response was announced."""
         self.status, self.reason = Status.FAILED, "server_error"
 
     def reject(self, error: APIError) -> None:
-        """Tell that no reply will come."""
+        """Send `Rejected`: there is no reply."""
         self._finish()
         self._tell(Rejected(self.id, error))
 
     def warn(self, error: APIError) -> None:
-        """Tell, once, that something is wrong although the reply goes on."""
+        """Send `Warned`, at most once: something is wrong, but the response goes on."""
         if not self._warned:
             self._warned = True
             self._tell(Warned(self.id, error))
 
     def finish(self) -> None:
-        """Tell that the reply has ended."""
+        """Send `Finished`: the response has ended."""
         self._finish()
         self._tell(Finished(self.conversation, self.item))
 
@@ -174,17 +174,17 @@ class ActiveResponse:
         if self._timeout:
             self._timeout.cancel()
 
-    # Who follows it
+    # Listeners
 
     def add_listener(self, listener: Listener) -> None:
-        """Tell all events from now on to a listener."""
+        """Send all events from now on to a listener."""
         self._listeners[listener] = True
 
     def is_followed_by(self, listener: Listener) -> bool:
         return listener in self._listeners
 
     def remove_listener(self, listener: Listener, linger: float) -> None:
-        """Tell a listener nothing more. Where it was the last one, the reply ends after `linger` seconds."""
+        """Stop sending events to a listener. If it was the last one, the response ends after `linger` seconds."""
         if self._listeners.pop(listener, None) is not None and not self._listeners and self.phase is not Phase.FINISHED:
             if self._timeout:
                 self._timeout.cancel()
@@ -195,7 +195,7 @@ class ActiveResponse:
             self.cancel(Status.CANCELLED, "client_disconnected")
 
     async def catch_up(self, follower: Follower, starting_after: int) -> None:
-        """Tell a follower what came after a text delta, then all events from now on."""
+        """Send a follower the text deltas after a number, then all events from now on."""
         self._listeners[follower] = False
         await replay(follower, self.id, self._deltas, starting_after)
         if self.phase is Phase.FINISHED:
@@ -211,7 +211,7 @@ class ActiveResponse:
 
 
 async def replay(follower: Follower, response_id: str, deltas: Sequence[str], starting_after: int) -> None:
-    """Tell a follower the text deltas after a number, and those that are added meanwhile."""
+    """Send a follower the text deltas after a number, and those that are added meanwhile."""
     while batch := deltas[starting_after : starting_after + BATCH]:
         for delta in batch:
             starting_after += 1

@@ -1,6 +1,6 @@
 """Language: text in, text out. Loads models, builds prompts, turns tokens into text.
 
-chat.py is the interface that the rest of the app sees: messages in, events out. It loads no torch.
-It imports `models.engine` and the ground. Start reading at engine_chat.py, which answers messages with our engine:
-prompt.py makes the prompt, detokenizer.py the text, stop_strings.py cuts it; loader.py loads the model.
+chat.py is the interface that the rest of the app sees: messages in, events out. chat.py loads no torch.
+The package imports `models.engine` and the ground. Start reading at engine_chat.py, which answers messages with our
+engine: prompt.py makes the prompt, detokenizer.py the text, stop_strings.py cuts it; loader.py loads the model.
 """

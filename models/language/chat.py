@@ -1,4 +1,4 @@
-"""The interface of whatever answers messages: messages in, events out. It imports no torch."""
+"""The interface of a model that answers messages: messages in, events out. It imports no torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from models.options import Options
 
 
 class PreparedReply(Protocol):
-    """A reply whose prompt is ready, but of which nothing is generated yet."""
+    """A reply whose prompt is ready. No text is generated yet."""
 
     @property
     def usage(self) -> Usage:
@@ -25,7 +25,7 @@ class PreparedReply(Protocol):
     def events(self) -> AsyncGenerator[Event, None]:
         """Generate the reply. Closing the generator cancels it: its slot is free within one step. Raises EngineError.
 
-        To be called once, when the reply has been admitted.
+        Call it once, after the response has got its slot.
         """
 
 
@@ -41,11 +41,11 @@ class Chat(Protocol):
 
     @property
     def defaults(self) -> Options:
-        """The options of a reply that chooses none."""
+        """The options of a reply whose request sets none."""
 
     @property
     def trouble(self) -> str | None:
-        """Why the model cannot answer at the moment, if so."""
+        """Why the model cannot answer at the moment; None if it can."""
 
     @property
     def died(self) -> asyncio.Event:
@@ -53,7 +53,7 @@ class Chat(Protocol):
 
     @property
     def arguments(self) -> Mapping[str, Any]:
-        """What the settings came to for this model, ready for JSON."""
+        """The values in effect for this model, ready for JSON."""
 
     @property
     def cache_usage(self) -> float:

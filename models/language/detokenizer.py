@@ -1,4 +1,4 @@
-"""Token ids to text, never with half a character."""
+"""Turns token ids into text, and never returns half a character."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ UNDECODABLE = "\ufffd"
 
 
 class Detokenizer:
-    """Turns the token ids of one reply into pieces of text. Joined, they are the decoding of all ids to the letter.
+    """Turns the token ids of one reply into pieces of text. Joined, they are exactly the decoding of all ids.
 
-    It decodes the tokens since the last clean break, with and without the new one, and returns the difference: the
-    text of a token can depend on the one before it (a leading space, a split character). Text that may still change
-    is held back: a last character that is incomplete, and, for tokenizers that fall back to bytes, every byte of a
-    run, since one bad byte changes how the whole run decodes.
+    The text of a token can depend on the token before it (a leading space, a split character). So each step decodes all
+    tokens since the last clean break (the last time that all text was certain), and returns the text that is new. Text
+    that may still change is held back: an incomplete last character, and a run of byte tokens, since one bad byte
+    changes the text of the whole run.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -23,10 +23,10 @@ class Detokenizer:
         added = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._special = added.union(tokenizer.all_special_ids)
         self._window: list[int] = []  # the token before the last clean break, and all after it
-        self._sent = 0  # characters of the window's text that were returned
+        self._sent = 0  # how many characters of the window's text were returned
 
     def push(self, token_id: int) -> str:
-        """The text that is certain after this token, often none."""
+        """The text that is certain after this token, often empty."""
         token = self._tokenizer.convert_ids_to_tokens(token_id)
         if token_id in self._special or not isinstance(token, str):  # None: a padding token outside of the vocabulary
             return ""
@@ -43,7 +43,7 @@ class Detokenizer:
         return piece
 
     def flush(self) -> str:
-        """The rest of the text, when no more tokens come. A character that was cut becomes U+FFFD."""
+        """The rest of the text, after the last token. An incomplete character becomes U+FFFD."""
         piece = self._decode()[self._sent :]
         self._sent += len(piece)
         return piece

@@ -62,10 +62,10 @@ class EngineChat:
         on_shrink: Callable[[int], None] | None = None,
         on_step: Callable[[float], None] | None = None,
     ) -> AsyncIterator[EngineChat]:
-        """A chat whose threads end with the context.
+        """A chat whose threads end when the context ends.
 
-        `on_shrink` is called with the number of slots that are left after the memory ran out, `on_step` with the
-        seconds of each step, in the engine's thread.
+        `on_shrink` is called when the memory runs out, with the number of slots that are left. `on_step` is called in
+        the engine's thread, with the seconds of each step.
         """
         chat = cls(tokenizer, model, settings, on_shrink, on_step)
         try:
@@ -76,7 +76,7 @@ class EngineChat:
 
     @property
     def trouble(self) -> str | None:
-        """Why the model cannot answer at the moment, if so."""
+        """Why the model cannot answer at the moment; None if it can."""
         return self._async_engine.trouble
 
     @property
@@ -86,7 +86,7 @@ class EngineChat:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What the settings came to for this model, ready for JSON."""
+        """The values in effect for this model, ready for JSON."""
         runner = self._engine.runner
         return {
             "model": self.model_name,
@@ -95,7 +95,7 @@ class EngineChat:
             "dtype": str(runner.model.dtype).removeprefix("torch."),
             "quantize": "int8" if runner.quantized else "none",
             "compiled": runner.program is not None,
-            "options": {**self.defaults.as_json(), "instructions": None},  # the operator's words are not for everybody
+            "options": {**self.defaults.as_json(), "instructions": None},  # the operator's text is not public
         }
 
     @property
@@ -112,8 +112,8 @@ class EngineChat:
             raise MessagesRejectedError("the prompt is empty, or has a token that the model does not know")
         if len(ids) >= self.context:
             raise ContextLengthExceededError(
-                f"the prompt has at least {len(ids)} tokens, and the context holds {self.context}, with the reply: "
-                "shorten the message"
+                f"the prompt has at least {len(ids)} tokens, and the context holds {self.context}, including the "
+                "reply: shorten the message"
             )
         sequence = Sequence(
             ids,
@@ -134,7 +134,7 @@ class EngineChat:
 
 
 class EngineReply:
-    """A reply that our engine generates when it is told to."""
+    """A reply that is ready for our engine to generate."""
 
     def __init__(self, engine: AsyncEngine, sequence: Sequence, text: ReplyText, left_out: int) -> None:
         self.usage = Usage(input_tokens=len(sequence.prompt))

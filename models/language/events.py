@@ -1,4 +1,4 @@
-"""What a language model says while it answers."""
+"""The events of a language model while it answers."""
 
 from __future__ import annotations
 

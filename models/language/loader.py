@@ -27,12 +27,12 @@ logger = logging.getLogger("parley")
 def load(settings: Settings, cache: Path | None = None) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """The tokenizer and the model that the settings name, on their devices, quantized, ready for inference.
 
-    `cache` keeps converted models, by default the user's cache folder. What takes long is announced on stderr.
+    `cache` is the folder of converted models, by default the user's cache. Slow steps are announced on stderr.
     Raises ModelError.
     """
     with _interruptible(), ThreadPoolExecutor(1, thread_name_prefix="kernels") as pool:
         _check_device(settings.device)
-        # Compiling takes ten seconds, once, while the model loads.
+        # Compiling takes ten seconds, only the first time. Meanwhile the model loads.
         compiling = pool.submit(_build_kernels, user_cache_path("parley")) if _on_cpu(settings) else None
         tokenizer, model = _load(settings, cache or user_cache_path("parley"))
         _quantize(model, settings, compiling)
@@ -49,10 +49,10 @@ def _load(settings: Settings, cache: Path) -> tuple[PreTrainedTokenizerBase, Pre
             folder, dtype=dtype, device_map=settings.device, output_loading_info=True, **hub
         )
         model, loading = loaded
-    except Exception as error:  # transformers, the Hub's client and safetensors raise a dozen kinds
+    except Exception as error:  # transformers, the Hub's client and safetensors raise many types of errors
         advice = ""
         if Path(folder).parent == cache:
-            advice = f"; delete {folder} to have it made again"
+            advice = f"; delete {folder} to convert the model again"
         elif not Path(folder).is_dir():
             advice = "; check the id and the network, or set PARLEY_MODEL to a folder"
         raise ModelError(f"{model_label(settings)} cannot be loaded: {one_line(error)}{advice}") from error
@@ -71,7 +71,7 @@ def _build_kernels(cache: Path) -> Path:
 
 
 def _quantize(model: PreTrainedModel, settings: Settings, compiling: Future[Path] | None) -> None:
-    """Load the kernels, and make the model's linears int8 where the settings and the machine say so."""
+    """Load the kernels. Quantize the linears to int8 if the settings say so, or are auto and int8 is faster here."""
     if compiling is None:
         if settings.quantize == "int8":
             raise ModelError("PARLEY_QUANTIZE=int8 is for a CPU: use auto or none, or PARLEY_DEVICE=cpu")
@@ -81,7 +81,7 @@ def _quantize(model: PreTrainedModel, settings: Settings, compiling: Future[Path
     except (KernelsUnavailableError, OSError) as error:
         if settings.quantize == "int8":
             raise ModelError(f"PARLEY_QUANTIZE=int8 is not possible: {one_line(error)}") from error
-        logger.warning("replies will be several times slower than they could be: %s", one_line(error))
+        logger.warning("replies will be several times slower than possible: %s", one_line(error))
         return
     auto = settings.quantize == "auto" and settings.dtype == "auto" and quantization.int8_is_faster()
     if auto or settings.quantize == "int8":
@@ -90,7 +90,7 @@ def _quantize(model: PreTrainedModel, settings: Settings, compiling: Future[Path
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Let Ctrl-C end a long download: while a server starts, its own signal handlers only take note."""
+    """Let Ctrl-C end a long download: while uvicorn starts, its own signal handlers only set a flag."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -108,7 +108,9 @@ def _check_device(device: str) -> None:
         return
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is None or accelerator.type != kind or int(index or 0) >= torch.accelerator.device_count():
-        raise ModelError(f"PARLEY_DEVICE={device}: this machine or this build of torch has none; use cpu or auto")
+        raise ModelError(
+            f"PARLEY_DEVICE={device}: this machine or this build of torch has no such device; use cpu or auto"
+        )
 
 
 def _dtype(settings: Settings) -> torch.dtype:
@@ -136,5 +138,5 @@ def _set_chat_template(tokenizer: PreTrainedTokenizerBase, settings: Settings) -
         )
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], add_generation_prompt=True)
-    except Exception as error:  # Jinja's own errors, and whatever the expressions of a template raise
+    except Exception as error:  # Jinja's own errors, and any error that a template's expressions raise
         raise ModelError(f"the chat template of {model_label(settings)} fails: {one_line(error)}") from error

@@ -1,4 +1,4 @@
-"""What a model's own configuration says: its context, its default options, the tokens that end a reply."""
+"""Reads a model's own configuration: its context, its default options, the tokens that end a reply."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def context_length(model: PreTrainedModel, settings: Settings) -> int:
     if rope.get("rope_type") == "longrope":  # beyond it, one long sequence changes the factors of all others
         limit = min(limit, rope.get("original_max_position_embeddings") or limit)
     if settings.context and settings.context > limit:
-        raise SettingsError(f"PARLEY_CONTEXT={settings.context} is not allowed: the model can hold {limit} here")
+        raise SettingsError(f"PARLEY_CONTEXT={settings.context} is not allowed: the model can hold at most {limit}")
     return settings.context or min(limit, DEFAULT_CONTEXT)
 
 
 def default_options(model: PreTrainedModel, settings: Settings) -> Options:
-    """The operator's options, else the model's where they are in bounds, else ours."""
+    """The operator's options, else the model's if they are in bounds, else ours."""
     options = Options()
     for name in ("temperature", "top_p", "top_k", "repetition_penalty"):
         if (value := getattr(model.generation_config, name, None)) is not None:

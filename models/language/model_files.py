@@ -42,16 +42,16 @@ def find_model(settings: Settings, dtype: torch.dtype, cache: Path) -> str:
 
 
 def _converted(cache: Path, name: str, dtype: torch.dtype, gguf: Path | None) -> Path:
-    """The folder of a converted model; None converts the embedded one.
+    """The folder of a converted model; if `gguf` is None, of the embedded one.
 
-    It gets its name when it is complete, so a folder with the name can be trusted.
+    A folder gets this name only when it is complete.
     """
     folder = cache / f"{name}-{str(dtype).removeprefix('torch.')}"
     if folder.is_dir():
         return folder
     try:
         with scratch_folder(cache, "model") as scratch:
-            if not folder.is_dir():  # else another process has made it meanwhile
+            if not folder.is_dir():  # else another process has just made it
                 _convert(gguf or download_embedded(scratch), scratch / "converted", dtype)
                 (scratch / "converted").rename(folder)
     except OSError as error:
@@ -94,7 +94,7 @@ def _convert(gguf: Path, folder: Path, dtype: torch.dtype) -> None:
 
 
 def check_space(folder: Path, size: int) -> None:
-    """Raise ModelError unless the folder's disk has so many bytes free."""
+    """Raise ModelError unless the folder's disk has `size` bytes free."""
     if (free := shutil.disk_usage(folder).free) < size:
         raise ModelError(
             f"{folder} has {free / 1e9:.1f} GB free, and the model needs about {size / 1e9:.1f} GB there: free some "
@@ -108,5 +108,5 @@ def model_label(settings: Settings) -> str:
 
 
 def print_progress(line: str) -> None:
-    """Tell whoever starts the server what takes so long."""
+    """Print the progress of a slow step, for the person who starts the server."""
     print(line, file=sys.stderr, flush=True)

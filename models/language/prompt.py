@@ -1,4 +1,4 @@
-"""Messages to the token ids of a prompt, by the model's chat template."""
+"""Turns messages into the token ids of a prompt, with the model's chat template."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Prompt(NamedTuple):
 
 
 class PromptBuilder:
-    """Makes prompts for a context of some tokens. Not thread-safe, since tokenizers are not."""
+    """Makes prompts for a given context length. Not thread-safe, since tokenizers are not."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, context: int) -> None:
         self._tokenizer = tokenizer
@@ -33,7 +33,7 @@ class PromptBuilder:
     def build(self, messages: list[Message], options: Options, keep_all: bool) -> Prompt:
         """The prompt of the messages. Unless `keep_all` is set, the oldest turns that do not fit are left out.
 
-        It may still be longer than the context, where one turn alone is. Raises MessagesRejectedError.
+        It may still be longer than the context, if a single turn is longer. Raises MessagesRejectedError.
         """
         system, turns = _split_turns(messages)
         if options.instructions and not system:
@@ -42,7 +42,7 @@ class PromptBuilder:
         limit = self._context - min(options.max_output_tokens or self._context, self._context // 4)
         if keep_all or len(ids) <= limit:
             return Prompt(ids, 0)
-        # More is left out than necessary: so the prompts of the next turns begin alike, and are in the prefix cache.
+        # Leave out more than needed, so that the next prompts have the same beginning and the prefix cache holds it.
         enough = (len(self._render(system, turns[-1:])) + limit) // 2
         first = bisect_left(
             range(len(turns) - 1), True, key=lambda first: len(self._render(system, turns[first:])) <= enough
@@ -53,14 +53,14 @@ class PromptBuilder:
         messages = _without_empty([*system, *chain.from_iterable(turns)])
         try:
             rendered = self._tokenizer.apply_chat_template(
-                messages,  # type: ignore[arg-type]  # mypy takes no TypedDict for a dict
+                messages,  # type: ignore[arg-type]  # mypy does not accept a TypedDict as a dict
                 add_generation_prompt=True,
                 tokenize=False,
             )
         except TemplateError as error:
             raise MessagesRejectedError(f"the chat template of the model rejects these messages: {error}") from error
         text = str(rendered)
-        # The beginning shows that a text is far too long. A megabyte would delay the prompts of all users by a second.
+        # The beginning is enough to see that a text is too long. A megabyte would delay all users' prompts by a second.
         beginning = text[: CHARACTERS_PER_TOKEN * self._context]
         ids = self._tokenizer.encode(beginning, add_special_tokens=False)
         if len(ids) <= self._context and beginning != text:
@@ -69,7 +69,7 @@ class PromptBuilder:
 
 
 def _split_turns(messages: list[Message]) -> tuple[list[Message], list[list[Message]]]:
-    """The system prompt, and the turns: what a user said and the answer, with system messages that come before."""
+    """The system prompt, and the turns. A turn is a user message and its reply, after any system messages."""
     start = next((index for index, message in enumerate(messages) if message["role"] != "system"), len(messages))
     turns: list[list[Message]] = []
     for message in messages[start:]:
@@ -80,8 +80,10 @@ def _split_turns(messages: list[Message]) -> tuple[list[Message], list[list[Mess
 
 
 def _without_empty(messages: list[Message]) -> list[Message]:
-    """The messages without empty replies. Two messages of one role around such a reply become one message, since many
-    templates want the roles to alternate."""
+    """The messages without empty replies.
+
+    Two messages of one role around an empty reply become one message, since many templates want the roles to alternate.
+    """
     kept: list[Message] = []
     skipped = False
     for message in messages:

@@ -22,5 +22,5 @@ class ReplyText:
         if finish_reason:
             rest = self.stop_strings.push(self.detokenizer.flush()) + self.stop_strings.flush()
             piece += rest if finish_reason == "stop" else rest.rstrip(UNDECODABLE)
-        piece = piece.replace("\0", UNDECODABLE)  # as it is stored: PostgreSQL has no U+0000
+        piece = piece.replace("\0", UNDECODABLE)  # as in the database: PostgreSQL cannot store U+0000
         return piece, "stop" if self.stop_strings.found else finish_reason

@@ -15,7 +15,7 @@ class StopStrings:
         self.found = False
 
     def push(self, piece: str) -> str:
-        """The text that cannot be part of a stop string any more; nothing after one was found."""
+        """The text that can no longer be part of a stop string; empty after one was found."""
         if self.found:
             return ""
         text = self._held + piece
@@ -29,7 +29,7 @@ class StopStrings:
         return text[: len(text) - kept]
 
     def flush(self) -> str:
-        """The text that was held back, when no more comes."""
+        """The text that was held back, after the last piece."""
         piece, self._held = self._held, ""
         return piece
 

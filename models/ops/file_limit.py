@@ -1,4 +1,4 @@
-"""How many files and sockets the process may have open."""
+"""Raises the limit of open files and sockets of the process."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 logger = logging.getLogger("parley")
 
-ENOUGH = 2**20  # for systems without a limit, some of which still want a number
-LOG_SECONDS = 60  # from one log line to the next
+ENOUGH = 2**20  # for systems without a limit; some of them still need a number
+LOG_SECONDS = 60  # between two log lines
 
 
 def raise_file_limit() -> None:
-    """Raise the limit as far as the system allows, and log one line, not tracebacks, when it is reached."""
+    """Raise the limit as far as the system allows. If it is reached, log one line instead of tracebacks."""
     with suppress(ImportError, OSError, ValueError):  # Windows has no such limit; other systems may not allow it
         import resource
 
@@ -27,8 +27,10 @@ def raise_file_limit() -> None:
 
 
 class FileLimitLogger:
-    """Handles the errors that asyncio cannot raise. Logs once a minute that the limit is reached, since asyncio tries
-    to accept connections again and again."""
+    """Handles the errors that asyncio cannot raise. Logs at most once a minute that the limit is reached.
+
+    Without this, asyncio logs a traceback for each try to accept a connection.
+    """
 
     def __init__(self) -> None:
         self._logged_at = -math.inf

@@ -13,17 +13,17 @@ logger = logging.getLogger("parley")
 
 JSON_NAMES = {"asctime": "time", "levelname": "level", "name": "logger"}
 UNWANTED = ("color_message", "websocket")  # fields that uvicorn adds for itself
-LIBRARIES = ("uvicorn", "uvicorn.error", "uvicorn.access", "uvicorn.asgi", "aiosqlite")  # aiosqlite debugs messages
+LIBRARIES = ("uvicorn", "uvicorn.error", "uvicorn.access", "uvicorn.asgi", "aiosqlite")  # aiosqlite logs messages
 
 
 def log(event: str, **details: object) -> None:
-    """Log an event with its details, which are fields where the log is JSON."""
+    """Log an event with its details, which are fields if the log is JSON."""
     shown = (f"{name}={_quoted(str(value))}" for name, value in details.items())
     logger.info(" ".join([event, *shown]), extra=details)
 
 
 def _quoted(text: str) -> str:
-    """A text that cannot be mistaken for another field or line."""
+    """The text, quoted if it could look like another field or line."""
     return text if text.isprintable() and not {*" ='\""} & {*text} else repr(text)
 
 
@@ -36,7 +36,7 @@ class Redaction(logging.Filter):
             record.args = tuple(
                 f"{arg.partition('?')[0]}?..." if isinstance(arg, str) and "?" in arg else arg for arg in record.args
             )
-        if str(record.msg).startswith("Invalid UTF-8"):  # a mistake of a client needs no traceback
+        if str(record.msg).startswith("Invalid UTF-8"):  # a client's mistake needs no traceback
             record.exc_info = None
         return record.levelno >= logging.INFO
 
@@ -68,7 +68,7 @@ def _formatter(format: str) -> logging.Formatter:
 
 @contextmanager
 def _libraries_redacted(formatter: logging.Formatter | None) -> Iterator[None]:
-    """While the context lasts, redact the logs of libraries, and format them by `formatter`, if there is one."""
+    """While the context lasts, redact the logs of libraries, and format them with `formatter`, if it is given."""
     redaction = Redaction()
     loggers = [logging.getLogger(name) for name in LIBRARIES]
     before = {handler: handler.formatter for library in loggers for handler in library.handlers}

@@ -1,4 +1,4 @@
-"""The metrics of the server for Prometheus. Their names are vLLM's, with `parley_` before them."""
+"""The metrics of the server for Prometheus. Their names are vLLM's, with the prefix `parley_`."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class Metrics:
         self.generated_tokens = self._counter("generation_tokens", "Tokens of replies")
         self.responses = self._counter("responses", "Replies by how they ended", "status", "reason")
         self.login_failures = self._counter("login_failures", "Logins that failed")
-        self.slow_clients = self._counter("slow_clients_closed", "Connections that were closed since nobody read")
+        self.slow_clients = self._counter("slow_clients_closed", "Connections closed because the client did not read")
 
     def add_gauges(self, values: Mapping[str, Callable[[], float]]) -> None:
-        """Show what is in use, by functions for each of `GAUGES`."""
+        """Add the gauges; `values` has a function for each name in `GAUGES`."""
         for name, description in GAUGES.items():
             Gauge(f"parley_{name}", description, registry=self._registry).set_function(values[name])
 
@@ -69,7 +69,7 @@ class ResponseTimer:
         self._last_delta: float | None = None
 
     def delta(self) -> None:
-        """Some text has come."""
+        """Note that a text delta has arrived."""
         now = self._clock()
         if self._last_delta is None:
             self._metrics.first_token.observe(now - self._started)
@@ -78,7 +78,7 @@ class ResponseTimer:
         self._last_delta = now
 
     def end(self, waited: float | None, usage: Usage) -> None:
-        """The response has ended; `waited` is how long it waited for its slot, None if it never got one."""
+        """Note that the response has ended; `waited` is how long it waited for its slot, None if it never got one."""
         self._metrics.end_to_end.observe(self._clock() - self._started)
         if waited is not None:
             self._metrics.queue.observe(waited)

@@ -1,4 +1,4 @@
-"""How the process ends: running replies may finish first."""
+"""Stops the process at a signal; running responses may finish first."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Shutdown:
-    """At a signal, drains the server before the web server's own handler runs; at a second signal, at once.
+    """The first signal drains, then calls uvicorn's handler. The second ends all replies at once.
 
-    uvicorn closes every socket before the lifespan ends, so the end of the lifespan would be too late. Its signal
-    handlers are installed before the lifespan starts, so ours can replace them and call them later.
+    The third signal stops uvicorn. uvicorn closes every socket before the lifespan ends, so the end of the lifespan is
+    too late to drain. Its signal handlers are installed before the lifespan starts, so ours can replace them and call
+    them later.
     """
 
     def __init__(self, drain: Drain, seconds: float) -> None:
@@ -39,9 +40,9 @@ class Shutdown:
     async def installed(
         cls, drain: Drain, seconds: float, broken: Callable[[], Awaitable[object]]
     ) -> AsyncIterator[None]:
-        """While the context lasts, a signal drains first. The process ends with 1 once `broken` returns.
+        """While the context lasts, a signal drains first. The process exits with 1 once `broken` returns.
 
-        Does nothing outside of the main thread, since only that gets signals, nor where there are no handlers to call.
+        Does nothing if there are no handlers to call, or outside of the main thread, since only that gets signals.
         """
         shutdown = cls(drain, seconds)
         if threading.current_thread() is not threading.main_thread() or not shutdown._has_handlers:
@@ -64,7 +65,7 @@ class Shutdown:
         return all(callable(handler) for handler in self._handlers.values())
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._loop.call_soon_threadsafe(self._stop)  # nothing else: the signal may have interrupted anything
+        self._loop.call_soon_threadsafe(self._stop)  # only this: the signal may have interrupted any code
 
     def _stop(self) -> None:
         self._signals += 1
@@ -88,7 +89,7 @@ class Shutdown:
         try:
             await self._drain(seconds)
         except Exception:
-            logger.exception("a bug in the shutdown of the server")
+            logger.exception("unexpected error in the shutdown")
         self._end()
 
     async def _watch(self, broken: Callable[[], Awaitable[object]]) -> None:
@@ -97,7 +98,7 @@ class Shutdown:
         self._begin(0)
 
     def _end(self) -> None:
-        """Have the web server end. uvicorn ends normally at a first SIGINT, and at once at a second one."""
+        """Stop uvicorn. It ends normally at a first SIGINT, and at once at a second one."""
         handler = self._handlers[signal.SIGINT]
         assert callable(handler)
         handler(signal.SIGINT, None)

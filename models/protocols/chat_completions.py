@@ -37,16 +37,16 @@ class ChatCompletion:
         self.response_id = responses.create(ResponseRequest(user, request.messages, options, Stateless()), self)
 
     def on_event(self, event: ResponseEvent) -> None:
-        """Wait for the last event; nothing else matters."""
+        """Keep the last event, and ignore all others."""
         if isinstance(event, Rejected | Finished) and not self._last_event.cancelled():
             self._last_event.set_result(event)
 
     def cancel(self) -> None:
-        """End the reply, since the client has gone."""
+        """End the response, since the client has disconnected."""
         self._responses.abandon(self._user, self.response_id)
 
     async def result(self) -> Json:
-        """The completion. Raises APIError where there is none."""
+        """The completion. Raises APIError if there is none."""
         reply = _reply_of(await self._last_event)
         message = {"role": "assistant", "content": reply.content, "refusal": None}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": _finish_reason(reply)}
@@ -75,18 +75,18 @@ class ChatCompletionStream(ChatCompletion):
         self._events.put_nowait(event)
 
     async def wait_started(self) -> None:
-        """Wait until the reply is accepted. Raises APIError where it is not."""
+        """Wait until the request is accepted. Raises APIError if it is rejected."""
         event = await self._events.get()
         if isinstance(event, Rejected):
             raise event.error
 
     async def frames(self) -> AsyncGenerator[str, None]:
-        """The server-sent events, once the reply is accepted."""
+        """The server-sent events, after the request is accepted."""
         yield self._chunk({"role": "assistant", "content": ""})
         while True:
             match await self._events.get():
                 case Queued(position=position):
-                    yield f": position {position} in the wait queue\n\n"  # a comment, which keeps proxies waiting
+                    yield f": position {position} in the wait queue\n\n"  # a comment; it keeps proxies connected
                 case TextDelta(text=text):
                     yield self._chunk({"content": text})
                 case Finished() as finished:
@@ -108,7 +108,7 @@ class ChatCompletionStream(ChatCompletion):
 
 
 def render_error(error: APIError) -> Json:
-    """An error as OpenAI's API has it."""
+    """An error in the format of OpenAI's API."""
     param = "messages" if error.param == "input" else error.param
     return {"message": str(error), "type": error.type, "param": param, "code": error.code}
 
@@ -125,7 +125,7 @@ def render_model(model: ModelInfo, created: int) -> Json:
 
 
 def _reply_of(event: Rejected | Finished) -> Item:
-    """The reply that has ended. Raises APIError where there is none, or it failed."""
+    """The reply that has ended. Raises APIError if there is none, or if it failed."""
     if isinstance(event, Rejected):
         raise event.error
     if event.reply.status == Status.FAILED:

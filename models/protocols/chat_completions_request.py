@@ -24,7 +24,7 @@ MAX_MESSAGES = 1000
 MAX_END_USER = 256  # characters that are logged
 MAX_PARAM = 64  # characters of an unknown name that are sent back
 
-OPTION_BY_PARAMETER = {  # their names, and those of `Options`; of two names for one option, the later one counts
+OPTION_BY_PARAMETER = {  # OpenAI's names, and ours; if a request has two names of one option, the later one here counts
     "temperature": "temperature",
     "top_p": "top_p",
     "top_k": "top_k",
@@ -36,7 +36,7 @@ OPTION_BY_PARAMETER = {  # their names, and those of `Options`; of two names for
     "stop": "stop",
     "seed": "seed",
 }
-UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {  # parameters, with the values that ask for nothing
+UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {  # parameters, with the values that have no effect
     "audio": (),
     "best_of": (1,),
     "function_call": ("auto", "none"),
@@ -80,13 +80,13 @@ Content = Annotated[Text | list[Annotated[TextPart, PART]], Meta(description="te
 
 
 class ChatMessage(Struct, forbid_unknown_fields=True):
-    """One message; only an assistant's may lack its content."""
+    """One message. Only a message of the assistant may have no content."""
 
     role: Annotated[Literal["developer", "system", "user", "assistant"], Meta(description=f"one of {', '.join(ROLES)}")]
     content: Annotated[Content | None, Meta(description="text, or a list of parts")] = None
 
     def as_message(self, at: str) -> Message:
-        """The message as the domain has it. Raises InvalidValueError."""
+        """The message in the form of the domain. Raises InvalidValueError."""
         if self.content is None and self.role != "assistant":
             raise InvalidValueError(f"{at}.content is missing", f"{at}.content")
         content = self.content or ""
@@ -98,7 +98,7 @@ Switch = Annotated[bool | None, Meta(description="true or false")]
 
 
 class StreamOptions(Struct, forbid_unknown_fields=True):
-    """What a stream has beside its chunks."""
+    """What a stream has in addition to its chunks."""
 
     include_usage: Switch = None
     include_obfuscation: Any = None  # not supported
@@ -108,7 +108,7 @@ STREAM_OPTIONS = Meta(description='{"include_usage": true or false}', extra={"re
 
 
 class _Body(Struct, forbid_unknown_fields=True):
-    """The parameters that are no options."""
+    """The parameters that are not options."""
 
     model: Text
     messages: Annotated[
@@ -128,17 +128,17 @@ class _Body(Struct, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class ChatCompletionRequest:
-    """A request for the reply to messages. `options` has those of `Options` that it names."""
+    """A request for a reply to messages. `options` has only the options that the request names."""
 
     messages: list[Message]
     options: Mapping[str, Any]
     stream: bool
     include_usage: bool
-    end_user: str | None  # for whom our user asks
+    end_user: str | None  # the person for whom our user sends the request
 
     @classmethod
     def parse(cls, body: bytes, model: str) -> ChatCompletionRequest:
-        """The request in a body, for the model that is loaded. Raises APIError, whatever the body holds."""
+        """The request in a body, for the loaded model. Raises APIError if anything in it is wrong."""
         values = {name: value for name, value in parse_object(body, "the body").items() if value is not None}
         if values.get("model", model) != model:
             raise ModelNotFoundError(model)
@@ -150,7 +150,7 @@ class ChatCompletionRequest:
         parsed = _convert(values)
         messages = [message.as_message(f"messages[{index}]") for index, message in enumerate(parsed.messages)]
         if not any(message["content"].strip() for message in messages):
-            raise InvalidValueError("messages must say something", "messages")
+            raise InvalidValueError("messages must contain text", "messages")
         options = {OPTION_BY_PARAMETER[name]: _option(name, value) for name, value in chosen.items()}
         stream, include_usage = bool(parsed.stream), _include_usage(parsed)
         labels = (parsed.user, parsed.safety_identifier, parsed.prompt_cache_key)
@@ -159,7 +159,7 @@ class ChatCompletionRequest:
 
 
 def _check_neutral(name: str, value: Any) -> None:
-    """Raise UnsupportedParameterError where an unsupported parameter asks for something."""
+    """Raise UnsupportedParameterError if the value of an unsupported parameter would have an effect."""
     for neutral in UNSUPPORTED[name]:
         if value == neutral and isinstance(value, bool) == isinstance(neutral, bool):  # in JSON, true is not 1
             return
@@ -174,7 +174,7 @@ def _option(name: str, value: Any) -> Any:
 
 
 def _without_neutral(message: Any) -> Any:
-    """A message without the fields that say nothing, such as the empty tool calls that clients send back."""
+    """A message without empty fields, such as the empty tool calls that clients send back."""
     if not isinstance(message, dict):
         return message
     return {name: value for name, value in message.items() if name == "content" or value not in (None, [], {})}

@@ -39,11 +39,11 @@ from models.validation import parse_object
 logger = logging.getLogger("parley")
 
 BAD_FRAMES = 20  # in a row, before the connection is closed
-RESUMES = 16  # that may wait for one another
+RESUMES = 16  # at the same time
 
 
 class ChatV1Session:
-    """One client: its options, its conversation, and the replies that it follows."""
+    """The session of one client: its options, its conversation, and the responses that it follows."""
 
     def __init__(self, responses: ResponseService, model: ModelInfo, user: str, limits: Json, client: Client) -> None:
         self._responses = responses
@@ -56,13 +56,13 @@ class ChatV1Session:
         self._options = model.defaults
         self._conversation = Conversations.new_id()
         self._begun = False  # whether the connection's own conversation has begun
-        self._event_ids: dict[str, str | None] = {}  # of the requests whose replies are not announced yet
+        self._event_ids: dict[str, str | None] = {}  # of the requests that have no event yet
         self._resuming: set[asyncio.Task[None]] = set()
         self._catching_up = asyncio.Lock()
         client.send_json(render_session("created", self._description()))
 
     def receive(self, frame: str | bytes) -> Close | None:
-        """Act on one frame, and tell the client what is wrong with it. Returns what to close with, if anything."""
+        """Act on one frame, or send the client an error. Returns how to close the connection, if it has to close."""
         event_id = None
         try:
             fields = parse_object(frame, "the frame")
@@ -80,22 +80,22 @@ class ChatV1Session:
         return None
 
     def presence_changed(self, change: Change, user: str) -> None:
-        """Tell the client who joined or left."""
+        """Notify the client who joined or left."""
         self._client.send_json(render_presence(change, user))
 
     def close(self) -> None:
-        """The client has gone; its replies go on for a while."""
+        """The client has disconnected; its responses go on for a while."""
         for task in self._resuming:
             task.cancel()
         self._responses.leave(self)
 
     def on_event(self, event: ResponseEvent) -> None:
-        """Tell the client an event of a reply."""
+        """Send the client an event of a response."""
         event_id = self._event_ids.pop(event.response_id, None) if isinstance(event, Created | Rejected) else None
         self._client.send_json(render(event, event_id))
 
     async def wait_sent(self) -> None:
-        """Wait until the client has been sent all events."""
+        """Wait until all events are sent to the client."""
         await self._client.wait_sent()
 
     def _act(self, event: ClientEvent, event_id: str | None) -> None:
@@ -119,7 +119,7 @@ class ChatV1Session:
         self._begun |= isinstance(target, NewConversation | StoredConversation) and target.id == self._conversation
 
     def _target(self, event: ResponseCreate) -> Target:
-        """The conversation that a request names."""
+        """The target that a request names."""
         match event.conversation:
             case "none":
                 return Unstored()

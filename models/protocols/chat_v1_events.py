@@ -1,4 +1,4 @@
-"""The events of chat.v1: those of clients are parsed, those of the server are rendered."""
+"""The events of chat.v1: parses client events, renders server events."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class SessionUpdate(Struct):
 
 
 class ResponseCreate(Struct):
-    """`response.create`: a request for a reply. Whatever is no other field is an option."""
+    """`response.create`: a request for a reply. All other fields are options."""
 
     input: Input
     conversation: ShortText | None = None  # None is the connection's own, "new" a new one, "none" no conversation
@@ -69,13 +69,13 @@ class ResponseCreate(Struct):
 
 
 class ResponseCancel(Struct):
-    """`response.cancel`: ends one reply, or all replies of this connection."""
+    """`response.cancel`: ends one response, or all responses that this connection follows."""
 
     response_id: ShortText | None = None
 
 
 class ResponseResume(Struct):
-    """`response.resume`: sends what came of a reply after a text delta, and what comes from now on."""
+    """`response.resume`: asks for the events of a response after a text delta, past and future ones."""
 
     response_id: ShortText
     starting_after: Annotated[int, Meta(ge=0, description="a sequence number, or 0")] = 0
@@ -93,12 +93,12 @@ class _Identified(Struct):
 
 
 def parse_event_id(fields: Json) -> str | None:
-    """The event id of a frame, with which errors name the event. Raises InvalidValueError."""
+    """The event id of a frame, which errors repeat. Raises InvalidValueError."""
     return convert(fields, _Identified).event_id
 
 
 def parse_event(fields: Json) -> ClientEvent:
-    """The client event of a frame. Raises InvalidRequestError, whatever the fields are."""
+    """The client event of a frame. Raises InvalidRequestError if any field is wrong."""
     match convert(fields, _Typed).type:
         case "session.update":
             update = convert(fields, SessionUpdate)
@@ -130,11 +130,11 @@ def _parse_response_create(response: Json) -> ResponseCreate:
 
 # Server events
 
-PARAMS = {"input": "response.input", "after": "response.after"}  # what chat.v1 calls the parameters of the domain
+PARAMS = {"input": "response.input", "after": "response.after"}  # chat.v1's names of the domain's parameters
 
 
 def render(event: ResponseEvent, event_id: str | None = None) -> Json:
-    """An event of a reply; `event_id` is that of the request, for the first event of its reply."""
+    """An event of a response. `event_id` is the id of the client event, for the first event of its response."""
     match event:
         case Created(response_id, conversation, left_out):
             response = {"id": response_id, "conversation": conversation, "status": "in_progress", "left_out": left_out}
@@ -181,7 +181,7 @@ def render_presence(change: Change, user: str) -> Json:
 
 
 def render_error(error: APIError, event_id: str | None = None, response_id: str | None = None) -> Json:
-    """`error`: why the client's event `event_id` is refused, or what is wrong with a reply. All else goes on."""
+    """`error`: why the client event `event_id` is refused, or what is wrong with a response. All else goes on."""
     details = {
         "type": error.type,
         "code": error.code,

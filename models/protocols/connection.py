@@ -1,4 +1,4 @@
-"""What the protocols of a WebSocket need of the connection."""
+"""What the protocols of a WebSocket need from the connection."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Client(Protocol):
     """The sending side of a WebSocket. Sending never waits."""
 
     def send_text(self, text: str) -> None:
-        """Send a text frame after those before it."""
+        """Send a text frame, after all earlier frames."""
 
     def send_json(self, value: Json) -> None:
-        """Send a value as JSON after what was sent before."""
+        """Send a value as JSON, after all earlier frames."""
 
     async def wait_sent(self) -> None:
         """Wait until everything is sent."""

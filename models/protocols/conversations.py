@@ -1,4 +1,4 @@
-"""The REST API of conversations: what a request may say, and how conversations and items are rendered."""
+"""The REST API of conversations: parses requests, renders conversations and items."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def parse_title(body: bytes) -> str:
 
 
 def render_conversation(conversation: Conversation, items: Iterable[Item] | None = None) -> Json:
-    """A conversation, with its items where they are given."""
+    """A conversation, with its items if they are given."""
     rendered = asdict(conversation)
     return rendered if items is None else {**rendered, "items": [render_item(item) for item in items]}
 

@@ -1,4 +1,4 @@
-"""The plain text protocol: a text frame in is a message, text frames out are the reply."""
+"""The plain text protocol: the client sends each message as a text frame, the server sends the reply as text frames."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WAITING = 8  # messages that may wait while a reply streams
 
 
 class PlainTextSession:
-    """One client: answers its messages one after the other, in one conversation."""
+    """The session of one client. It answers messages one after the other, in one conversation."""
 
     def __init__(self, responses: ResponseService, model: ModelInfo, user: str, client: Client) -> None:
         self._responses = responses
@@ -38,7 +38,7 @@ class PlainTextSession:
         self._task = asyncio.create_task(self._answer_all())
 
     def receive(self, frame: str | bytes) -> Close | None:
-        """Answer a message in its turn. Returns what to close with where too many wait."""
+        """Queue a message for an answer. Returns how to close the connection if too many wait."""
         message = frame if isinstance(frame, str) else frame.decode(errors="replace")
         if message.strip():
             try:
@@ -48,19 +48,19 @@ class PlainTextSession:
         return None
 
     def presence_changed(self, change: Change, user: str) -> None:
-        """Tell the client who left, between replies."""
+        """Notify the client who left, between replies."""
         if change == "left":
             self._notices.append(f"Client #{user} left the chat")
             if not self._answering:
                 self._send_notices()
 
     def close(self) -> None:
-        """The client has gone; its reply goes on for a while."""
+        """The client has disconnected; its response goes on for a while."""
         self._task.cancel()
         self._responses.leave(self)
 
     def on_event(self, event: ResponseEvent) -> None:
-        """Tell the client what an event of its reply means to it."""
+        """Send the client the text or the error of an event."""
         match event:
             case TextDelta(text=text):
                 self._client.send_text(text)

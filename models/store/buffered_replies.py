@@ -1,4 +1,4 @@
-"""Replies in memory: those of no conversation, and those that could not be written to the database yet."""
+"""Replies in memory: those without a conversation, and those that could not be written to the database yet."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from dataclasses import dataclass, replace
 from models.store.conversations import Conversations
 from models.store.item import Item
 
-REPLY_BYTES, ITEM_BYTES = 2000, 500  # about what a reply takes in memory beside its text, and an input item
+REPLY_BYTES, ITEM_BYTES = 2000, 500  # estimates of the memory of a reply without its text, and of an input item
 
 
 @dataclass(frozen=True)
 class BufferedReply:
-    """A reply in memory. Where `position` is set, its input is not in the database yet either."""
+    """A reply in memory. If `position` is set, its input is not in the database yet."""
 
     user: str
-    conversation: str | None  # None: it is never written, only resumed
+    conversation: str | None  # None: it is never written, and can only be resumed
     reply: Item
     input: Sequence[Item] = ()
     position: int | None = None  # of the input in the conversation
 
     @property
     def bytes(self) -> int:
-        """About how much memory it takes."""
+        """An estimate of the memory that it takes."""
         texts = [text for item in (*self.input, self.reply) for text in (item.content, item.cuts)]
         sizes = map(sys.getsizeof, [*texts, *(self.reply.options or {}).values()])
         return REPLY_BYTES + ITEM_BYTES * len(self.input) + sum(sizes)
 
     def applied_to(self, items: Sequence[Item]) -> Sequence[Item]:
-        """The items of its conversation with this reply in them."""
+        """The items of its conversation, including this reply."""
         if self.position is not None:
             return [*items[: self.position], *self.input, self.reply]
         return [self.reply if item.id == self.reply.id else item for item in items]
@@ -43,7 +43,7 @@ class BufferedReply:
 
 
 class BufferedReplies:
-    """Replies in memory, by id. The oldest ones are dropped where all take more than `max_bytes`."""
+    """Replies in memory, by id. The oldest ones are dropped if all of them take more than `max_bytes`."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -51,14 +51,14 @@ class BufferedReplies:
         self._replies: dict[str, BufferedReply] = {}
 
     def keep(self, buffered: BufferedReply) -> list[str]:
-        """Keep a reply, in place of its earlier state.
+        """Keep a reply; it replaces its earlier state.
 
-        Returns the ids of replies that are lost: they had to be written, and were dropped for lack of room.
+        Returns the ids of lost replies: they waited to be written, and were dropped because there was no room.
         """
         id, earlier = buffered.reply.id, self._replies.get(buffered.reply.id)
         if earlier and earlier.position is not None:
             buffered = replace(buffered, input=earlier.input, position=earlier.position)
-        if buffered.position is None:  # its options are in the database, or nobody asks for them; they may be large
+        if buffered.position is None:  # its options are in the database, or nobody needs them; they may be large
             buffered = replace(buffered, reply=replace(buffered.reply, options=None))
         self.drop(id)
         self._replies[id] = buffered
@@ -73,7 +73,7 @@ class BufferedReplies:
         return lost
 
     def _close_gap(self, lost: BufferedReply) -> None:
-        """Move what follows a lost reply in its conversation to its place, else the next turn would overwrite it."""
+        """Move later replies of the conversation into the gap of a lost one, else the next turn overwrites them."""
         for buffered in self.unwritten_of(lost.user, lost.conversation):
             if lost.position is not None and buffered.position is not None and buffered.position > lost.position:
                 position = buffered.position - len(lost.input) - 1
@@ -95,10 +95,10 @@ class BufferedReplies:
         return (buffered.conversation, buffered.reply) if buffered and buffered.user == user else None
 
     def unwritten_of(self, user: str, conversation: str | None) -> list[BufferedReply]:
-        """The replies of a conversation that the database lacks, in order."""
+        """The replies of a conversation that are not in the database yet, in order."""
         return [one for one in self.unwritten if (one.user, one.conversation) == (user, conversation)]
 
     @property
     def unwritten(self) -> list[BufferedReply]:
-        """All replies that have to be written."""
+        """All replies that wait to be written."""
         return [one for one in self._replies.values() if one.conversation is not None]

@@ -27,7 +27,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Listing:
-    """Which conversations to list: at most `limit`, after the one with the id `after`, with the text `query`."""
+    """Which conversations to list: at most `limit`, after the one with the id `after`, that contain `query`."""
 
     limit: int = 50
     after: str | None = None
@@ -42,12 +42,12 @@ JOINED = items_table.join(conversations_table, CONVERSATION.id == ITEM.conversat
 
 
 class Conversations:
-    """The conversations in the database. For each user, those of others do not exist."""
+    """The conversations in the database. A user cannot find those of other users."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._browsing = asyncio.Semaphore(4)  # so that replies get a connection, however much is read
-        # SQLite has one writer at a time, and the others would ask every few milliseconds whether it has finished.
+        self._browsing = asyncio.Semaphore(4)  # so that reads leave database connections for replies
+        # SQLite has one writer at a time; others would ask every few milliseconds whether it has finished.
         self._writing = asyncio.Semaphore(1 if database.dialect.name == "sqlite" else 4)
 
     @staticmethod
@@ -87,7 +87,7 @@ class Conversations:
             return await self.find(user, id), await self.items(user, id)
 
     async def items(self, user: str, id: str) -> list[Item]:
-        """The items of a conversation, in order; none where there is no such conversation."""
+        """The items of a conversation, in order; none if there is no such conversation."""
         chosen = select(*ITEM_COLUMNS).select_from(JOINED).where(_owned(user, id)).order_by(ITEM.position)
         async with self._database.connect() as connection:
             return [Item(*row) for row in await connection.execute(chosen)]
@@ -114,9 +114,9 @@ class Conversations:
             await connection.execute(delete(items_table).where(ITEM.conversation_id == id))
 
     async def put_items(self, user: str, id: str, position: int, new: Sequence[Item]) -> None:
-        """Put items into a conversation at a position. Items that were there, or behind it, are deleted.
+        """Put items into a conversation at a position. Items at and after this position are deleted first.
 
-        At position 0 a conversation that does not exist is created. Raises ConversationNotFoundError.
+        At position 0, a conversation that does not exist is created. Raises ConversationNotFoundError.
         """
         now = time.time()
         rows = [asdict(item) | {"conversation_id": id, "position": place} for place, item in enumerate(new, position)]
@@ -133,14 +133,14 @@ class Conversations:
             await connection.execute(insert(items_table), rows)
 
     async def update_replies(self, replies: Iterable[Item]) -> None:
-        """Store how far replies are, or how they ended. Replies that were deleted stay deleted."""
+        """Store the current state of replies. Replies that were deleted stay deleted."""
         async with self._writing, self._database.begin() as connection:
             rows = [{"reply": reply.id} | {name: getattr(reply, name) for name in GROWING_COLUMNS} for reply in replies]
             if rows:
                 await connection.execute(update(items_table).where(ITEM.id == bindparam("reply")), rows)
 
     async def fail_unfinished(self) -> int:
-        """Mark the replies of a process that has ended as failed; returns how many there were."""
+        """Mark as failed the replies that an earlier process left unfinished. Returns how many there were."""
         failed = {"status": Status.FAILED, "reason": "server_error"}
         async with self._writing, self._database.begin() as connection:
             unfinished = update(items_table).where(ITEM.status == Status.IN_PROGRESS).values(failed)

@@ -25,7 +25,7 @@ class Text(TypeDecorator[str]):
     cache_ok = True
 
     def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
-        """What is stored for a text."""
+        """The stored form of a text."""
         return value and value.replace("\0", "\ufffd")
 
 
@@ -36,11 +36,11 @@ class StatusText(TypeDecorator[Status]):
     cache_ok = True
 
     def process_bind_param(self, value: Status | None, dialect: Dialect) -> str | None:
-        """What is stored for a status."""
+        """The stored form of a status."""
         return value and value.value
 
     def process_result_value(self, value: str | None, dialect: Dialect) -> Status | None:
-        """The status that is stored."""
+        """The status, from its stored form."""
         return Status(value) if value else None
 
 
@@ -72,8 +72,8 @@ items_table = table(
     column("decode_seconds", Double),
 )
 
-# The statements that lead from each version of the database to the next. Released ones never change. The SQL is that
-# of PostgreSQL, and SQLite understands it, since it takes any word for a type.
+# The statements that turn each version of the database into the next one. Released statements never change. The SQL is
+# PostgreSQL's. SQLite understands it, since it accepts any word as a type.
 MIGRATIONS = (
     ("CREATE TABLE IF NOT EXISTS users (id VARCHAR(64) PRIMARY KEY, digest BYTEA NOT NULL UNIQUE)",),
     (
@@ -94,17 +94,17 @@ ENGINE_ARGUMENTS: dict[str, dict[str, Any]] = {
     "sqlite": {"connect_args": {"timeout": 5}},  # seconds to wait while another process writes, such as a backup
     "postgresql": {
         "pool_pre_ping": True,  # the server may have been restarted
-        "connect_args": {"timeout": 10, "command_timeout": 10},  # seconds, where the server does not answer at all
+        "connect_args": {"timeout": 10, "command_timeout": 10},  # seconds, if the server does not answer
     },
 }
 
-# The statement after which one process at a time migrates.
+# The statement that lets only one process at a time migrate.
 LOCKS = {"sqlite": "BEGIN IMMEDIATE", "postgresql": "SELECT pg_advisory_xact_lock(7777)"}
 
 
 @asynccontextmanager
 async def open_database(settings: Settings) -> AsyncIterator[Database]:
-    """The database of the settings, created or brought up to date. Raises DatabaseError or DataFolderError."""
+    """The database of the settings, created or migrated if needed. Raises DatabaseError or DataFolderError."""
     url = _url(settings)
     try:
         engine = create_async_engine(url, hide_parameters=True, **ENGINE_ARGUMENTS[url.get_backend_name()])
@@ -131,7 +131,7 @@ def _url(settings: Settings) -> URL:
         return URL.create("sqlite+aiosqlite", database=str(settings.data / "parley.db"))
     try:
         url = make_url(settings.database_url)
-    except (ValueError, ArgumentError):  # whose message would show the password
+    except (ValueError, ArgumentError):  # their messages would show the password
         raise DatabaseError(
             "PARLEY_DATABASE_URL cannot be read: it must be postgresql://user:password@host/database, with %40 for @ "
             "and so on in a password, or sqlite:///path"
@@ -143,19 +143,19 @@ def _url(settings: Settings) -> URL:
 
 def _unusable(url: URL, reason: str) -> str:
     shown = url.set(query={}).render_as_string(hide_password=True)
-    advice = "check that it can be reached and has room; else repair or restore it, or move it away to start anew"
+    advice = "check that it can be reached and has room; else repair or restore it, or rename it to begin a new one"
     return f"the database {shown} cannot be used: {reason}; {advice}"
 
 
 async def _prepare(engine: Database) -> None:
     if engine.dialect.name == "sqlite":
         async with engine.connect() as connection:
-            with suppress(OperationalError):  # locked, where another process does the same
+            with suppress(OperationalError):  # locked, if another process does the same
                 await connection.exec_driver_sql("PRAGMA journal_mode=WAL")  # so readers need not wait for a writer
     try:
         async with engine.begin() as connection:
             await _migrate(connection)
-    # asyncpg raises these for a server that is not there, or a URL that it cannot use
+    # asyncpg raises these if there is no server, or if it cannot use the URL
     except (OSError, TypeError, ValueError, OverflowError) as error:
         raise DatabaseError(_unusable(engine.url, str(error))) from error
 
@@ -165,7 +165,9 @@ async def _migrate(connection: AsyncConnection) -> None:
     await connection.exec_driver_sql("CREATE TABLE IF NOT EXISTS version (number INTEGER NOT NULL)")
     version = (await connection.exec_driver_sql("SELECT max(number) FROM version")).scalar() or 0
     if version > len(MIGRATIONS):
-        raise DatabaseError(f"a newer Parley made the database (version {version}): use that one, or an older backup")
+        raise DatabaseError(
+            f"a newer Parley made the database (version {version}): use the newer Parley, or an older backup"
+        )
     for number, statements in enumerate(MIGRATIONS[version:], start=version + 1):
         for statement in statements:
             await connection.exec_driver_sql(statement)

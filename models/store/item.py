@@ -1,4 +1,4 @@
-"""One message of a conversation as it is stored, and what follows from all of them in order."""
+"""One message of a conversation as it is stored, and functions over all messages in order."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ TITLE_LENGTH = 60
 
 
 class Status(StrEnum):
-    """How far a reply is, or how it ended."""
+    """Whether a reply is still in progress, or how it ended."""
 
     IN_PROGRESS = "in_progress"
     COMPLETED = "completed"
-    INCOMPLETE = "incomplete"  # by max_output_tokens or the context
+    INCOMPLETE = "incomplete"  # ended by max_output_tokens or the context
     CANCELLED = "cancelled"
     FAILED = "failed"
 
 
 class Edge(Enum):
-    """A place in a conversation that needs no item to name it."""
+    """The start or the end of a conversation, as a place without an item."""
 
     START = "start"  # before the first item
     END = "end"  # after the last item
@@ -43,9 +43,9 @@ class Item:
     status: Status | None = None
     reason: str | None = None  # why the reply ended
     usage: Mapping[str, int] | None = None  # token counts
-    options: Mapping[str, Any] | None = None  # the options that were not the default ones
+    options: Mapping[str, Any] | None = None  # the options that differ from the defaults
     left_out: int | None = None  # how many of the oldest messages after the system prompt the model did not see
-    cuts: str | None = None  # the lengths of the deltas of the content, with spaces between them
+    cuts: str | None = None  # the lengths of the deltas, separated by spaces
     decode_seconds: float | None = None  # from the first delta to the last
 
     @classmethod
@@ -55,12 +55,12 @@ class Item:
 
     @property
     def sequence_number(self) -> int:
-        """The number of the last delta; 0 where there is none."""
+        """The number of the last delta; 0 if there is none."""
         return len((self.cuts or "").split())
 
     @property
     def deltas(self) -> list[str]:
-        """The content in the pieces that it came in."""
+        """The content, split into its deltas."""
         deltas, start = [], 0
         for length in map(int, (self.cuts or "").split()):
             deltas.append(self.content[start : start + length])
@@ -69,7 +69,7 @@ class Item:
 
 
 def items_up_to(items: Sequence[Item], after: str | Edge) -> Sequence[Item]:
-    """The items up to the one with an id, or to an edge. Raises ItemNotFoundError."""
+    """The items up to and including the one with an id, or up to an edge. Raises ItemNotFoundError."""
     if after is Edge.END:
         return items
     if after is Edge.START:
@@ -88,7 +88,7 @@ def count_left_out(items: Sequence[Item]) -> int:
 
 
 def visible_messages(items: Sequence[Item]) -> list[Message]:
-    """What the model sees of the items: the system prompt and the messages that are not left out."""
+    """The messages that the model sees: the system prompt, and the messages that are not left out."""
     prompt = _system_prompt(items)
     seen = [*prompt, *items[len(prompt) + count_left_out(items) :]]
     return [{"role": item.role, "content": item.content} for item in seen]
@@ -100,7 +100,7 @@ def _system_prompt(items: Sequence[Item]) -> list[Item]:
 
 
 def title_of(items: Sequence[Item]) -> str:
-    """A title made of the beginning of the first user message."""
+    """A title made from the beginning of the first user message."""
     first = next((item for item in items if item.role == "user"), items[0])
     line = " ".join(first.content.split())
     if len(line) <= TITLE_LENGTH:

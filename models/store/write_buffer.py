@@ -1,4 +1,4 @@
-"""The way of messages into the database, and into memory while the database cannot be written."""
+"""Writes messages to the database, and keeps them in memory while it cannot."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ logger = logging.getLogger("parley")
 
 
 class WriteBuffer:
-    """Stores replies in the database. What cannot be written waits in memory, in up to `max_bytes`.
+    """Stores replies in the database. Replies that cannot be written wait in memory, in up to `max_bytes`.
 
-    Whoever reads through the buffer sees what waits too. `trouble` says why nothing can be written at the moment.
+    Reads through the buffer include them. `trouble` says why nothing can be written at the moment.
     """
 
     def __init__(self, conversations: Conversations, max_bytes: int) -> None:
@@ -52,7 +52,7 @@ class WriteBuffer:
             return await self._conversations.find_reply(user, id)
 
     async def begin(self, reply: BufferedReply) -> bool:
-        """Store the input and the empty reply. False means that they wait in memory.
+        """Store the input and the empty reply. Returns False if they wait in memory.
 
         Raises ConversationNotFoundError.
         """
@@ -71,7 +71,7 @@ class WriteBuffer:
         return False
 
     async def finish(self, reply: BufferedReply) -> bool:
-        """Store a reply that has ended. False means that it waits in memory."""
+        """Store a reply that has ended. Returns False if it waits in memory."""
         if reply.conversation is not None and await self._try_write([reply.reply]):
             return True
         self._keep(reply)
@@ -90,15 +90,15 @@ class WriteBuffer:
                 self._buffered.drop(buffered.reply.id)
 
     def forget(self, id: str) -> None:
-        """Drop a reply that nobody can resume any longer."""
+        """Drop a reply that can no longer be resumed."""
         self._buffered.drop(id)
 
     async def write(self, growing: Iterable[Item]) -> bool:
-        """Store how far growing replies are, after all that waits. False means that nothing could be written."""
+        """Write all waiting replies, then the growing ones. Returns False if nothing could be written."""
         return await self._try_write(growing, in_trouble=True)
 
     async def _try_write(self, growing: Iterable[Item], in_trouble: bool = False) -> bool:
-        async with self._writing:  # one at a time, so that no earlier state is written later
+        async with self._writing:  # one at a time, so that an old state never replaces a newer one
             if self.trouble and not in_trouble:
                 return False
             try:
@@ -132,7 +132,7 @@ class WriteBuffer:
 
 @contextmanager
 def _reading() -> Iterator[None]:
-    """Turn whatever goes wrong while reading into DatabaseUnavailableError."""
+    """Turn any error of a read into DatabaseUnavailableError."""
     try:
         yield
     except Exception as error:

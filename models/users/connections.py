@@ -1,4 +1,4 @@
-"""Who is connected, and telling the others."""
+"""Keeps the connections of users, and notifies other users of changes."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ class Connection(Protocol):
     """A WebSocket of a user."""
 
     def presence_changed(self, change: Change, user: str) -> None:
-        """Tell the client that another user has joined or left."""
+        """Notify the client that another user has joined or left."""
 
     def close(self, code: int, reason: str) -> None:
         """Close the connection, without waiting for it."""
 
 
 class ConnectionRegistry:
-    """The connections of each user, at most `per_user`. Others hear of a user's first one and of the end of the last.
+    """The connections of each user, at most `per_user`.
 
-    Nobody hears of anything where `announce` is False.
+    Other users are notified when a user's first connection opens and the last one closes, unless `announce` is False.
     """
 
     def __init__(self, announce: bool, per_user: int) -> None:
@@ -40,7 +40,7 @@ class ConnectionRegistry:
         return len(self._connections.get(user, ()))
 
     def check(self, user: str) -> None:
-        """Raise TooManyConnectionsError where a user may have no further connection."""
+        """Raise TooManyConnectionsError if a user may not open another connection."""
         if self.count(user) >= self._per_user:
             raise TooManyConnectionsError
 

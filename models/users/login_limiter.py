@@ -12,9 +12,9 @@ FAILURES = "10/minute"
 
 
 class LoginLimiter:
-    """Counts failed logins of each address. The time of a limit begins with the first failure.
+    """Counts failed logins of each address. The window starts at the first failure.
 
-    A moving window would keep an entry for each address for ever (limits 5.8, in memory).
+    A moving window would keep an entry for each address forever (limits 5.8, in memory).
     """
 
     def __init__(self, limit: str = FAILURES) -> None:
@@ -22,7 +22,7 @@ class LoginLimiter:
         self._limiter = FixedWindowRateLimiter(MemoryStorage())
 
     def check(self, address: str) -> None:
-        """Raise TooManyLoginsError where an address has failed too often."""
+        """Raise TooManyLoginsError if an address has failed too often."""
         if not self._limiter.test(self._limit, address):
             raise TooManyLoginsError
 

@@ -33,12 +33,12 @@ from models.users.login_limiter import LoginLimiter
 logger = logging.getLogger("parley")
 
 SESSION_SECONDS = 14 * 24 * 3600
-REFRESH_SECONDS = 0.5  # from one read of the users in the database to the next
+REFRESH_SECONDS = 0.5  # between two reads of the users in the database
 
 
 @dataclass(frozen=True)
 class User:
-    """Someone who may chat. `digest` is the keyed hash of the secret; the secret itself is stored nowhere."""
+    """Someone who may chat. `digest` is the keyed hash of the secret; the secret itself is not stored."""
 
     id: str
     digest: bytes
@@ -47,20 +47,20 @@ class User:
 class Users:
     """The users in the database and those of `PARLEY_USERS`.
 
-    Secrets are stored as HMAC-SHA256 under a key in a file beside the database, so neither of the two is of use
-    without the other. An attacker cannot predict digests, so the time of a lookup reveals nothing. The users of the
-    last read are known without the database; `trouble` says why a later read failed.
+    Secrets are stored as HMAC-SHA256. The key is in a file next to the database: each is useless without the other.
+    An attacker cannot predict digests, so the time of a lookup reveals nothing. The users of the last read stay known
+    while the database is down; `trouble` says why a later read failed.
     """
 
     def __init__(self, database: Database, key: bytes, configured: Mapping[str, str]) -> None:
         self._database = database
         self._login_limiter = LoginLimiter()
         self._key = key
-        # The label says tickets, since a new one would end all sessions.
+        # The label keeps an old word, tickets: a new label would end all sessions.
         self._sessions = URLSafeTimedSerializer(hmac.digest(key, b"tickets", "sha256"))
         self._configured = [User(user, self._digest(secret)) for user, secret in configured.items()]
         self._known = tuple(self._configured)  # as of the last read of the database
-        self._reads = self._latest_read = 0  # how many reads began, and the number of the one that `_known` is from
+        self._reads = self._latest_read = 0  # how many reads began, and the number of the read that gave `_known`
         self._on_revoked: Callable[[User], None] | None = None
         self.trouble: str | None = None
 
@@ -78,7 +78,7 @@ class Users:
     async def watched(
         self, on_revoked: Callable[[User], None], seconds: float = REFRESH_SECONDS
     ) -> AsyncIterator[None]:
-        """While the context lasts, read the users again and again, and call `on_revoked` for each that is gone."""
+        """While the context lasts, read the users regularly, and call `on_revoked` for each user who is gone."""
         self._on_revoked = on_revoked
         watching = asyncio.create_task(self._watch(seconds))
         try:
@@ -89,7 +89,7 @@ class Users:
             await asyncio.wait([watching])
 
     async def find(self, secret: str, user_id: str | None = None) -> User | None:
-        """The user with this secret, and with this id where one is given. Raises DatabaseUnavailableError."""
+        """The user with this secret, and with this id if one is given. Raises DatabaseUnavailableError."""
         digest = self._digest(secret)
         found = self._find_known(digest, user_id)
         if not found:
@@ -101,11 +101,11 @@ class Users:
         return found
 
     async def log_in(self, secret: str, user_id: str | None, address: str) -> User:
-        """As `find`, but a wrong secret is an error and counts against the address. Raises APIError."""
+        """Like `find`, but a wrong secret is an error and counts against the address. Raises APIError."""
         try:
             user = await self.find(secret, user_id)
             refusal: APIError = WrongCredentialsError()
-        except DatabaseUnavailableError as error:  # a failed login too: a known user would have been found
+        except DatabaseUnavailableError as error:  # counts as a failed login: the secret matched no known user
             user, refusal = None, error
         self._login_limiter.check(address)  # after the search, so that no other login comes between check and count
         if user is None:
@@ -114,11 +114,11 @@ class Users:
         return user
 
     def session_token(self, user: User) -> str:
-        """A signed token for a session cookie, a new one each time; valid for two weeks, while the secret is."""
+        """A new signed token for a session cookie. It is valid for two weeks, as long as the secret is valid."""
         return self._sessions.dumps([user.id, self._secret_fingerprint(user), secrets.token_urlsafe(8)])
 
     def user_of_session(self, token: str) -> User | None:
-        """The user of a session token that is valid."""
+        """The user of a session token; None if the token is not valid."""
         try:
             user_id, stamp, *_ = self._sessions.loads(token, max_age=SESSION_SECONDS)
         except BadSignature:
@@ -127,7 +127,7 @@ class Users:
         return next((user for user in users if hmac.compare_digest(self._secret_fingerprint(user), stamp)), None)
 
     async def create(self, user_id: str, secret: str | None = None) -> str:
-        """Add a user and return the secret, a random one where none is given. Raises UsersError."""
+        """Add a user and return the secret; it is random if none is given. Raises UsersError."""
         if not re.fullmatch(USER_ID, user_id):
             raise UsersError(f"{user_id!r} cannot be the id of a user: use up to 64 letters, digits and . _ @ -")
         if secret is None:
@@ -161,7 +161,7 @@ class Users:
         return sorted(self._known, key=lambda user: user.id)
 
     async def create_first(self) -> str | None:
-        """Where there is no user at all, add `admin` and return its secret."""
+        """If there are no users, add `admin` and return its secret."""
         if await self.all():
             return None
         try:
@@ -208,7 +208,7 @@ class Users:
 
 
 def _read_key(path: Path) -> bytes:
-    """The key in a file. A new key is written whole, and only its owner can read it."""
+    """The key in a file, a new one if there is none. A new file is never incomplete, and only its owner can read it."""
     if not path.exists():
         descriptor, temporary = tempfile.mkstemp(dir=path.parent)  # with mode 0600
         try:

@@ -1,4 +1,4 @@
-"""Who sends a request: by header, subprotocol, session cookie or query."""
+"""Finds the user of a request: by header, subprotocol, session cookie or query."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COOKIE = "parley_session"
 
 
 class UserRequired(AuthenticationBackend):
-    """The backend of a mount that is closed to everybody but users. Raises APIError for anybody else."""
+    """The authentication backend of a mount that is for users only. Raises APIError for anybody else."""
 
     async def authenticate(self, conn: HTTPConnection) -> tuple[AuthCredentials, SimpleUser]:
         """The user of a request."""
@@ -26,7 +26,7 @@ class UserRequired(AuthenticationBackend):
 async def authenticate(connection: HTTPConnection) -> User:
     """The user of a connection, by the first credentials that are present. Raises APIError.
 
-    They are the Authorization header, a subprotocol, the session cookie, and the query of a WebSocket.
+    The order: the Authorization header, a subprotocol, the session cookie, the query of a WebSocket.
     """
     scheme, _, secret = connection.headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer":
@@ -58,7 +58,7 @@ async def log_in(connection: HTTPConnection, secret: str) -> User:
 
 
 def user_of_cookie(connection: HTTPConnection) -> User | None:
-    """The user of the session cookie, while it is valid."""
+    """The user of the session cookie; None if there is no valid one."""
     user: User | None = connection.app.state.users.user_of_session(connection.cookies.get(COOKIE, ""))
     return user
 
@@ -71,7 +71,7 @@ def has_allowed_origin(connection: HTTPConnection) -> bool:
 
 
 def _decoded(value: str) -> str:
-    """The text in unpadded base64url; an empty text, which is no secret, for anything else."""
+    """The text in unpadded base64url; for anything else an empty text, which is never a secret."""
     with suppress(ValueError):
         return base64.urlsafe_b64decode(value + "=" * (-len(value) % 4)).decode()
     return ""

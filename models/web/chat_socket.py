@@ -23,16 +23,16 @@ FRAME_BYTES = 2**20
 
 
 class ChatSocket(WebSocketEndpoint):
-    """`/ws`: chat.v1 where the client offers it, else plain text.
+    """`/ws`: chat.v1 if the client offers it, else plain text.
 
-    Starlette awaits `on_receive` in its receive loop, so nothing here waits for a reply: replies run in tasks of their
-    own, and one more task sends.
+    Starlette awaits `on_receive` in its receive loop, so nothing here waits for a reply. Responses run in their own
+    tasks, and one more task sends.
     """
 
     unsent_seconds = UNSENT_SECONDS  # how long a frame may wait for a client that does not read
     user: str | None = None
     session: ChatV1Session | PlainTextSession | None = None
-    close_unread = False  # the client does not read even the close
+    close_unread = False  # the client does not even read the close
 
     async def dispatch(self) -> None:
         """Handle the connection until it ends, or until nothing can be sent any more."""
@@ -44,7 +44,7 @@ class ChatSocket(WebSocketEndpoint):
                 raise
 
     async def on_connect(self, websocket: WebSocket) -> None:
-        """Accept the connection, then find out who it is: an error can be told only after that."""
+        """Accept the connection, then authenticate: errors can be sent only on an accepted connection."""
         self.state = websocket.app.state
         self.is_plain_text = "chat.v1" not in websocket.scope["subprotocols"]
         await websocket.accept(None if self.is_plain_text else "chat.v1")
@@ -75,7 +75,7 @@ class ChatSocket(WebSocketEndpoint):
             return
         try:
             if len(data if isinstance(data, bytes) else data.encode()) > FRAME_BYTES:
-                self.outbox.close(1009, f"a frame may have {FRAME_BYTES} bytes")
+                self.outbox.close(1009, f"a frame may have at most {FRAME_BYTES} bytes")
             elif close := self.session.receive(data):
                 self.outbox.close(*close)
         except Exception:
@@ -83,19 +83,19 @@ class ChatSocket(WebSocketEndpoint):
         await asyncio.sleep(0)  # frames that came together arrive without a pause: let others run
 
     async def on_disconnect(self, websocket: WebSocket, close_code: int) -> None:
-        """The client has gone: leave its replies, which go on for a while."""
+        """The client has disconnected: leave its responses, which go on for a while."""
         if self.session and self.user:
             self.state.connections.leave(self.user, self)
             self.session.close()
         self.sending.cancel()
 
     def presence_changed(self, change: Change, user: str) -> None:
-        """Tell the client that another user has joined or left."""
+        """Notify the client that another user has joined or left."""
         assert self.session
         self.session.presence_changed(change, user)
 
     def close(self, code: int, reason: str) -> None:
-        """Close the connection after what was sent before."""
+        """Close the connection, after all earlier frames."""
         self.outbox.close(code, reason)
 
     def _refuse(self, error: APIError) -> None:
@@ -108,14 +108,14 @@ class ChatSocket(WebSocketEndpoint):
             self.outbox.close(code, str(error.code))
 
     def _give_up(self) -> None:
-        logger.exception("a bug in the handling of a WebSocket")
+        logger.exception("unexpected error in a WebSocket")
         self.outbox.close(1011, "the server failed")
 
     def _on_sending_ended(self, sending: asyncio.Task[bool]) -> None:
         """Nothing more can be sent: stop receiving too, unless the client is about to answer our close."""
         if self.outbox.stalled:
             self.state.metrics.slow_clients.inc()
-            log("closed since nobody reads", user=self.user)
+            log("closed slow client", user=self.user)
         if not sending.cancelled() and (sending.exception() or not sending.result()) and self.receiving:
             self.close_unread = True
             self.receiving.cancel()

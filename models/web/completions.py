@@ -24,7 +24,7 @@ async def models(request: Request) -> Response:
 
 
 async def model(request: Request) -> Response:
-    """`GET /v1/models/{id}`."""
+    """`GET /v1/models/{id}`: the model with this id. Raises ModelNotFoundError."""
     state = request.app.state
     if request.path_params["id"] != state.model_info.name:
         raise ModelNotFoundError(state.model_info.name)
@@ -32,7 +32,7 @@ async def model(request: Request) -> Response:
 
 
 async def chat_completions(request: Request) -> Response:
-    """`POST /v1/chat/completions`."""
+    """`POST /v1/chat/completions`: a completion, whole or streamed."""
     state, user = request.app.state, request.user.username
     asked = ChatCompletionRequest.parse(await read_body(request), state.model_info.name)
     kind = ChatCompletionStream if asked.stream else ChatCompletion
@@ -47,7 +47,7 @@ async def chat_completions(request: Request) -> Response:
 
 
 class CompletionStreamResponse(StreamingResponse):
-    """Server-sent events of a completion, which is cancelled when the client hangs up."""
+    """Sends a completion as server-sent events, and cancels it when the client disconnects."""
 
     def __init__(self, completion: ChatCompletionStream) -> None:
         headers = {"X-Accel-Buffering": "no"}  # nginx passes each event on at once
@@ -61,7 +61,7 @@ class CompletionStreamResponse(StreamingResponse):
 
 @asynccontextmanager
 async def _cancelled_at_disconnect(completion: ChatCompletion, receive: Receive) -> AsyncIterator[None]:
-    """Cancel a completion as soon as the client hangs up, also while nothing is sent."""
+    """Cancel a completion as soon as the client disconnects, even while nothing is being sent."""
 
     async def disconnected() -> None:
         while (await receive())["type"] != "http.disconnect":

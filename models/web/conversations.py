@@ -44,7 +44,7 @@ class ConversationEndpoint(HTTPEndpoint):
 
 
 async def export(request: Request) -> Response:
-    """`GET /v1/conversations/{id}/export`: a download."""
+    """`GET /v1/conversations/{id}/export`: the conversation as a download."""
     conversation, items = await _read(request)
     format = request.query_params.get("format", "markdown")
     document = await asyncio.to_thread(render_document, conversation, items, format)

@@ -1,4 +1,4 @@
-"""Error responses: exceptions to HTTP."""
+"""Turns exceptions into HTTP responses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = logging.getLogger("parley")
 
 
 async def api_error(request: Request, error: Any) -> Response:
-    """An error of ours, as OpenAI's API has it."""
+    """One of our own errors, in the format of OpenAI's API."""
     headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
     if error.retry_after:
         headers["Retry-After"] = str(error.retry_after)
@@ -28,7 +28,7 @@ async def api_error(request: Request, error: Any) -> Response:
 
 
 async def http_exception(request: Request, error: Any) -> Response:
-    """An error of Starlette, as OpenAI's API has it under its path, else as text."""
+    """An error of Starlette: in the format of OpenAI's API under `/v1/`, else as text."""
     if not request.url.path.startswith("/v1/"):
         return PlainTextResponse(error.detail, error.status_code, error.headers)
     details = {"message": error.detail, "type": "invalid_request_error", "param": None, "code": None}
@@ -36,18 +36,18 @@ async def http_exception(request: Request, error: Any) -> Response:
 
 
 async def database_error(request: Request, error: Exception) -> Response:
-    """The database, or a file, cannot be used."""
-    logger.error("the database, or a file, cannot be used: %s", one_line(error))
+    """The database or a file cannot be used."""
+    logger.error("the database or a file cannot be used: %s", one_line(error))
     return await api_error(request, DatabaseUnavailableError())
 
 
 async def client_disconnect(request: Request, error: Exception) -> Response:
-    """The client hung up in the middle of its request, so nobody reads this response."""
+    """The client disconnected during its request, so nobody reads this response."""
     return Response(status_code=400)
 
 
 async def unexpected_error(request: Request, error: Exception) -> Response:
-    """Anything else is a bug. Starlette raises it again, to be logged, and this response passes no middleware."""
+    """Any other error is a bug. Starlette raises it again, so it is logged; no middleware sees this response."""
     response = await api_error(request, ServerError())
     response.headers.update(SECURITY_HEADERS)
     return response
@@ -57,7 +57,7 @@ HANDLERS: Mapping[Any, ExceptionHandler] = {
     APIError: api_error,
     HTTPException: http_exception,
     SQLAlchemyError: database_error,
-    OSError: database_error,  # asyncpg raises it where there is no server
+    OSError: database_error,  # asyncpg raises it if there is no server
     ClientDisconnect: client_disconnect,
     Exception: unexpected_error,
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-SECURITY_HEADERS = {  # of every response that does not set them itself
+SECURITY_HEADERS = {  # for every HTTP response that does not set them itself
     "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
     "Cross-Origin-Opener-Policy": "same-origin",
@@ -16,7 +16,7 @@ SECURITY_HEADERS = {  # of every response that does not set them itself
 
 
 class SecurityHeadersMiddleware:
-    """Adds the security headers to every response."""
+    """Adds the security headers to every HTTP response."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -33,7 +33,7 @@ class SecurityHeadersMiddleware:
 
 
 class StartErrorMiddleware:
-    """Replaces the traceback of a failed start by one line, `app.state.start_error`, which the web server logs."""
+    """Replaces the traceback of a failed start with one line, `app.state.start_error`, which the web server logs."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app

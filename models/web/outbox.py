@@ -1,4 +1,4 @@
-"""Frames on their way to a client."""
+"""The frames that wait to be sent to a client."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Sender(Protocol):
 
 
 class Outbox:
-    """Frames on their way to one client. Sending never waits. A client that does not read is closed.
+    """The frames that wait to be sent to one client. Sending never waits. A client that does not read is closed.
 
-    That is one for which `unsent_bytes` wait here, or a frame has waited for `seconds`.
+    A client does not read if more than `unsent_bytes` wait here, or if a frame has waited for `seconds`.
     """
 
     def __init__(self, websocket: Sender, unsent_bytes: int = UNSENT_BYTES, seconds: float = UNSENT_SECONDS) -> None:
@@ -37,15 +37,15 @@ class Outbox:
         self._sending: asyncio.Timeout | None = None
 
     async def wait_sent(self) -> None:
-        """Wait until everything is sent; for ever where it cannot be."""
+        """Wait until everything is sent; forever if that is not possible."""
         await self._items.join()
 
     def send_json(self, value: dict[str, Any]) -> None:
-        """Send a value as JSON after what was sent before."""
+        """Send a value as JSON, after all earlier frames."""
         self.send_text(json.dumps(value, ensure_ascii=False, separators=(",", ":")))
 
     def send_text(self, text: str) -> None:
-        """Send a text frame after those before it."""
+        """Send a text frame, after all earlier frames."""
         if self.closing:
             return
         if self._unsent > self._limit and self._sending and not self._sending.expired():
@@ -54,15 +54,15 @@ class Outbox:
         self._items.put_nowait((self._now(), text))
 
     def close(self, code: int, reason: str) -> None:
-        """Close the connection after what was sent before; nothing is sent after it."""
+        """Close the connection, after all earlier frames. Later frames are dropped."""
         if not self.closing:
             self.closing = True
             self._items.put_nowait((self._now(), Close(code, reason)))
 
     async def deliver(self) -> bool:
-        """Send until the connection is closed. Returns False where the client does not even read the close.
+        """Send until the connection is closed. Returns False if the client does not even read the close.
 
-        Raises what the WebSocket raises when the client has gone.
+        Raises the error of the WebSocket if the client has disconnected.
         """
         try:
             await self._deliver_all()
@@ -73,7 +73,7 @@ class Outbox:
             self.closing, self._sending = True, None
         with suppress(TimeoutError):
             async with asyncio.timeout(self._seconds / 3):  # the client sees this if it begins to read again
-                await self._websocket.close(1013, "you do not read what is sent to you")
+                await self._websocket.close(1013, "the client does not read its frames")
                 return True
         return False
 

@@ -1,4 +1,4 @@
-"""The page, its login and its files."""
+"""The chat page, the login and the static files."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ async def logout(request: Request) -> Response:
 
 
 def _page(request: Request, user: User | None, error: str | None = None, status: int = 200) -> Response:
-    """The page in the first language of the browser that we have."""
+    """The page, in the first language of the browser that we support."""
     wanted = [language.strip()[:2].lower() for language in request.headers.get("accept-language", "").split(",")]
     language = next((name for name in wanted if name in LANGUAGES), "en")
     context = {
@@ -65,7 +65,7 @@ def _page(request: Request, user: User | None, error: str | None = None, status:
 
 
 class FreshStaticFiles(StaticFiles):
-    """Static files that browsers check each time, so that no old script runs beside a new one."""
+    """Static files that browsers check each time, so that old and new scripts never run together."""
 
     async def get_response(self, path: str, scope: Scope) -> Response:
         """A file, or a not-modified response."""

@@ -12,9 +12,9 @@ BODY_BYTES = 2**20
 async def read_body(request: Request) -> bytes:
     """The body of a request. Raises BodyTooLargeError.
 
-    Starlette's own limit answers a declared length with plain text, where clients of the API expect JSON.
+    Starlette's own limit answers a declared length with plain text, but clients of the API expect JSON.
     """
-    too_large = BodyTooLargeError(f"the body may have {BODY_BYTES} bytes")
+    too_large = BodyTooLargeError(f"the body may have at most {BODY_BYTES} bytes")
     body, declared = b"", request.headers.get("content-length", "")
     if declared.isdecimal() and (len(declared) > 9 or int(declared) > BODY_BYTES):
         raise too_large

@@ -1,4 +1,4 @@
-"""What an operator asks: health, readiness, metrics, effective arguments."""
+"""The endpoints for operators: health, readiness, metrics, effective arguments."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ async def health(request: Request) -> Response:
 
 
 async def ready(request: Request) -> Response:
-    """Whether the model can answer; if so, what else is wrong."""
+    """Whether the model can answer; if so, with a warning if anything else is wrong."""
     state = request.app.state
     if trouble := state.chat.trouble or (state.admission.closed and ServerStoppingError.message):
         return PlainTextResponse(trouble, 503)
@@ -29,6 +29,6 @@ async def metrics(request: Request) -> Response:
 
 
 async def args(request: Request) -> Response:
-    """The settings in force, without secrets, and what they came to."""
+    """The settings without secrets, and the values in effect for this model."""
     state = request.app.state
     return JSONResponse({"args": state.settings.without_secrets() | state.chat.arguments})

@@ -25,7 +25,7 @@ from platformdirs import user_cache_path
 
 from models.settings import EMBEDDED
 from tests.bench.gguf_files import gguf_files
-from tests.bench.servers import ROOT, Server, has, llama_cpp, parley, transformers_serve
+from tests.bench.servers import BEFORE, ROOT, Server, has, llama_cpp, parley, python_of, transformers_serve
 
 STREAMS = (1, 8, 32)
 Measured = dict[str, dict[str, list[float]]]  # by server, then by measure: one number per round
@@ -34,30 +34,37 @@ Measured = dict[str, dict[str, list[float]]]  # by server, then by measure: one 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compare Parley and its peers.")
     parser.add_argument("--peers", type=Path, default=ROOT / ".bench" / "peers", help="the environment of the peers")
+    parser.add_argument("--before", type=Path, help="another checkout of Parley, with an environment of its own")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=128)
     arguments = parser.parse_args()
     measured: Measured = defaultdict(lambda: defaultdict(list))
     with ExitStack() as stack:
-        servers = [stack.enter_context(start()) for start in _servers(arguments.peers)]
+        servers = [stack.enter_context(start()) for start in _servers(arguments.peers, arguments.before)]
         for round_ in range(arguments.rounds):
             print(f"round {round_ + 1} of {arguments.rounds}", file=sys.stderr, flush=True)
             for measure in _measures(arguments.tokens, 10_000 * round_):
                 for server in servers:  # in turn, since the speed of a machine changes over time
                     for name, value in measure(server).items():
                         measured[server.name][name].append(value)
-    own = measured["Parley"]
+    checkouts = {"Parley": ROOT} | ({BEFORE: arguments.before.resolve()} if arguments.before else {})
     for _ in range(arguments.rounds):
-        own["engine"].append(_engine_alone(arguments.tokens))
-        own["memory"].append(_memory())
-        own["start"].append(_start())
-    print("\n".join(_table({name: _medians(values) for name, values in measured.items()})))
+        for name, root in checkouts.items():
+            measured[name]["engine"].append(_engine_alone(root, arguments.tokens))
+            measured[name]["memory"].append(_memory(root))
+            measured[name]["start"].append(_start(root))
+    medians = {name: _medians(values) for name, values in measured.items()}
+    print("\n".join(_table(medians)))
+    if arguments.before:
+        print("\n".join(_before_and_after(medians)))
     (ROOT / ".bench" / "measured.json").write_text(json.dumps(measured, indent=1))
 
 
-def _servers(peers: Path) -> Iterator[Callable[[], AbstractContextManager[Server]]]:
+def _servers(peers: Path, before: Path | None) -> Iterator[Callable[[], AbstractContextManager[Server]]]:
     python = peers / "bin" / "python"
     yield parley
+    if before:
+        yield partial(parley, before.resolve(), 7800)
     if has(python, "xllamacpp"):
         for port, gguf in enumerate(gguf_files(ROOT / ".bench"), 7810):
             yield partial(llama_cpp, python, gguf, port)
@@ -87,24 +94,25 @@ def _measures(tokens: int, number: int) -> Iterator[Callable[[Server], dict[str,
     yield from (first, gap, depth)
 
 
-def _engine_alone(tokens: int) -> float:
+def _engine_alone(root: Path, tokens: int) -> float:
     """Tokens per second of 32 streams in a process without a server."""
-    command = [sys.executable, str(ROOT / "tests/bench/engine.py"), "--streams", "32", "--tokens", str(tokens)]
+    script = root / "tests" / "bench" / "engine.py"
+    command = [str(python_of(root)), str(script), "--streams", "32", "--tokens", str(tokens)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(json.loads(done.stdout.splitlines()[-1])["32"])
 
 
-def _memory() -> float:
+def _memory(root: Path) -> float:
     """The peak memory of a server that answers 32 streams of 512 tokens, in bytes."""
-    with parley() as server:
+    with parley(root) as server:
         server.load("throughput", streams=32, tokens=512)
         return server.peak_memory
 
 
-def _start() -> float:
+def _start(root: Path) -> float:
     """Seconds from the command to the first replies of a client that starts meanwhile; everything is cached."""
     began = time.perf_counter()
-    with parley(compiled=False) as server:
+    with parley(root, compiled=False) as server:
         server.load("throughput", streams=1, tokens=1)
         return time.perf_counter() - began
 
@@ -142,6 +150,17 @@ def _table(servers: dict[str, dict[str, float]]) -> Iterator[str]:
     yield f"| over `/ws`, against the engine alone | 32 | {socket:.2f} | | | 0.95 or more | | | |"
     yield f"| peak memory, 512 tokens each | 32 | {own['memory'] / 1e9:.2f} GB | | | 1.5 GB or less | | | |"
     yield f"| start to first token | | {own['start']:.1f} s | | | 15 s or less | | | |"
+
+
+def _before_and_after(servers: dict[str, dict[str, float]]) -> Iterator[str]:
+    """Every measure of another checkout and of this one."""
+    before, after = servers[BEFORE], servers["Parley"]
+    for values in (before, after):
+        values["socket"] = values["speed 32"] / values["engine"]
+    yield "| | before | after | ratio |"
+    yield "|---|---|---|---|"
+    for name, value in before.items():
+        yield f"| {name} | {value:.4g} | {after[name]:.4g} | {after[name] / value:.2f} |"
 
 
 def _against(

@@ -20,6 +20,7 @@ import httpx2
 
 ROOT = Path(__file__).parents[2]
 SECRET = "bench"
+BEFORE = "Parley before"  # the name of another checkout
 START = 300.0  # seconds until a server must be ready
 
 
@@ -56,13 +57,20 @@ class Server:
 
 @contextmanager
 def _running(
-    name: str, kind: str, command: list[str], health: str, port: int, model: str = "model", **environment: str
+    name: str,
+    kind: str,
+    command: list[str],
+    health: str,
+    port: int,
+    model: str = "model",
+    folder: Path = ROOT,
+    **environment: str,
 ) -> Iterator[Server]:
     url = f"http://127.0.0.1:{port}"
     log = ROOT / ".bench" / f"{name.replace(' ', '-')}.log"
     log.parent.mkdir(exist_ok=True)
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=os.environ | environment, cwd=ROOT)
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=os.environ | environment, cwd=folder)
     try:
         _wait(process, url + health, log)
         yield Server(name, kind, url, model, process)
@@ -89,13 +97,14 @@ def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
 
 
 @contextmanager
-def parley(port: int = 7801, compiled: bool = True) -> Iterator[Server]:
-    """Parley with its defaults; where `compiled` is set, once it has compiled the model."""
-    command = [sys.executable, "server.py", "--port", str(port)]
-    data = ROOT / ".bench" / "data"
+def parley(root: Path = ROOT, port: int = 7801, compiled: bool = True) -> Iterator[Server]:
+    """A checkout of Parley with its default settings; if `compiled`, wait until the model is compiled."""
+    command = [str(python_of(root)), "server.py", "--port", str(port)]
+    data = ROOT / ".bench" / f"data-{port}"
     shutil.rmtree(data, ignore_errors=True)
     settings = {"PARLEY_USERS": f"bench:{SECRET}", "PARLEY_RESPONSES_PER_USER": "64", "PARLEY_DATA": str(data)}
-    with _running("Parley", "parley", command, "/ready", port, **settings) as server:
+    name = "Parley" if root == ROOT else BEFORE
+    with _running(name, "parley", command, "/ready", port, folder=root, **settings) as server:
         while compiled and not httpx2.get(server.url + "/args", trust_env=False).json()["args"]["compiled"]:
             time.sleep(0.1)
         yield server
@@ -125,6 +134,12 @@ def transformers_serve(python: Path, folder: Path, port: int = 7803) -> Iterator
     command += ["--dtype", "bfloat16", "--device", "cpu", "--port", str(port)]
     with _running("transformers", "openai", command, "/health", port, str(folder)) as server:
         yield server
+
+
+def python_of(root: Path) -> Path:
+    """The interpreter for a checkout: that of its own environment, or ours."""
+    own = root / ".venv" / "bin" / "python"
+    return own if root != ROOT and own.exists() else Path(sys.executable)
 
 
 def has(python: Path, module: str) -> bool:

@@ -309,7 +309,7 @@ def test_linears_with_inputs_not_a_multiple_of_four_stay_and_are_logged(caplog: 
     with caplog.at_level(logging.WARNING, "parley"):
         quantize(model, lambda: model(x))
     assert [type(child) for child in model.children()] == [Int8Linear, nn.Linear, nn.Linear]
-    assert caplog.messages == ["these linears stay as they are, not int8: narrow, thin"]
+    assert caplog.messages == ["these linears are not quantized to int8: narrow, thin"]
     torch.testing.assert_close(model(x).detach(), expected, atol=0.05, rtol=0)
 
 
@@ -318,7 +318,7 @@ def test_a_subclass_of_linear_stays_and_is_logged(caplog: pytest.LogCaptureFixtu
     expected = model(x).detach()
     with caplog.at_level(logging.WARNING, "parley"):
         quantize(model, lambda: model(x))
-    assert caplog.messages == ["these linears stay as they are, not int8: 1"]
+    assert caplog.messages == ["these linears are not quantized to int8: 1"]
     assert [type(child) for child in model] == [Int8Linear, DoubledLinear]
     torch.testing.assert_close(model(x).detach(), expected, atol=0.05, rtol=0)
 
@@ -327,7 +327,7 @@ def test_a_model_without_linears_is_logged(caplog: pytest.LogCaptureFixture) -> 
     model, x = nn.Sequential(nn.Tanh()), random(3, 16)
     with caplog.at_level(logging.WARNING, "parley"):
         quantize(model, lambda: model(x))
-    assert caplog.messages == ["these linears stay as they are, not int8: all of the model"]
+    assert caplog.messages == ["these linears are not quantized to int8: all of the model"]
 
 
 def test_a_model_of_which_all_linears_are_replaced_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:

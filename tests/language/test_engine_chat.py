@@ -141,7 +141,7 @@ async def test_a_prompt_that_fills_the_context_is_refused(
 ) -> None:
     async with opened(tokenizer, llama, context=64) as chat:
         for length in (200, 100_000):
-            with pytest.raises(ContextLengthExceededError, match="the context holds 64, with the reply") as raised:
+            with pytest.raises(ContextLengthExceededError, match="the context holds 64, including the reply") as raised:
                 await chat.prepare(user("x" * length), GREEDY)
             assert (raised.value.code, raised.value.param) == ("context_length_exceeded", "input")
         assert (await answer(chat, user("short"), structs.replace(GREEDY, seed=1)))[0]

@@ -105,7 +105,7 @@ def test_a_broken_converted_model_is_refused_with_the_folder_to_delete(tmp_path:
     load(settings(file), cache)
     (converted,) = cache.glob("tiny-*")
     (converted / "model.safetensors").write_bytes(b"cut")
-    assert refusal(settings(file), cache).endswith(f"; delete {converted} to have it made again")
+    assert refusal(settings(file), cache).endswith(f"; delete {converted} to convert the model again")
 
 
 # Chat templates
@@ -152,7 +152,7 @@ def test_a_chat_template_that_cannot_be_read_is_refused(folder: Path, tmp_path: 
 
 @pytest.mark.parametrize("device", ["mps", "xpu", "cuda:99"])
 def test_a_missing_device_is_refused_before_any_download(device: str, cache: Path) -> None:
-    assert f"PARLEY_DEVICE={device}: this machine or this build of torch has none" in refusal(
+    assert f"PARLEY_DEVICE={device}: this machine or this build of torch has no such device" in refusal(
         Settings(device=device), cache
     )
     assert not cache.exists()

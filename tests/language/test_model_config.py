@@ -40,7 +40,9 @@ def test_a_model_that_names_no_limit_gets_the_default_context() -> None:
 
 @pytest.mark.parametrize("context", [513, 1024])
 def test_a_context_larger_than_the_models_is_refused(llama: PreTrainedModel, context: int) -> None:
-    with pytest.raises(SettingsError, match=f"^PARLEY_CONTEXT={context} is not allowed: the model can hold 512 here$"):
+    with pytest.raises(
+        SettingsError, match=f"^PARLEY_CONTEXT={context} is not allowed: the model can hold at most 512$"
+    ):
         context_length(llama, Settings(context=context))
 
 

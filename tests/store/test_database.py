@@ -152,7 +152,7 @@ async def test_a_newer_database_is_refused_and_not_changed(
             await connection.exec_driver_sql(f"INSERT INTO version VALUES ({newer})")
     before = await schema(other_program)
     message = await open_error(empty_database)
-    assert message == f"a newer Parley made the database (version {newer}): use that one, or an older backup"
+    assert message == f"a newer Parley made the database (version {newer}): use the newer Parley, or an older backup"
     assert await schema(other_program) == before
     assert await versions(other_program) == [*ALL_VERSIONS, newer]
 
@@ -260,7 +260,7 @@ async def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
     message = await open_error(Settings(data=tmp_path))
     assert f"{tmp_path / 'parley.db'} cannot be used: " in message
     assert "file is not a database" in message
-    assert "repair or restore it, or move it away" in message
+    assert "repair or restore it, or rename it" in message
 
 
 @pytest.mark.usefixtures("threads_end")

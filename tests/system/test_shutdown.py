@@ -32,7 +32,7 @@ def test_a_running_reply_finishes_and_is_stored_before_the_end(tmp_path: Path, c
     with launched(tmp_path, command=command) as server, server.connected() as client:
         response = client.start("wait hello")
         server.signal(number)
-        server.log.find("replies that have 30 s to finish: 1")
+        server.log.find("waiting up to 30 s for 1 replies")
         server.release()
         assert client.outcome(response["id"]) == ("completed", "stop", "hello")
         assert client.wait_for_close() == RESTARTS
@@ -45,7 +45,7 @@ def test_a_stopping_server_refuses_new_requests(tmp_path: Path, command: str) ->
     with launched(tmp_path, command=command) as server, server.connected() as client:
         response = client.start("wait hello")
         server.signal(signal.SIGTERM)
-        server.log.find("30 s to finish")
+        server.log.find("waiting up to 30 s")
         status, text = server.ready()
         assert (status, "stopping" in text) == (503, True)
         client.ask("say more", conversation="new")
@@ -70,7 +70,7 @@ def test_a_reply_in_the_wait_queue_still_gets_its_slot(tmp_path: Path, command: 
         waiting = client.start("waits", max_output_tokens=5, conversation="new")
         client.wait_for("response.queued", response_id=waiting["id"], position=1)
         server.signal(signal.SIGTERM)
-        server.log.find("replies that have 30 s to finish: 2")
+        server.log.find("waiting up to 30 s for 2 replies")
         server.release()
         for response in (running, waiting):
             assert client.outcome(response["id"])[:2] == ("incomplete", "max_output_tokens")
@@ -141,7 +141,7 @@ def test_a_plain_text_client_gets_the_whole_reply_before_the_close(tmp_path: Pat
         connection.send("wait hello")
         assert connection.recv(PATIENCE) == "hell"
         server.signal(signal.SIGTERM)
-        server.log.find("30 s to finish")
+        server.log.find("waiting up to 30 s")
         server.release()
         assert connection.recv(PATIENCE) == "o"
         with pytest.raises(ConnectionClosed) as closed:

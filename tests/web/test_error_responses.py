@@ -48,7 +48,7 @@ def test_a_database_error_says_when_to_try_again(
     assert (response.status_code, response.json()["error"]["code"]) == (503, "database_unavailable")
     assert response.headers["retry-after"] == "5"
     assert_security_headers(response)
-    assert "the database, or a file, cannot be used: OSError" in caplog.text
+    assert "the database or a file cannot be used: OSError" in caplog.text
 
 
 def test_an_unknown_path_is_json_in_the_api_and_text_elsewhere(client: TestClient) -> None:

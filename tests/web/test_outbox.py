@@ -9,7 +9,7 @@ from models.web.outbox import Outbox
 
 pytestmark = pytest.mark.anyio
 
-UNREAD = (1013, "you do not read what is sent to you")
+UNREAD = (1013, "the client does not read its frames")
 
 
 class ClientGone(Exception):

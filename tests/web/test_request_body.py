@@ -80,7 +80,7 @@ def test_a_body_over_a_mebibyte_is_refused_in_json(client: TestClient, method: s
     assert response.status_code == 413
     assert response.headers["content-type"] == "application/json"
     assert response.json()["error"] == {
-        "message": f"the body may have {BODY_BYTES} bytes",
+        "message": f"the body may have at most {BODY_BYTES} bytes",
         "type": "invalid_request_error",
         "param": None,
         "code": "body_too_large",

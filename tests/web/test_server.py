@@ -67,7 +67,7 @@ def test_given_settings_replace_the_environment(environment: pytest.MonkeyPatch,
 def test_an_unknown_setting_is_logged(environment: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     environment.setenv("PARLEY_COLOUR", "red")
     create_app()
-    assert "PARLEY_COLOUR is not a setting of Parley and changes nothing" in caplog.messages
+    assert "PARLEY_COLOUR is not a setting of Parley and has no effect" in caplog.messages
 
 
 # Middleware

@@ -1,4 +1,4 @@
-"""Compiles our C++ once for each machine, and loads the operators `torch.ops.parley.*` of kernels.cpp."""
+"""Compiles our C++ code once for each machine, and loads the operators `torch.ops.parley.*` of kernels.cpp."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from models.errors import KernelsUnavailableError, one_line
 from models.scratch import scratch_folder
 
 KERNELS = Path(__file__).with_name("kernels.cpp")
-LANES = 16  # numbers that a vector register of the kernels holds; the layouts of keys and weights follow it
+LANES = 16  # numbers that a vector register of the kernels holds; the layouts of keys and weights depend on it
 FLAGS = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c++20", "-Wno-psabi", f"-DPARLEY_LANES={LANES}"]
 
 
@@ -37,7 +37,7 @@ def build_library(cache: Path, source: Path = KERNELS) -> Path:
     if not shutil.which(compiler):
         raise KernelsUnavailableError(f"there is no C++ compiler {compiler} (on Debian: apt-get install g++)")
     with scratch_folder(cache, "kernels") as folder:
-        if path.is_file():  # another process has made it meanwhile
+        if path.is_file():  # another process has just made it
             return path
         unfinished = folder / path.name
         torch_home = Path(torch.__file__).parent
@@ -46,7 +46,7 @@ def build_library(cache: Path, source: Path = KERNELS) -> Path:
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         if done.returncode:
             raise KernelsUnavailableError(f"{compiler} failed: {_reason(done.stderr)}")
-        unfinished.rename(path)  # whole or not at all: another process may load it at any time
+        unfinished.rename(path)  # atomic, since another process may load it at any time
     return path
 
 

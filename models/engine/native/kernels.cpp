@@ -1,7 +1,7 @@
 // The two operators that PyTorch lacks on a CPU: attention over slots, and int8 linears of few rows.
 //
-// Each row of a result is computed alone, in an order that depends on nothing else. So the batch, the chunks of a
-// prompt and cached prefixes cannot change a reply by a bit.
+// Each row of a result is computed alone, in an order that depends on nothing else. So a reply has the same bits in
+// any batch, with any chunks of its prompt, and with any cached prefix.
 
 #include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
@@ -17,7 +17,7 @@
 
 namespace {
 
-constexpr int LANES = PARLEY_LANES;  // from build.py, whose layouts follow it
+constexpr int LANES = PARLEY_LANES;  // from build.py, whose layouts depend on it
 typedef float Floats __attribute__((vector_size(64), aligned(4)));
 typedef int32_t Integers __attribute__((vector_size(64), aligned(4)));
 typedef uint32_t Words __attribute__((vector_size(64), aligned(4)));
@@ -27,7 +27,7 @@ static_assert(sizeof(Floats) == LANES * sizeof(float) && sizeof(Smalls) == LANES
 
 inline Floats load(const float* from) { return *(const Floats*)from; }
 inline Floats load(const c10::BFloat16* from) {
-#ifdef __AVX512F__  // one instruction, where GCC 12 makes six of the code below
+#ifdef __AVX512F__  // one instruction; GCC 12 makes six from the code below
   return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
 #else
   return (Floats)(__builtin_convertvector(*(const Halves*)from, Words) << 16);
@@ -36,12 +36,12 @@ inline Floats load(const c10::BFloat16* from) {
 inline void store(float* to, Floats value) { *(Floats*)to = value; }
 inline Floats fill(float value) { return value - Floats{}; }
 
-// e to the x, to about one unit in the last place, by the polynomial of Cephes' expf. Below -87 it is 0, above 88 it
-// stays what it is at 88.
+// e to the x, to about one unit in the last place, by the polynomial of Cephes' expf. Below -87 the result is 0;
+// above 88 it is the result at 88.
 inline Floats exponential(Floats x) {
   Floats inside = x < -87.f ? fill(-87.f) : x;
   inside = inside > 88.f ? fill(88.f) : inside;
-  Floats rounded = inside * 1.44269504f + 12582912.f;  // the sum has the rounded number in its lowest bits
+  Floats rounded = inside * 1.44269504f + 12582912.f;  // the lowest bits of the sum are the rounded number
   Integers exponent = (Integers)rounded << 23;
   rounded -= 12582912.f;
   Floats rest = inside - rounded * 0.693359375f + rounded * 2.12194440e-4f;
@@ -60,7 +60,7 @@ struct Shape {
 };
 
 // Attention of ROWS queries over one slot's keys (blocks, size, LANES) and values (length, value_size) of one head.
-// Three passes over data that a core's cache holds: all scores, then the softmax, then the sum of values.
+// Three passes over data that fits a core's cache: all scores, then the softmax, then the sum of values.
 template <int ROWS, typename T>
 void attend(const Shape& shape, const float* queries, const int64_t* positions, const float* sinks, const T* keys,
             const T* values, float* scores, float* result) {
@@ -332,11 +332,11 @@ void products(const Bytes& x, int64_t first, const uint8_t* weight, const float*
   const int8_t* bytes = &x.bytes[2 * first * x.depth];
   for (int64_t i = 0; i < x.depth; i += 4) {
 #pragma GCC unroll 2
-    for (int block = 0; block < BLOCKS; block++)
-  {
+    for (int block = 0; block < BLOCKS; block++) {
       const uint8_t* here = weight + (block * x.depth + i) * LANES;
       std::memcpy(&weights[block], here, sizeof(Integers));
-      __builtin_prefetch(here + BLOCKS * x.depth * LANES);  // the next columns; the linears of a step take 3.5 ms instead of 4.7
+      // The next columns: so the linears of a step take 3.5 ms instead of 4.7.
+      __builtin_prefetch(here + BLOCKS * x.depth * LANES);
     }
 #pragma GCC unroll 8
     for (int row = 0; row < 2 * ROWS; row++) {
