@@ -26,9 +26,7 @@ from models.errors import SettingsError, StartError, WrongCredentialsError
 from models.generation.admission import Admission
 from models.generation.interface import ModelInfo
 from models.generation.manager import ResponseManager
-from models.language import loader
 from models.language.chat import Chat
-from models.language.engine_chat import EngineChat
 from models.ops.file_limit import raise_file_limit
 from models.ops.logs import log, logging_configured
 from models.ops.metrics import Metrics
@@ -91,6 +89,10 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
 @asynccontextmanager
 async def open_chat(app: Starlette) -> AsyncIterator[Chat]:
     """Load the model that the settings name, and run a chat with it."""
+    # Imported only here: torch takes seconds, and the commands for users do without it.
+    from models.language import loader
+    from models.language.engine_chat import EngineChat
+
     state = app.state
     state.tokenizer, state.model = loader.load(state.settings)
     async with EngineChat.running(

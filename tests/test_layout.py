@@ -105,6 +105,10 @@ def test_web_protocols_users_and_store_load_no_torch() -> None:
     assert not {"torch", "transformers", "models.language", "models.engine"} & loaded
 
 
+def test_the_server_imports_torch_only_to_open_the_model() -> None:
+    assert not {"torch", "transformers", "models.engine"} & loaded_by("server")
+
+
 def test_the_interface_of_generation_knows_nothing_of_language_models() -> None:
     loaded = loaded_by(*ASK_FOR_REPLIES)
     assert "models.generation.interface" in loaded

@@ -9,15 +9,15 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx2
 import pytest
+from platformdirs import user_cache_path
 
 from models.settings import OPTION_PARSERS, PREFIX, RULES, Settings
 from server import create_app
-from tests.support.client import ANN
 from tests.support.process import PATIENCE, until
 from tests.support.serving import Served, serve
 from tests.support.tiny import opens_tiny, tiny_llama, tiny_tokenizer
@@ -26,6 +26,7 @@ from tests.support.tiny_gguf import write_tiny_gguf
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
+SECRET = "a-secret-that-fits-a-URL"
 DOCUMENTS = sorted(
     path
     for pattern in ("*.md", "models/**/*.md", "tests/**/*.md")
@@ -91,14 +92,13 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def environment(home: Path, tmp_path: Path) -> dict[str, str]:
     """The environment of a command: a small model, and folders of its own."""
     settings = {"MODEL": str(home / "models" / "my-model"), "DATA": str(tmp_path / "data"), "COMPILE": "false"}
-    caches = {"XDG_CACHE_HOME": str(home / "cache"), "HOME": str(home)}
+    caches = {"XDG_CACHE_HOME": str(user_cache_path()), "HOME": str(home)}
     return os.environ | caches | {f"{PREFIX}{name}": value for name, value in settings.items()}
 
 
 def localized(command: str) -> str:
     """A command with the interpreter of this process, whichever environment that is of."""
-    folder = Path(sys.executable).parent
-    return command.replace(".venv/bin/python", sys.executable).replace(".venv/bin/", f"{folder}/")
+    return command.replace(".venv/bin/", f"{Path(sys.executable).parent}/")
 
 
 def run(command: str, environment: dict[str, str], folder: Path = ROOT) -> str:
@@ -166,8 +166,8 @@ SERVE = (
 UVICORN = (".venv/bin/uvicorn server:app --host 0.0.0.0 --port 443 --ssl-keyfile key.pem --ssl-certfile cert.pem",)
 SHORT = {  # commands that take too long as they are, and how they are run here
     ".venv/bin/python tests/bench/engine.py": "--streams 1 --tokens 4 --no-compile",
-    ".venv/bin/python tests/bench/soak.py --users 64 --seconds 600": "--users 4 --seconds 4",
-    ".venv/bin/python tests/bench/idle.py --seconds 40": "--seconds 2 --idle 20 --streams 2",
+    ".venv/bin/python tests/bench/soak.py --users 64 --seconds 600": "--users 4 --actions 2 --linger 1 --pause 0",
+    ".venv/bin/python tests/bench/idle.py --seconds 40": "--seconds 1 --idle 10 --streams 2",
     '.venv/bin/python -m pytest -m "not slow and not compiler and not browser and not postgresql"': "--co -q",
     ".venv/bin/python -m pytest tests/engine -k scheduler": "--co -q",
 }
@@ -195,10 +195,17 @@ def test_uvicorn_serves_over_tls(command: str, environment: dict[str, str], home
     serve_with_uvicorn(command, environment, home)
 
 
-@pytest.mark.parametrize("command", SHORT)
-def test_a_long_command_runs_with_smaller_arguments(command: str) -> None:
-    words = command.split(" --")[0] if "bench" in command else command
-    run(f"{words} {SHORT[command]}", dict(os.environ))
+@pytest.fixture(scope="module", autouse=True)
+def started() -> Iterator[dict[str, subprocess.Popen[str]]]:
+    """The long commands with smaller arguments, all at once, while the other tests run."""
+    with ExitStack() as stack:
+        processes = {}
+        for command, smaller in SHORT.items():
+            words = command.split(" --")[0] if "bench" in command else command
+            start = ["bash", "-euc", f"exec {localized(words)} {smaller}"]
+            process = subprocess.Popen(start, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            processes[command] = stack.enter_context(process)
+        yield processes
 
 
 @pytest.mark.parametrize("command", SIMPLE)
@@ -226,7 +233,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         context=256,
         compile=False,
         data=tmp_path_factory.mktemp("data"),
-        users={"admin": ANN},
+        users={"admin": SECRET},
         options={"max_output_tokens": 8},
     )
     with serve(create_app(settings, opens_tiny)) as served:
@@ -239,8 +246,8 @@ def test_there_are_examples() -> None:
 
 @pytest.mark.parametrize("example", examples(), ids=["OpenAI's package", "plain text", "chat.v1"])
 def test_an_example_prints_a_reply(example: str, served: Served) -> None:
-    example = example.replace("127.0.0.1:7777", served.address).replace('"the secret"', repr(ANN))
-    command = [sys.executable, "-u", "-c", example, ANN]
+    example = example.replace("127.0.0.1:7777", served.address).replace('"the secret"', repr(SECRET))
+    command = [sys.executable, "-u", "-c", example, SECRET]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout
         assert process.stderr
@@ -268,3 +275,9 @@ def test_every_module_in_the_map_exists() -> None:
     text = (ROOT / "models" / "README.md").read_text(encoding="utf-8")
     for name in set(re.findall(r"`((?:\w+/)+\w+\.\w+)`", text)):
         assert any((folder / name).exists() for folder in (ROOT, ROOT / "models")), name
+
+
+@pytest.mark.parametrize("command", SHORT)
+def test_a_long_command_runs_with_smaller_arguments(command: str, started: dict[str, subprocess.Popen[str]]) -> None:
+    output, _ = started[command].communicate()
+    assert started[command].returncode == 0, output

@@ -45,11 +45,11 @@ def test_out_of_memory_reduces_the_slots_and_replies_go_on(tmp_path: Path) -> No
         assert "parley_num_slots 4.0" in server.get("/metrics").text
         replies = [client.start(input, conversation="new", max_output_tokens=50) for input in ("% large", "^ larger")]
         server.release()
+        server.log.find("out of memory: from 4 slots to 2")
         replies.append(client.start("next", conversation="new", max_output_tokens=50))
         assert [client.outcome(reply["id"])[0] for reply in replies] == 3 * ["incomplete"]
         assert "parley_num_slots 2.0" in server.get("/metrics").text
         assert server.ready() == READY
-        server.log.find("out of memory: from 4 slots to 2")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
