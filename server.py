@@ -73,7 +73,7 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
             state.chat = await stack.enter_async_context(state.open_chat(app))
             state.model_info = ModelInfo(state.chat.model_name, state.chat.context, state.chat.defaults)
             state.responses = await stack.enter_async_context(
-                ResponseManager.running(state.chat, state.admission, state.conversations, settings, state.metrics)
+                ResponseManager.opened(state.chat, state.admission, state.conversations, settings, state.metrics)
             )
             register_gauges(app)
             print_login_help(state.url, await state.users.create_first())
@@ -95,7 +95,7 @@ async def open_chat(app: Starlette) -> AsyncIterator[Chat]:
 
     state = app.state
     state.tokenizer, state.model = loader.load(state.settings)
-    async with EngineChat.running(
+    async with EngineChat.opened(
         state.tokenizer,
         state.model,
         state.settings,

@@ -15,7 +15,7 @@ ParleyError
 │   │                         404  ConversationNotFound, ItemNotFound, ResponseNotFound, ModelNotFound
 │   │                         409  ConversationBusy
 │   │                         413  BodyTooLarge
-│   ├── AuthenticationError   401  WrongCredentials
+│   ├── AccessError           401  WrongCredentials
 │   │                         403  OriginNotAllowed
 │   ├── RateLimitError        429  RateLimitExceeded, TooManyResponses, TooManyConnections, TooManyLogins
 │   │                         503  QueueFull
@@ -95,7 +95,7 @@ class APIError(ParleyError):
 
     status: int = 400
     type: ErrorType = "invalid_request_error"
-    code: str | None = None
+    code: str
     param: str | None = None
     retry_after: int | None = None  # seconds to wait before the next try
     message: str  # used if the caller gives no message
@@ -121,10 +121,9 @@ class InvalidValueError(InvalidRequestError):
 
     code = "invalid_value"
 
-    def __init__(self, message: str, param: str, allowed: str | None = None, code: str = "invalid_value") -> None:
+    def __init__(self, message: str, param: str, allowed: str | None = None) -> None:
         super().__init__(message, param)
         self.allowed = allowed
-        self.code = code
 
 
 class MissingFieldError(InvalidRequestError):
@@ -221,21 +220,21 @@ class ConversationBusyError(InvalidRequestError):
     message = "a reply is running in this conversation: wait until it ends, or cancel it"
 
 
-class AuthenticationError(APIError):
+class AccessError(APIError):
     """The user is unknown, or the browser page that sends the request is not trusted."""
 
     status = 401
     type = "authentication_error"
 
 
-class WrongCredentialsError(AuthenticationError):
+class WrongCredentialsError(AccessError):
     """The credentials are missing or belong to no user."""
 
     code = "invalid_credentials"
     message = "authentication failed"
 
 
-class OriginNotAllowedError(AuthenticationError):
+class OriginNotAllowedError(AccessError):
     """A page of another site uses the session cookie."""
 
     status = 403
@@ -313,7 +312,7 @@ class DatabaseUnavailableError(ServerError):
 
     status = 503
     code = "database_unavailable"
-    message = "the database cannot be read at the moment: try again soon"
+    message = "the database cannot be used at the moment: try again soon"
     retry_after = 5
 
 

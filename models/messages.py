@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
+MAX_MESSAGES = 1000  # in one request
+
 Role = Literal["system", "user", "assistant"]
 FinishReason = Literal["stop", "max_output_tokens", "context_length"]
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from msgspec import Meta, Struct, structs
 
+from models.errors import UnknownFieldError
 from models.validation import NO_SURROGATE, Text, convert
 
 Instructions = Annotated[Text | None, Meta(description="a string or null")]
@@ -54,7 +55,11 @@ class Options(Struct, frozen=True, forbid_unknown_fields=True):
         changes = {**changes}
         if isinstance(stop := changes.get("stop"), str):
             changes["stop"] = [stop]
-        return convert({**structs.asdict(self), **changes}, Options, at)
+        try:
+            return convert({**structs.asdict(self), **changes}, Options, at)
+        except UnknownFieldError as error:
+            names = ", ".join(Options.__struct_fields__)
+            raise UnknownFieldError(f"{error.param} is not an option: the options are {names}", error.param) from None
 
     def as_json(self) -> dict[str, Any]:
         """The options in the form of JSON."""

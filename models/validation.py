@@ -2,8 +2,7 @@
 
 A type says what is allowed in two ways: constraints for msgspec, and a description for people, as in
 `Annotated[float, Meta(ge=0, le=2, description="a number from 0 to 2")]`. An error names the nearest type that has a
-description. Its `extra` may have two keys: `report_object`: missing and unknown fields are reported for the whole
-object; `code`: the code of the error.
+description. With `extra={"report_object": True}`, missing and unknown fields are reported for the whole object.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from msgspec import Meta, inspect
 from models.errors import InvalidJSONError, InvalidRequestError, InvalidValueError, MissingFieldError, UnknownFieldError
 
 T = TypeVar("T")
+Json = dict[str, Any]
 
 NO_SURROGATE = r"\A[^\ud800-\udfff]*\Z"  # JSON can have a lone surrogate, which cannot be sent or stored as UTF-8
 
@@ -32,7 +32,7 @@ ERROR = re.compile(  # of msgspec; names and values from clients may look like t
 Text = Annotated[str, Meta(pattern=NO_SURROGATE, description="text")]
 
 
-def parse_object(data: str | bytes, what: str) -> dict[str, Any]:
+def parse_object(data: str | bytes, what: str) -> Json:
     """The JSON object in `data`, which error messages call `what`. Raises InvalidJSONError."""
     try:
         value = json.loads(data if isinstance(data, str) else data.decode(), parse_constant=_refuse_constant)
@@ -102,15 +102,13 @@ def _explained(error: str, type: Any, at: str) -> InvalidRequestError:
         here, at = _child(here, step.lstrip(".")), f"{at}{step}".lstrip(".")
         if _description(here):
             param, described = at, here
-    if parts["field"] is not None and not _extra(here).get("report_object"):
+    if parts["field"] is not None and not _reports_object(here):
         field = printable(f"{at}.{parts['field']}" if at else parts["field"])
         if parts["kind"] == "missing required":
             return MissingFieldError(f"{field} is missing", field)
-        names = ", ".join(known.encode_name for known in _fields(here))
-        return UnknownFieldError(f"{field} is not known here: use {names}", field)
+        return UnknownFieldError(f"{field} is not known here", field)
     allowed = _description(described) or parts["reason"]
-    code = _extra(described).get("code", "invalid_value")
-    return InvalidValueError(f"{param or 'it'} must be {allowed}", param, allowed, code)
+    return InvalidValueError(f"{param or 'it'} must be {allowed}", param, allowed)
 
 
 def _description(type: inspect.Type) -> str:
@@ -121,8 +119,8 @@ def _description(type: inspect.Type) -> str:
     return next(filter(None, map(_description, parts)), "")
 
 
-def _extra(type: inspect.Type) -> dict[str, Any]:
-    return (type.extra or {}) if isinstance(type, inspect.Metadata) else {}
+def _reports_object(type: inspect.Type) -> bool:
+    return isinstance(type, inspect.Metadata) and bool((type.extra or {}).get("report_object"))
 
 
 def _child(type: inspect.Type, step: str) -> inspect.Type:

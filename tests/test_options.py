@@ -113,7 +113,7 @@ def test_an_unknown_option_is_refused_with_the_known_names() -> None:
     with pytest.raises(UnknownFieldError) as raised:
         Options().updated({"top_q": 0.5})
     assert raised.value.param == "top_q"
-    assert str(raised.value) == f"top_q is not known here: use {', '.join(OPTION_NAMES)}"
+    assert str(raised.value) == f"top_q is not an option: the options are {', '.join(OPTION_NAMES)}"
 
 
 @pytest.mark.parametrize(

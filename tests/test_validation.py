@@ -26,7 +26,7 @@ class Part(Struct, forbid_unknown_fields=True):
     name: Text = ""
 
 
-WHOLE = Meta(description='{"size": 1}', extra={"report_object": True, "code": "unsupported_parameter"})
+WHOLE = Meta(description='{"size": 1}', extra={"report_object": True})
 
 
 class Form(Struct, forbid_unknown_fields=True):
@@ -124,20 +124,20 @@ def test_a_missing_field_is_named(value: Any, type: Any, field: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "field", "known"),
+    ("value", "field"),
     [
-        ({"part": {"size": 1, "colour": 1}}, "part.colour", "size, name"),
-        ({"parts": [{"size": 1, "colour": 1}]}, "parts[0].colour", "size, name"),
-        ({"either": [{"size": 1, "colour": 1}]}, "either[0].colour", "size, name"),
-        ({"colour": 1}, "colour", ", ".join(Form.__struct_fields__)),
-        ({"": 1}, "", ", ".join(Form.__struct_fields__)),
+        ({"part": {"size": 1, "colour": 1}}, "part.colour"),
+        ({"parts": [{"size": 1, "colour": 1}]}, "parts[0].colour"),
+        ({"either": [{"size": 1, "colour": 1}]}, "either[0].colour"),
+        ({"colour": 1}, "colour"),
+        ({"": 1}, ""),
     ],
     ids=["object", "item", "one-type-of-two", "top", "empty-name"],
 )
-def test_an_unknown_field_is_named_with_the_known_ones(value: Any, field: str, known: str) -> None:
+def test_an_unknown_field_is_named(value: Any, field: str) -> None:
     error = error_of(value)
     assert isinstance(error, UnknownFieldError)
-    assert str(error) == f"{field} is not known here: use {known}"
+    assert str(error) == f"{field} is not known here"
     assert ((error.param or ""), error.code) == (field, "invalid_value")
 
 
@@ -146,12 +146,12 @@ def test_fields_of_a_whole_object_are_told_of_the_object(part: Any) -> None:
     error = error_of({"whole_parts": [{"size": 1}, part]})
     assert isinstance(error, InvalidValueError)
     assert str(error) == 'whole_parts[1] must be {"size": 1}'
-    assert (error.param, error.code) == ("whole_parts[1]", "unsupported_parameter")
+    assert (error.param, error.code) == ("whole_parts[1]", "invalid_value")
 
 
-def test_the_code_of_a_type_counts_for_its_own_errors_only() -> None:
-    assert error_of({"whole_parts": [5]}).code == "unsupported_parameter"
-    assert error_of({"whole_parts": [{"size": 10}]}).code == "invalid_value"
+def test_a_wrong_value_in_a_whole_object_is_told_of_itself() -> None:
+    assert error_of({"whole_parts": [5]}).param == "whole_parts[0]"
+    assert error_of({"whole_parts": [{"size": 10}]}).param == "whole_parts[0].size"
 
 
 @pytest.mark.parametrize(

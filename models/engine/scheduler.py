@@ -106,8 +106,10 @@ class Scheduler:
         for sequence in sequences:
             if sequence.prefilled:
                 continue
-            cost = 1 + sequence.cached / DEPTH  # of one token
-            if count := min(int(budget / cost), len(sequence.prompt) - sequence.cached):
-                chunks.append(Chunk(sequence, count))
-                budget -= round(count * cost)
+            if budget <= 0:
+                break
+            cost = 1 + sequence.cached / DEPTH  # of one token; late in a very long prompt it is more than the budget
+            count = min(max(1, int(budget / cost)), len(sequence.prompt) - sequence.cached)
+            chunks.append(Chunk(sequence, count))
+            budget -= round(count * cost)
         return chunks

@@ -68,15 +68,15 @@ class Admission:
         self.per_user = per_user
         self.in_flight: Counter[str] = Counter()
         self.closed = False
-        self._rate_limiter = rate_limiter
+        self._rate_limiter = rate_limiter or RateLimiter()
         self._clock = clock
         self._waiting: dict[str, deque[Ticket]] = {}  # by user; the next user in turn comes first
 
     @classmethod
     def of(cls, settings: Settings) -> Admission:
         """An admission with the limits of the settings."""
-        rates = RateLimiter(settings.rate, settings.token_rate) if settings.rate or settings.token_rate else None
-        return cls(settings.slots, settings.queue, settings.responses_per_user, rates)
+        rate_limiter = RateLimiter(settings.rate, settings.token_rate)
+        return cls(settings.slots, settings.queue, settings.responses_per_user, rate_limiter)
 
     @property
     def waiting(self) -> list[Ticket]:
@@ -121,8 +121,7 @@ class Admission:
             )
         if self.free <= 0 and waiting >= self.queue:
             raise QueueFullError(f"the wait queue is full with {self.queue} replies: try again later")
-        if self._rate_limiter:
-            self._rate_limiter.count_request(user)
+        self._rate_limiter.count_request(user)
         self.in_flight[user] += 1
         if self.free > 0:
             self.free -= 1
@@ -139,8 +138,7 @@ class Admission:
             self._waiting[ticket.user].remove(ticket)
         else:
             self.free += 1
-            if self._rate_limiter:
-                self._rate_limiter.count_tokens(ticket.user, ticket.usage.total_tokens)
+            self._rate_limiter.count_tokens(ticket.user, ticket.usage.total_tokens)
         self._waiting = {user: tickets for user, tickets in self._waiting.items() if tickets}
         if self._waiting and self.free > 0:
             self._admit_next()

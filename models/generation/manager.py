@@ -60,7 +60,7 @@ class ResponseManager:
 
     @classmethod
     @asynccontextmanager
-    async def running(
+    async def opened(
         cls, chat: Chat, admission: Admission, conversations: Conversations, settings: Settings, metrics: Metrics
     ) -> AsyncIterator[ResponseManager]:
         """A manager that stores growing replies, and ends all responses when the context ends."""
@@ -88,7 +88,7 @@ class ResponseManager:
     def create(self, request: ResponseRequest, listener: Listener) -> str:
         """Start a response, send its events to a listener, and return its id. Raises ConversationBusyError."""
         response = ActiveResponse(request, self._chat.defaults)
-        if self._active_in(request.user, response.conversation):
+        if response.conversation is not None and self._active_in(request.user, response.conversation):
             raise ConversationBusyError
         response.add_listener(listener)
         response.start(self._generate(response), self._conclude(response))
@@ -133,7 +133,7 @@ class ResponseManager:
 
     async def delete_conversation(self, user: str, id: str) -> None:
         """Delete a conversation; a response that runs in it ends first. Raises ConversationNotFoundError."""
-        for response in self._active_in(user, id):
+        if response := self._active_in(user, id):
             response.cancel(Status.CANCELLED, "client_cancelled")
             await response.wait_concluded()
         await self._write_buffer.delete(user, id)
@@ -181,6 +181,7 @@ class ResponseManager:
                 del before  # a response may run long, and a conversation may be large
                 async for position in ticket.wait():
                     response.set_position(position)
+                response.set_admitted()
                 await self._stream(response, reply, timer)
             finally:
                 timer.end(ticket.waited, response.usage)
@@ -276,8 +277,7 @@ class ResponseManager:
                 for response in growing:
                     response.warn(NotStoredError())
 
-    def _active_in(self, user: str, conversation: str | None) -> list[ActiveResponse]:
+    def _active_in(self, user: str, conversation: str) -> ActiveResponse | None:
         """The response that runs in a conversation of a user, if any."""
-        if conversation is None:
-            return []
-        return [one for one in self._active.values() if (one.user, one.conversation) == (user, conversation)]
+        active = self._active.values()
+        return next((one for one in active if (one.user, one.conversation) == (user, conversation)), None)

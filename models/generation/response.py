@@ -23,7 +23,7 @@ class Phase(Enum):
     """The phase of a response."""
 
     PREPARING = auto()  # its prompt is being made, and its messages are being stored
-    RUNNING = auto()  # it has sent `Created`: it waits for a slot, or generates
+    ANNOUNCED = auto()  # it has sent `Created`: it waits for a slot, or generates
     FINISHED = auto()
 
 
@@ -116,7 +116,7 @@ class ActiveResponse:
 
     def announce(self) -> None:
         """Send `Created`: the messages are stored, or wait to be stored."""
-        self.phase = Phase.RUNNING
+        self.phase = Phase.ANNOUNCED
         self._tell(Created(self.id, self.conversation, self._left_out))
         if self._cancellation:
             self._generating.cancel()
@@ -126,11 +126,14 @@ class ActiveResponse:
         self._position = position
         self._tell(Queued(self.id, position))
 
+    def set_admitted(self) -> None:
+        """Note that the response has its slot."""
+        self._position = 0
+
     def add_text(self, text: str) -> None:
         """Add a piece of text to the reply."""
         self._last_at = asyncio.get_running_loop().time()
         self._first_at = self._first_at or self._last_at
-        self._position = 0
         self._deltas.append(text)
         self._cuts.append(str(len(text)))
         self._tell(TextDelta(self.id, len(self._deltas), text))
@@ -142,7 +145,7 @@ class ActiveResponse:
     def cancel(self, status: Status, reason: str) -> None:
         """End the response. If it is not announced yet, it is announced first, since its messages are being stored."""
         self._cancellation = self._cancellation or (status, reason)
-        if self.phase is Phase.RUNNING:
+        if self.phase is Phase.ANNOUNCED:
             self._generating.cancel()
 
     def end_cancelled(self) -> None:

@@ -49,12 +49,12 @@ class EngineChat:
         self._async_engine = AsyncEngine(self._engine, on_shrink, on_step)
         if settings.compile and self._engine.runner.native:
             self._async_engine.compile(user_cache_path("parley") / "compiled")
-        # One thread, since tokenizers are not thread-safe; the event loop stays free meanwhile.
+        # Encoding a long prompt takes a second: the event loop stays free. One thread, so that prompts take turns.
         self._tokenizer_thread = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
 
     @classmethod
     @asynccontextmanager
-    async def running(
+    async def opened(
         cls,
         tokenizer: PreTrainedTokenizerBase,
         model: PreTrainedModel,

@@ -13,7 +13,7 @@ from models.errors import MessagesRejectedError
 from models.messages import Message
 from models.options import Options
 
-CHARACTERS_PER_TOKEN = 8  # a text longer than this times the context cannot fit
+CHARACTERS_PER_TOKEN = 8  # a text longer than this times the context rarely fits
 
 
 class Prompt(NamedTuple):

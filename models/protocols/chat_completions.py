@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
@@ -13,8 +14,8 @@ from models.errors import APIError, ServerError, ServerStoppingError, WrongCrede
 from models.generation.events import Finished, Queued, Rejected, ResponseEvent, TextDelta
 from models.generation.interface import ModelInfo, ResponseRequest, ResponseService, Stateless
 from models.protocols.chat_completions_request import ChatCompletionRequest
-from models.protocols.connection import Json
 from models.store.item import Item, Status
+from models.validation import Json
 
 FINISH_REASONS = {"stop": "stop", "max_output_tokens": "length", "context_length": "length"}
 FAILURES: Mapping[str | None, type[APIError]] = {
@@ -23,8 +24,8 @@ FAILURES: Mapping[str | None, type[APIError]] = {
 }
 
 
-class ChatCompletion:
-    """A reply that is returned as one object, when it has ended."""
+class Completion(ABC):
+    """A reply to a request; its events come to `on_event`."""
 
     def __init__(self, responses: ResponseService, model: ModelInfo, user: str, request: ChatCompletionRequest) -> None:
         self._responses = responses
@@ -32,25 +33,16 @@ class ChatCompletion:
         self._user = user
         self._id = f"chatcmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
-        self._last_event: asyncio.Future[Rejected | Finished] = asyncio.get_running_loop().create_future()
         options = model.defaults.updated(request.options)
         self.response_id = responses.create(ResponseRequest(user, request.messages, options, Stateless()), self)
 
+    @abstractmethod
     def on_event(self, event: ResponseEvent) -> None:
-        """Keep the last event, and ignore all others."""
-        if isinstance(event, Rejected | Finished) and not self._last_event.cancelled():
-            self._last_event.set_result(event)
+        """Handle an event of the response."""
 
     def cancel(self) -> None:
         """End the response, since the client has disconnected."""
         self._responses.abandon(self._user, self.response_id)
-
-    async def result(self) -> Json:
-        """The completion. Raises APIError if there is none."""
-        reply = _reply_of(await self._last_event)
-        message = {"role": "assistant", "content": reply.content, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": _finish_reason(reply)}
-        return self._object("chat.completion", [choice]) | {"usage": _usage(reply)}
 
     def _object(self, kind: str, choices: list[Any]) -> Json:
         return {
@@ -62,7 +54,27 @@ class ChatCompletion:
         }
 
 
-class ChatCompletionStream(ChatCompletion):
+class ChatCompletion(Completion):
+    """A reply that is returned as one object, when it has ended."""
+
+    def __init__(self, responses: ResponseService, model: ModelInfo, user: str, request: ChatCompletionRequest) -> None:
+        self._last_event: asyncio.Future[Rejected | Finished] = asyncio.get_running_loop().create_future()
+        super().__init__(responses, model, user, request)
+
+    def on_event(self, event: ResponseEvent) -> None:
+        """Keep the last event, and ignore all others."""
+        if isinstance(event, Rejected | Finished) and not self._last_event.cancelled():
+            self._last_event.set_result(event)
+
+    async def result(self) -> Json:
+        """The completion. Raises APIError if there is none."""
+        reply = _reply_of(await self._last_event)
+        message = {"role": "assistant", "content": reply.content, "refusal": None}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": _finish_reason(reply)}
+        return self._object("chat.completion", [choice]) | {"usage": _usage(reply)}
+
+
+class ChatCompletionChunks(Completion):
     """A reply that is sent in chunks, as server-sent events."""
 
     def __init__(self, responses: ResponseService, model: ModelInfo, user: str, request: ChatCompletionRequest) -> None:
@@ -138,7 +150,8 @@ def _finish_reason(reply: Item) -> str | None:
 
 
 def _usage(reply: Item) -> Json:
-    usage = reply.usage or {}
+    usage = reply.usage
+    assert usage
     return {
         "prompt_tokens": usage["input_tokens"],
         "completion_tokens": usage["output_tokens"],

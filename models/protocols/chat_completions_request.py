@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -15,12 +16,10 @@ from models.errors import (
     UnknownFieldError,
     UnsupportedParameterError,
 )
-from models.messages import Message, Role
+from models.messages import MAX_MESSAGES, Message, Role
 from models.options import check_option
-from models.protocols.connection import Json
-from models.validation import Text, convert, parse_object, printable
+from models.validation import Json, Text, convert, parse_object, printable
 
-MAX_MESSAGES = 1000
 MAX_END_USER = 256  # characters that are logged
 MAX_PARAM = 64  # characters of an unknown name that are sent back
 
@@ -72,11 +71,9 @@ class TextPart(Struct, forbid_unknown_fields=True):
     text: Text
 
 
-PART = Meta(
-    description='{"type": "text", "text": "..."}: only text is supported',
-    extra={"report_object": True, "code": "unsupported_parameter"},
-)
-Content = Annotated[Text | list[Annotated[TextPart, PART]], Meta(description="text, or a list of parts")]
+PART = Meta(description='{"type": "text", "text": "..."}: only text is supported', extra={"report_object": True})
+PART_PARAM = r"messages\[\d+\]\.content\[\d+\]"
+Content = Text | list[Annotated[TextPart, PART]]
 
 
 class ChatMessage(Struct, forbid_unknown_fields=True):
@@ -191,6 +188,10 @@ def _convert(values: Json) -> _Body:
         if param.startswith("messages["):
             raise UnsupportedParameterError(f"{param} is not supported: leave it out", param) from None
         raise UnsupportedParameterError(f"there is no parameter {param}", param, "unknown_parameter") from None
+    except InvalidValueError as error:
+        if re.fullmatch(PART_PARAM, str(error.param)):
+            raise UnsupportedParameterError(str(error), str(error.param)) from None
+        raise
 
 
 def _include_usage(body: _Body) -> bool:

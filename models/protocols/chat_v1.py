@@ -30,11 +30,11 @@ from models.protocols.chat_v1_events import (
     render_presence,
     render_session,
 )
-from models.protocols.connection import Client, Close, Json
+from models.protocols.client import Client, Close
 from models.store.conversations import Conversations
 from models.store.item import Edge
 from models.users.connections import Change
-from models.validation import parse_object
+from models.validation import Json, parse_object
 
 logger = logging.getLogger("parley")
 
@@ -80,7 +80,7 @@ class ChatV1Session:
         return None
 
     def presence_changed(self, change: Change, user: str) -> None:
-        """Notify the client who joined or left."""
+        """Tell the client which user has joined or left."""
         self._client.send_json(render_presence(change, user))
 
     def close(self) -> None:

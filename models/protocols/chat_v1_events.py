@@ -9,13 +9,10 @@ from msgspec import Meta, Struct
 
 from models.errors import APIError, InvalidValueError, UnknownEventError
 from models.generation.events import Created, Finished, Queued, Rejected, ResponseEvent, TextDelta, Warned
-from models.messages import Message, Role
+from models.messages import MAX_MESSAGES, Message, Role
 from models.options import Options
-from models.protocols.connection import Json
 from models.users.connections import Change
-from models.validation import NO_SURROGATE, convert, printable
-
-MAX_MESSAGES = 1000  # in one request
+from models.validation import NO_SURROGATE, Json, convert, printable
 
 # Client events
 
@@ -42,7 +39,7 @@ Input = Annotated[
         list[Annotated[InputMessage, Meta(description="an object of role and content", extra={"report_object": True})]],
         Meta(min_length=1, max_length=MAX_MESSAGES),
     ],
-    Meta(description=f"text, or a list of 1 to {MAX_MESSAGES} objects of role and content"),
+    Meta(description=f"text that is not empty, or a list of 1 to {MAX_MESSAGES} objects of role and content"),
 ]
 Object = Annotated[dict[str, Any], Meta(description="an object")]
 

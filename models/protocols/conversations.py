@@ -9,13 +9,13 @@ from typing import Annotated, NamedTuple
 
 from msgspec import Meta, Struct
 
-from models.errors import InvalidRequestError, InvalidValueError
-from models.protocols.connection import Json
+from models.errors import InvalidValueError
 from models.store.conversations import Conversation, Listing
 from models.store.item import Item
-from models.validation import NO_SURROGATE, convert
+from models.validation import NO_SURROGATE, Json, convert, parse_object
 
 MAX_TITLE = MAX_QUERY = 256  # characters
+TITLE = f"text of 1 to {MAX_TITLE} characters"
 
 
 class _ListingQuery(Struct):
@@ -29,7 +29,7 @@ class _ListingQuery(Struct):
 class _Title(Struct):
     """The body of a request that renames a conversation."""
 
-    title: Annotated[str, Meta(pattern=NO_SURROGATE)]
+    title: Annotated[str, Meta(pattern=NO_SURROGATE, description=TITLE)]
 
 
 def parse_listing(parameters: Mapping[str, str]) -> Listing:
@@ -39,13 +39,10 @@ def parse_listing(parameters: Mapping[str, str]) -> Listing:
 
 
 def parse_title(body: bytes) -> str:
-    """The title in a JSON object, as one line. Raises InvalidValueError."""
-    try:
-        title = " ".join(convert(json.loads(body), _Title).title.split())
-    except (ValueError, RecursionError, InvalidRequestError):
-        title = ""
+    """The title in a JSON object, as one line. Raises InvalidRequestError."""
+    title = " ".join(convert(parse_object(body, "the body"), _Title).title.split())
     if not 1 <= len(title) <= MAX_TITLE:
-        raise InvalidValueError(f'send {{"title": "..."}}, with 1 to {MAX_TITLE} characters', "title")
+        raise InvalidValueError(f"title must be {TITLE}", "title", TITLE)
     return title
 
 

@@ -14,7 +14,7 @@ from models.generation.interface import (
     StoredConversation,
     Target,
 )
-from models.protocols.connection import Client, Close
+from models.protocols.client import Client, Close
 from models.store.conversations import Conversations
 from models.store.item import Status
 from models.users.connections import Change
@@ -48,7 +48,7 @@ class PlainTextSession:
         return None
 
     def presence_changed(self, change: Change, user: str) -> None:
-        """Notify the client who left, between replies."""
+        """Tell the client which user has left, between replies."""
         if change == "left":
             self._notices.append(f"Client #{user} left the chat")
             if not self._answering:

@@ -43,7 +43,10 @@ class BufferedReply:
 
 
 class BufferedReplies:
-    """Replies in memory, by id. The oldest ones are dropped if all of them take more than `max_bytes`."""
+    """Replies in memory, by id. If all of them take more than `max_bytes`, old ones are dropped.
+
+    Those without a conversation go first, since nobody loses a message with them.
+    """
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -65,7 +68,8 @@ class BufferedReplies:
         self._bytes += buffered.bytes
         lost = []
         while self._bytes > self._max_bytes:
-            oldest = next(iter(self._replies.values()))
+            oldest = next((one for one in self._replies.values() if one.conversation is None), None)
+            oldest = oldest or next(iter(self._replies.values()))
             self.drop(oldest.reply.id)
             if oldest.conversation is not None:
                 lost.append(oldest.reply.id)

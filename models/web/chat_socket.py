@@ -32,7 +32,7 @@ class ChatSocket(WebSocketEndpoint):
     unsent_seconds = UNSENT_SECONDS  # how long a frame may wait for a client that does not read
     user: str | None = None
     session: ChatV1Session | PlainTextSession | None = None
-    close_unread = False  # the client does not even read the close
+    sending_ended = False  # nothing can be sent any more, not even the close
 
     async def dispatch(self) -> None:
         """Handle the connection until it ends, or until nothing can be sent any more."""
@@ -40,7 +40,7 @@ class ChatSocket(WebSocketEndpoint):
         try:
             await super().dispatch()
         except asyncio.CancelledError:
-            if not self.close_unread:
+            if not self.sending_ended:
                 raise
 
     async def on_connect(self, websocket: WebSocket) -> None:
@@ -90,7 +90,7 @@ class ChatSocket(WebSocketEndpoint):
         self.sending.cancel()
 
     def presence_changed(self, change: Change, user: str) -> None:
-        """Notify the client that another user has joined or left."""
+        """Tell the client that another user has joined or left."""
         assert self.session
         self.session.presence_changed(change, user)
 
@@ -102,10 +102,10 @@ class ChatSocket(WebSocketEndpoint):
         code = 4000 + error.status
         if self.is_plain_text:
             self.outbox.send_text(str(error))
-            self.outbox.close(1008 if code in (4401, 4403) else code, str(error.code))
+            self.outbox.close(1008 if code in (4401, 4403) else code, error.code)
         else:
             self.outbox.send_json(render_error(error))
-            self.outbox.close(code, str(error.code))
+            self.outbox.close(code, error.code)
 
     def _give_up(self) -> None:
         logger.exception("unexpected error in a WebSocket")
@@ -117,5 +117,5 @@ class ChatSocket(WebSocketEndpoint):
             self.state.metrics.slow_clients.inc()
             log("closed slow client", user=self.user)
         if not sending.cancelled() and (sending.exception() or not sending.result()) and self.receiving:
-            self.close_unread = True
+            self.sending_ended = True
             self.receiving.cancel()

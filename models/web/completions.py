@@ -12,8 +12,9 @@ from starlette.types import Receive, Scope, Send
 
 from models.errors import ModelNotFoundError
 from models.ops.logs import log
-from models.protocols.chat_completions import ChatCompletion, ChatCompletionStream, render_model
+from models.protocols.chat_completions import ChatCompletion, ChatCompletionChunks, Completion, render_model
 from models.protocols.chat_completions_request import ChatCompletionRequest
+from models.web.authentication import authenticate
 from models.web.request_body import read_body
 
 
@@ -34,12 +35,14 @@ async def model(request: Request) -> Response:
 async def chat_completions(request: Request) -> Response:
     """`POST /v1/chat/completions`: a completion, whole or streamed."""
     state, user = request.app.state, request.user.username
-    asked = ChatCompletionRequest.parse(await read_body(request), state.model_info.name)
-    kind = ChatCompletionStream if asked.stream else ChatCompletion
+    body = await read_body(request)
+    await authenticate(request)  # again: the user may have been removed while the body was on its way
+    asked = ChatCompletionRequest.parse(body, state.model_info.name)
+    kind = ChatCompletionChunks if asked.stream else ChatCompletion
     completion = kind(state.responses, state.model_info, user, asked)
     if asked.end_user:
         log("completion", response=completion.response_id, user=user, end_user=asked.end_user)
-    if isinstance(completion, ChatCompletionStream):
+    if isinstance(completion, ChatCompletionChunks):
         await completion.wait_started()
         return CompletionStreamResponse(completion)
     async with _cancelled_at_disconnect(completion, request.receive):
@@ -49,7 +52,7 @@ async def chat_completions(request: Request) -> Response:
 class CompletionStreamResponse(StreamingResponse):
     """Sends a completion as server-sent events, and cancels it when the client disconnects."""
 
-    def __init__(self, completion: ChatCompletionStream) -> None:
+    def __init__(self, completion: ChatCompletionChunks) -> None:
         headers = {"X-Accel-Buffering": "no"}  # nginx passes each event on at once
         super().__init__(completion.frames(), media_type="text/event-stream", headers=headers)
         self.completion = completion
@@ -60,7 +63,7 @@ class CompletionStreamResponse(StreamingResponse):
 
 
 @asynccontextmanager
-async def _cancelled_at_disconnect(completion: ChatCompletion, receive: Receive) -> AsyncIterator[None]:
+async def _cancelled_at_disconnect(completion: Completion, receive: Receive) -> AsyncIterator[None]:
     """Cancel a completion as soon as the client disconnects, even while nothing is being sent."""
 
     async def disconnected() -> None:

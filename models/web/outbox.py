@@ -7,7 +7,7 @@ import json
 from contextlib import suppress
 from typing import Any, Protocol
 
-from models.protocols.connection import Close
+from models.protocols.client import Close
 
 UNSENT_BYTES, UNSENT_SECONDS = 2**20, 30.0
 

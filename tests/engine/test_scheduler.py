@@ -187,6 +187,14 @@ def test_tokens_far_into_a_prompt_cost_more_of_the_chunk() -> None:
     assert counts(scheduler.schedule(scheduler.active)) == [(decoding, 1), (deep, 5), (late, 12)]
 
 
+def test_a_prompt_comes_to_its_end_beside_decoding_sequences_however_long_it_is() -> None:
+    scheduler = Scheduler(slots=2, prefill_chunk=8)
+    decoding, prefilling = running(scheduler, 5, 12 * DEPTH)
+    decode(decoding)
+    prefilling.cached = 8 * DEPTH  # one token costs more than the whole chunk
+    assert counts(scheduler.schedule(scheduler.active)) == [(decoding, 1), (prefilling, 1)]
+
+
 def test_scheduling_changes_no_sequence() -> None:
     scheduler = Scheduler(slots=2, prefill_chunk=8)
     decoding, prefilling = running(scheduler, 5, 500)

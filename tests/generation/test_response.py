@@ -86,7 +86,7 @@ async def test_an_announced_response_runs_and_tells_its_conversation(target: Tar
     response.add_listener(listener)
     response.set_prompt(Usage(5), left_out=3)
     response.announce()
-    assert (response.phase, response.status) == (Phase.RUNNING, Status.IN_PROGRESS)
+    assert (response.phase, response.status) == (Phase.ANNOUNCED, Status.IN_PROGRESS)
     assert listener.rest() == [Created(response.id, conversation, 3)]
 
 
@@ -100,7 +100,7 @@ async def test_the_finish_reason_decides_between_completed_and_incomplete(
     response.announce()
     response.end(reason)
     assert (response.status, response.reason) == (status, reason)
-    assert response.phase is Phase.RUNNING  # until its end is stored
+    assert response.phase is Phase.ANNOUNCED  # until its end is stored
 
 
 async def test_a_finished_response_tells_its_reply(response: ActiveResponse, listener: FakeListener) -> None:
@@ -284,12 +284,12 @@ async def test_a_follower_of_a_waiting_response_hears_its_position(response: Act
     assert follower.rest() == [Queued(response.id, 2)]
 
 
-async def test_a_follower_hears_no_position_after_the_first_delta(response: ActiveResponse) -> None:
+async def test_a_follower_hears_no_position_after_the_response_got_its_slot(response: ActiveResponse) -> None:
     response.announce()
     response.set_position(1)
-    response.add_text("one")
+    response.set_admitted()
     follower = FakeListener()
-    await response.catch_up(follower, starting_after=1)
+    await response.catch_up(follower, starting_after=0)
     assert follower.rest() == []
 
 

@@ -46,7 +46,7 @@ async def opened(
 ) -> AsyncIterator[EngineChat]:
     """A chat over a model, with some settings changed."""
     changed = replace(Settings(context=256, slots=2, compile=False), **settings)
-    async with EngineChat.running(tokenizer, model, changed) as chat:
+    async with EngineChat.opened(tokenizer, model, changed) as chat:
         yield chat
 
 

@@ -28,7 +28,13 @@ from models.language.engine_chat import EngineChat
 from models.messages import FinishReason, Message
 from models.ops.metrics import Metrics
 from models.options import Options
-from models.protocols.chat_completions import ChatCompletion, ChatCompletionStream, render_error, render_model
+from models.protocols.chat_completions import (
+    ChatCompletion,
+    ChatCompletionChunks,
+    Completion,
+    render_error,
+    render_model,
+)
 from models.protocols.chat_completions_request import ChatCompletionRequest
 from models.settings import Settings
 from models.store.conversations import Conversations, Listing
@@ -56,18 +62,18 @@ def complete(responses: ResponseService, *contents: str, **options: Any) -> Chat
     return ChatCompletion(responses, MODEL, "ann", request_of(*contents, **options))
 
 
-def stream(responses: ResponseService, *contents: str, usage: bool = False, **options: Any) -> ChatCompletionStream:
+def stream(responses: ResponseService, *contents: str, usage: bool = False, **options: Any) -> ChatCompletionChunks:
     """A running completion that is sent in chunks."""
-    return ChatCompletionStream(responses, MODEL, "ann", request_of(*contents, usage=usage, **options))
+    return ChatCompletionChunks(responses, MODEL, "ann", request_of(*contents, usage=usage, **options))
 
 
-async def frames_of(completion: ChatCompletionStream) -> list[str]:
+async def frames_of(completion: ChatCompletionChunks) -> list[str]:
     """All frames of a stream."""
     await completion.wait_started()
     return [frame async for frame in completion.frames()]
 
 
-async def chunks_of(completion: ChatCompletionStream) -> list[Json]:
+async def chunks_of(completion: ChatCompletionChunks) -> list[Json]:
     """The data of all frames but the last."""
     *frames, end = await frames_of(completion)
     assert end == "data: [DONE]\n\n"
@@ -271,9 +277,9 @@ async def tiny_responses(
     tokenizer: PreTrainedTokenizerBase, llama: PreTrainedModel, conversations: Conversations, settings: Settings
 ) -> AsyncIterator[ResponseManager]:
     """Replies of a tiny model, with a context of 256 tokens."""
-    async with EngineChat.running(tokenizer, llama, settings) as chat:
+    async with EngineChat.opened(tokenizer, llama, settings) as chat:
         admission = Admission.of(settings)
-        async with ResponseManager.running(chat, admission, conversations, settings, Metrics()) as responses:
+        async with ResponseManager.opened(chat, admission, conversations, settings, Metrics()) as responses:
             yield responses
 
 
@@ -289,7 +295,7 @@ async def test_a_prompt_longer_than_the_context_is_refused_not_shortened(tiny_re
     request = ChatCompletionRequest(messages, {"max_output_tokens": 1}, True, False, None)
     for wait in (
         ChatCompletion(tiny_responses, MODEL, "ann", request).result(),
-        ChatCompletionStream(tiny_responses, MODEL, "ann", request).wait_started(),
+        ChatCompletionChunks(tiny_responses, MODEL, "ann", request).wait_started(),
     ):
         with pytest.raises(ContextLengthExceededError, match="256") as raised:
             await wait
@@ -328,7 +334,7 @@ def test_a_model_is_listed_with_its_context() -> None:
 # The client has gone
 
 
-async def end_of(responses: ResponseManager, completion: ChatCompletion) -> asyncio.Task[Any]:
+async def end_of(responses: ResponseManager, completion: Completion) -> asyncio.Task[Any]:
     """A task that waits for the end of a completion that is running."""
     listener = FakeListener()
     await responses.follow("ann", completion.response_id, 0, listener)

@@ -11,9 +11,9 @@ from openai.resources.chat.completions import Completions
 from openai.types.chat import ChatCompletionMessage
 
 from models.errors import APIError, ModelNotFoundError
+from models.messages import MAX_MESSAGES
 from models.protocols.chat_completions import render_error
 from models.protocols.chat_completions_request import (
-    MAX_MESSAGES,
     OPTION_BY_PARAMETER,
     UNSUPPORTED,
     ChatCompletionRequest,

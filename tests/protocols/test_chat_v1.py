@@ -10,9 +10,10 @@ from models.generation.interface import Follower, ModelInfo
 from models.generation.manager import ResponseManager
 from models.options import Options
 from models.protocols.chat_v1 import BAD_FRAMES, RESUMES, ChatV1Session
-from models.protocols.connection import Close, Json
+from models.protocols.client import Close
 from models.settings import Settings
 from models.store.conversations import Conversations
+from models.validation import Json
 from tests.support.fake_client import FakeClient
 from tests.support.scripted import ScriptedChat, running
 from tests.support.stores import AwayConversations

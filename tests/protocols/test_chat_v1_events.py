@@ -16,10 +16,9 @@ from models.errors import (
     QueueFullError,
 )
 from models.generation.events import Created, Finished, Queued, Rejected, TextDelta, Warned
-from models.messages import Message
+from models.messages import MAX_MESSAGES, Message
 from models.options import Options
 from models.protocols.chat_v1_events import (
-    MAX_MESSAGES,
     ClientEvent,
     InputMessage,
     ResponseCancel,
@@ -33,9 +32,8 @@ from models.protocols.chat_v1_events import (
     render_presence,
     render_session,
 )
-from models.protocols.connection import Json
 from models.store.item import Item, Status
-from models.validation import parse_object
+from models.validation import Json, parse_object
 
 HELLO: list[Message] = [{"role": "user", "content": "Hello"}]
 MESSAGES = [InputMessage("user", "Hello")]

@@ -7,7 +7,7 @@ import pytest
 from models.generation.interface import ModelInfo, ResponseRequest, StoredConversation
 from models.generation.manager import ResponseManager
 from models.options import Options
-from models.protocols.connection import Close
+from models.protocols.client import Close
 from models.protocols.plain_text import WAITING, PlainTextSession
 from models.settings import Settings
 from models.store.conversations import Conversations, Listing

@@ -146,6 +146,14 @@ def test_dropped_replies_that_had_to_be_written_are_reported_as_lost() -> None:
     ]
 
 
+def test_replies_of_no_conversation_are_dropped_before_those_that_have_to_be_written() -> None:
+    replies = BufferedReplies(unwritten("r0", "conv", 0).bytes + 2 * finished("r1").bytes)
+    lost = replies.keep(unwritten("r0", "conv", 0))
+    for number in range(1, 5):
+        lost += replies.keep(finished(f"r{number}"))
+    assert (found(replies, "r0", "r1", "r2", "r3", "r4"), lost) == (["r0", "r3", "r4"], [])
+
+
 def test_a_reply_behind_a_lost_one_moves_to_its_position() -> None:
     replies = BufferedReplies(2 * unwritten("r1", "conv", 0).bytes)
     for one in (unwritten("r1", "conv", 2), unwritten("r2", "conv", 4), unwritten("r3", "conv", 6)):

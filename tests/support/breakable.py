@@ -132,7 +132,7 @@ class Faults:
 async def opens_faulty(app: Starlette) -> AsyncIterator[EngineChat]:
     torch.set_num_threads(1)
     tokenizer, model = tiny_tokenizer(), tiny_llama()
-    async with EngineChat.running(tokenizer, model, app.state.settings, app.state.admission.shrink) as chat:
+    async with EngineChat.opened(tokenizer, model, app.state.settings, app.state.admission.shrink) as chat:
         faults = Faults(model)  # not earlier, since the engine runs the model when it starts
         async with releasable(faults.released.set):
             yield chat

@@ -155,5 +155,5 @@ async def running(
     """A manager for the replies of a scripted chat, with some settings changed."""
     changed = replace(settings, **changes)  # type: ignore[arg-type]
     admission = scripted.admission
-    async with ResponseManager.running(scripted, admission, conversations, changed, Metrics()) as responses:
+    async with ResponseManager.opened(scripted, admission, conversations, changed, Metrics()) as responses:
         yield responses

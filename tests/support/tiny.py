@@ -122,5 +122,5 @@ async def opens_tiny(app: Starlette) -> AsyncIterator[EngineChat]:
     app.state.tokenizer, app.state.model = tiny_tokenizer(), tiny_llama()
     state = app.state
     on_shrink, on_step = state.admission.shrink, state.metrics.step.observe
-    async with EngineChat.running(state.tokenizer, state.model, state.settings, on_shrink, on_step) as chat:
+    async with EngineChat.opened(state.tokenizer, state.model, state.settings, on_shrink, on_step) as chat:
         yield chat

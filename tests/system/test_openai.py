@@ -295,7 +295,7 @@ class Gate:
     @asynccontextmanager
     async def opens_tiny(self, app: Starlette) -> AsyncIterator[EngineChat]:
         """What `create_app` takes to run on the tiny Llama, which reads sixteen tokens of a prompt in a step."""
-        async with EngineChat.running(tiny_tokenizer(), tiny_llama(), app.state.settings, on_step=self.on_step) as chat:
+        async with EngineChat.opened(tiny_tokenizer(), tiny_llama(), app.state.settings, on_step=self.on_step) as chat:
             chat._engine.scheduler.prefill_chunk = 1
             yield chat
 

@@ -393,7 +393,7 @@ async def test_cache_usage_is_the_share_of_tokens_in_the_slots(
     def on_step(seconds: float) -> None:
         shares.append(chat.cache_usage)
 
-    async with EngineChat.running(tokenizer, llama, settings, on_step=on_step) as chat:
+    async with EngineChat.opened(tokenizer, llama, settings, on_step=on_step) as chat:
         options = chat.defaults.updated({"max_output_tokens": 5, "temperature": 0})
         reply = await chat.prepare([{"role": "user", "content": "Hi"}], options)
         assert chat.cache_usage == 0

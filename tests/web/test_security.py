@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import string
 import uuid
 from collections.abc import Awaitable, Callable
@@ -161,6 +162,24 @@ def test_a_removed_user_loses_all_access_and_others_stay(
         while not text.endswith("here too"):
             text += bob_plain.receive_text()
         assert client.get("/v1/models", headers=bearer(BOB)).status_code == 200
+
+
+def test_a_user_who_is_removed_while_the_body_arrives_gets_no_completion(own_app: RunningApp) -> None:
+    secret = own_app.call(own_app.app.state.users.create, "eve")
+    messages: list[Any] = []
+
+    async def receive() -> Any:
+        await own_app.app.state.users.remove("eve")
+        body = {"model": "scripted", "messages": [{"role": "user", "content": "say it"}]}
+        return {"type": "http.request", "body": json.dumps(body).encode()}
+
+    async def send(message: Any) -> None:
+        messages.append(message)
+
+    headers = [(name.lower().encode(), value.encode()) for name, value in bearer(secret).items()]
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "query_string": b"", "headers": headers}
+    own_app.call(asyncio.wait_for, own_app.app(scope, receive, send), 10)
+    assert messages[0]["status"] == 401
 
 
 def test_the_old_secret_of_a_user_ends_its_connections(

@@ -23,7 +23,7 @@ def library_path(cache: Path, source: Path = KERNELS) -> Path:
     """The path of the compiled source in `cache`; its name changes with the source, the flags, torch and the CPU."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    cpu = next((line for line in lines if line.startswith("flags")), "")
+    cpu = next((line for line in lines if line.startswith(("flags", "Features"))), "")  # x86, ARM
     parts = "\n".join([source.read_text(encoding="utf-8"), str(torch.__version__), cpu, *FLAGS])
     return cache / f"{source.stem}-{hashlib.sha256(parts.encode()).hexdigest()[:16]}.so"
 

@@ -1,10 +1,10 @@
-"""What the protocols of a WebSocket need from the connection."""
+"""The client of a WebSocket, as its protocol sees it."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
-Json = dict[str, Any]
+from models.validation import Json
 
 
 class Close(NamedTuple):
