@@ -30,7 +30,7 @@ from models.language.chat import Chat
 from models.ops.file_limit import raise_file_limit
 from models.ops.logs import log, logging_configured
 from models.ops.metrics import Metrics
-from models.ops.shutdown import Shutdown
+from models.ops.shutdown import Shutdown, interruptible
 from models.settings import PREFIX, Settings
 from models.store.conversations import Conversations
 from models.store.database import open_database
@@ -40,7 +40,7 @@ from models.users.users import User, Users
 from models.web import completions, conversations, pages, status
 from models.web.authentication import UserRequired
 from models.web.chat_socket import FRAME_BYTES, ChatSocket
-from models.web.error_responses import HANDLERS
+from models.web.error_responses import HANDLERS, authentication_error
 from models.web.middleware import SecurityHeadersMiddleware, StartErrorMiddleware
 
 logger = logging.getLogger("parley")
@@ -89,12 +89,13 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
 @asynccontextmanager
 async def open_chat(app: Starlette) -> AsyncIterator[Chat]:
     """Load the model that the settings name, and run a chat with it."""
-    # Imported only here: torch takes seconds, and the commands for users do without it.
-    from models.language import loader
-    from models.language.engine_chat import EngineChat
-
     state = app.state
-    state.tokenizer, state.model = loader.load(state.settings)
+    with interruptible():
+        # Imported only here: torch takes seconds, and the commands for users do without it.
+        from models.language import loader
+        from models.language.engine_chat import EngineChat
+
+        state.tokenizer, state.model = loader.load(state.settings)
     async with EngineChat.opened(
         state.tokenizer,
         state.model,
@@ -144,7 +145,8 @@ def print_login_help(url: str | None, secret: str | None) -> None:
 
 # The app
 
-api = [  # only for users: AuthenticationMiddleware protects all of it
+users_only = Middleware(AuthenticationMiddleware, backend=UserRequired(), on_error=authentication_error)
+api = [  # behind `users_only`
     Route("/models", completions.models),
     Route("/models/{id:path}", completions.model),
     Route("/chat/completions", completions.chat_completions, methods=["POST"]),
@@ -161,7 +163,7 @@ routes = [
     Route("/metrics", status.metrics),
     Route("/args", status.args),
     WebSocketRoute("/ws", ChatSocket),  # authenticates after it accepts, so that it can send errors
-    Mount("/v1", routes=api, middleware=[Middleware(AuthenticationMiddleware, backend=UserRequired())]),
+    Mount("/v1", routes=api, middleware=[users_only]),
     Mount("/static", pages.static_files, name="static"),
 ]
 

@@ -21,6 +21,7 @@ from models.errors import InvalidJSONError, InvalidRequestError, InvalidValueErr
 T = TypeVar("T")
 Json = dict[str, Any]
 
+SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 NO_SURROGATE = r"\A[^\ud800-\udfff]*\Z"  # JSON can have a lone surrogate, which cannot be sent or stored as UTF-8
 
 ERROR = re.compile(  # of msgspec; names and values from clients may look like the end of its message
@@ -35,7 +36,10 @@ Text = Annotated[str, Meta(pattern=NO_SURROGATE, description="text")]
 def parse_object(data: str | bytes, what: str) -> Json:
     """The JSON object in `data`, which error messages call `what`. Raises InvalidJSONError."""
     try:
-        value = json.loads(data if isinstance(data, str) else data.decode(), parse_constant=_refuse_constant)
+        text = data if isinstance(data, str) else data.decode()
+        # msgspec fails at a field name with a lone surrogate, which only an escape can have. Most requests have none.
+        hook = _with_printable_names if SURROGATE_ESCAPE.search(text) else None
+        value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=hook)
     except RecursionError:
         raise InvalidJSONError(f"{what} is nested too deeply") from None
     except ValueError as error:  # bad JSON, bad UTF-8, a number with thousands of digits
@@ -43,6 +47,10 @@ def parse_object(data: str | bytes, what: str) -> Json:
     if not isinstance(value, dict):
         raise InvalidJSONError(f"{what} is not a JSON object")
     return value
+
+
+def _with_printable_names(fields: list[tuple[str, Any]]) -> Json:
+    return {name.encode(errors="replace").decode(): value for name, value in fields}
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -76,19 +84,17 @@ def _convert(value: Any, type: type[T]) -> T:
     """The value as an object of a type. Works around msgspec, which fails if it has to encode a lone surrogate."""
     with suppress(UnicodeEncodeError):
         return msgspec.convert(value, type)
-    with suppress(UnicodeEncodeError):
-        return msgspec.convert(_without_surrogates(value, names_only=True), type)
     return msgspec.convert(_without_surrogates(value), type)  # raises: text is in a place where no text is allowed
 
 
-def _without_surrogates(value: Any, names_only: bool = False) -> Any:
-    """The value with "?" instead of lone surrogates: in field names, and in texts unless `names_only` is set."""
+def _without_surrogates(value: Any) -> Any:
+    """The value with "?" instead of lone surrogates, in texts and in field names."""
     if isinstance(value, str):
-        return value if names_only else value.encode(errors="replace").decode()
+        return value.encode(errors="replace").decode()
     if isinstance(value, list | tuple):
-        return [_without_surrogates(item, names_only) for item in value]
+        return [_without_surrogates(item) for item in value]
     if isinstance(value, dict):
-        return {_without_surrogates(name): _without_surrogates(item, names_only) for name, item in value.items()}
+        return {_without_surrogates(name): _without_surrogates(item) for name, item in value.items()}
     return value
 
 

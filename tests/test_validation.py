@@ -232,15 +232,23 @@ def test_the_description_of_a_field_can_be_asked_for() -> None:
 # JSON
 
 
+def nested(depth: int) -> list[Any]:
+    """Empty lists in each other."""
+    return [nested(depth - 1)] if depth > 1 else []
+
+
 @pytest.mark.parametrize(
     ("data", "value"),
     [
         ('{"a": [1, 2.5, null, true, "é"]}', {"a": [1, 2.5, None, True, "é"]}),
         ('{"a": "é"}'.encode(), {"a": "é"}),
         ('{"a": "\\ud83d"}', {"a": "\ud83d"}),
+        ('{"\\uDBFF": {"\\ud83d": 1}}', {"?": {"?": 1}}),
+        ('{"\\ud83d\\udc69": 1}', {"👩": 1}),
+        ('{"\\ud83d": ' + "[" * 500 + "]" * 500 + "}", {"?": nested(500)}),
         ("{}", {}),
     ],
-    ids=["text", "bytes", "surrogate", "empty"],
+    ids=["text", "bytes", "surrogate", "surrogate-name", "surrogate-pair-name", "surrogate-name-of-nested", "empty"],
 )
 def test_an_object_is_read_from_json(data: str | bytes, value: Any) -> None:
     assert parse_object(data, "the body") == value

@@ -120,7 +120,7 @@ class Admission:
                 f"you have {self.per_user} replies running or waiting: wait for one to end, or cancel one"
             )
         if self.free <= 0 and waiting >= self.queue:
-            raise QueueFullError(f"the wait queue is full with {self.queue} replies: try again later")
+            raise QueueFullError("the wait queue is full: try again later")
         self._rate_limiter.count_request(user)
         self.in_flight[user] += 1
         if self.free > 0:

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import logging
-import signal
-import threading
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +26,7 @@ def load(settings: Settings, cache: Path | None = None) -> tuple[PreTrainedToken
     `cache` is the folder of converted models, by default the user's cache. Slow steps are announced on stderr.
     Raises ModelError.
     """
-    with _interruptible(), ThreadPoolExecutor(1, thread_name_prefix="kernels") as pool:
+    with ThreadPoolExecutor(1, thread_name_prefix="kernels") as pool:
         _check_device(settings.device)
         # Compiling takes ten seconds, only the first time. Meanwhile the model loads.
         compiling = pool.submit(_build_kernels, user_cache_path("parley")) if _on_cpu(settings) else None
@@ -86,20 +82,6 @@ def _quantize(model: PreTrainedModel, settings: Settings, compiling: Future[Path
     auto = settings.quantize == "auto" and settings.dtype == "auto" and quantization.int8_is_faster()
     if auto or settings.quantize == "int8":
         quantization.quantize(model, lambda: model(input_ids=torch.tensor([[1, 2, 3]]), use_cache=False))
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Let Ctrl-C end a long download: while uvicorn starts, its own signal handlers only set a flag."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handlers = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def _check_device(device: str) -> None:

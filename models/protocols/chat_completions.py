@@ -10,7 +10,14 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
-from models.errors import APIError, ServerError, ServerStoppingError, WrongCredentialsError
+from models.errors import (
+    APIError,
+    ContextLengthExceededError,
+    MessagesRejectedError,
+    ServerError,
+    ServerStoppingError,
+    WrongCredentialsError,
+)
 from models.generation.events import Finished, Queued, Rejected, ResponseEvent, TextDelta
 from models.generation.interface import ModelInfo, ResponseRequest, ResponseService, Stateless
 from models.protocols.chat_completions_request import ChatCompletionRequest
@@ -18,6 +25,7 @@ from models.store.item import Item, Status
 from models.validation import Json
 
 FINISH_REASONS = {"stop": "stop", "max_output_tokens": "length", "context_length": "length"}
+INPUT_ERRORS = (MessagesRejectedError, ContextLengthExceededError)  # the domain's input is the messages here
 FAILURES: Mapping[str | None, type[APIError]] = {
     "server_shutdown": ServerStoppingError,
     "revoked": WrongCredentialsError,
@@ -121,7 +129,7 @@ class ChatCompletionChunks(Completion):
 
 def render_error(error: APIError) -> Json:
     """An error in the format of OpenAI's API."""
-    param = "messages" if error.param == "input" else error.param
+    param = "messages" if isinstance(error, INPUT_ERRORS) else error.param
     return {"message": str(error), "type": error.type, "param": param, "code": error.code}
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import base64
 from contextlib import suppress
 
-from starlette.authentication import AuthCredentials, AuthenticationBackend, SimpleUser
+from starlette.authentication import AuthCredentials, AuthenticationBackend, AuthenticationError, SimpleUser
 from starlette.requests import HTTPConnection
 
-from models.errors import OriginNotAllowedError, TooManyLoginsError, WrongCredentialsError
+from models.errors import APIError, OriginNotAllowedError, TooManyLoginsError, WrongCredentialsError
 from models.ops.logs import log
 from models.users.users import User
 
@@ -16,11 +16,15 @@ COOKIE = "parley_session"
 
 
 class UserRequired(AuthenticationBackend):
-    """The authentication backend of a mount that is for users only. Raises APIError for anybody else."""
+    """The authentication backend of a mount that is for users only."""
 
     async def authenticate(self, conn: HTTPConnection) -> tuple[AuthCredentials, SimpleUser]:
-        """The user of a request."""
-        return AuthCredentials(["user"]), SimpleUser((await authenticate(conn)).id)
+        """The user of a request. Raises AuthenticationError, whose cause is an APIError."""
+        try:
+            user = await authenticate(conn)
+        except APIError as error:
+            raise AuthenticationError from error
+        return AuthCredentials(["user"]), SimpleUser(user.id)
 
 
 async def authenticate(connection: HTTPConnection) -> User:

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
+from starlette.authentication import AuthenticationError
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ExceptionHandler
 
@@ -21,6 +22,17 @@ logger = logging.getLogger("parley")
 
 async def api_error(request: Request, error: Any) -> Response:
     """One of our own errors, in the format of OpenAI's API."""
+    return _rendered(error)
+
+
+def authentication_error(connection: HTTPConnection, error: AuthenticationError) -> Response:
+    """The reason why a backend of AuthenticationMiddleware refuses a request."""
+    reason = error.__cause__
+    assert isinstance(reason, APIError)
+    return _rendered(reason)
+
+
+def _rendered(error: APIError) -> Response:
     headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
     if error.retry_after:
         headers["Retry-After"] = str(error.retry_after)
@@ -29,7 +41,8 @@ async def api_error(request: Request, error: Any) -> Response:
 
 async def http_exception(request: Request, error: Any) -> Response:
     """An error of Starlette: in the format of OpenAI's API under `/v1/`, else as text."""
-    if not request.url.path.startswith("/v1/"):
+    root = request.scope.get("app_root_path", request.scope.get("root_path", ""))  # uvicorn's --root-path
+    if not request.url.path.removeprefix(root).startswith("/v1/"):
         return PlainTextResponse(error.detail, error.status_code, error.headers)
     details = {"message": error.detail, "type": "invalid_request_error", "param": None, "code": None}
     return JSONResponse({"error": details}, error.status_code, error.headers)
@@ -38,7 +51,7 @@ async def http_exception(request: Request, error: Any) -> Response:
 async def database_error(request: Request, error: Exception) -> Response:
     """The database or a file cannot be used."""
     logger.error("the database or a file cannot be used: %s", one_line(error))
-    return await api_error(request, DatabaseUnavailableError())
+    return _rendered(DatabaseUnavailableError())
 
 
 async def client_disconnect(request: Request, error: Exception) -> Response:
@@ -48,7 +61,7 @@ async def client_disconnect(request: Request, error: Exception) -> Response:
 
 async def unexpected_error(request: Request, error: Exception) -> Response:
     """Any other error is a bug. Starlette raises it again, so it is logged; no middleware sees this response."""
-    response = await api_error(request, ServerError())
+    response = _rendered(ServerError())
     response.headers.update(SECURITY_HEADERS)
     return response
 

@@ -77,7 +77,7 @@ async def test_a_full_wait_queue_refuses_the_next_reply() -> None:
     admission = Admission(slots=1, queue=1, per_user=2)
     admission.enter("ann")
     admission.enter("ann")
-    with pytest.raises(QueueFullError, match="the wait queue is full with 1 replies") as raised:
+    with pytest.raises(QueueFullError, match="the wait queue is full: try again later") as raised:
         admission.enter("bob")
     assert (raised.value.status, raised.value.code) == (503, "queue_full")
     assert admission.in_flight["bob"] == 0

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import os
-import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -197,31 +195,7 @@ def test_without_a_compiler_int8_is_refused(folder: Path, cache: Path) -> None:
     assert "there is no C++ compiler no-such-compiler" in message
 
 
-# Signals
-
-
-def test_a_signal_ends_a_load_although_a_server_only_notes_it(folder: Path, tmp_path: Path, cache: Path) -> None:
-    noted = list[int]()
-
-    def note(number: int, frame: object) -> None:
-        noted.append(number)
-
-    def interrupt() -> None:
-        with template.open("w"):  # once the loader reads it
-            os.kill(os.getpid(), signal.SIGINT)
-
-    template = tmp_path / "pipe"
-    os.mkfifo(template)
-    thread = threading.Thread(target=interrupt)
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        thread.start()
-        with pytest.raises(KeyboardInterrupt):
-            load(settings(folder, chat_template=template), cache)
-        assert (signal.getsignal(signal.SIGINT), noted) == (note, [])
-    finally:
-        signal.signal(signal.SIGINT, before)
-        thread.join()
+# Threads
 
 
 def test_a_model_can_be_loaded_in_another_thread(folder: Path, cache: Path) -> None:

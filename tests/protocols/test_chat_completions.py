@@ -18,6 +18,7 @@ from models.errors import (
     ServerError,
     ServerStoppingError,
     TooManyResponsesError,
+    UnsupportedParameterError,
     WrongCredentialsError,
 )
 from models.generation.admission import Admission
@@ -319,6 +320,14 @@ def test_an_error_has_the_four_fields_of_openais_api() -> None:
     ]
     assert render_error(ItemNotFoundError())["param"] == "after"
     assert render_error(ServerError())["param"] is None
+
+
+def test_a_parameter_that_a_client_calls_input_keeps_its_name() -> None:
+    with pytest.raises(UnsupportedParameterError) as raised:
+        ChatCompletionRequest.parse(
+            b'{"model": "scripted", "messages": [{"role": "user", "content": "x"}], "input": 1}', "scripted"
+        )
+    assert render_error(raised.value)["param"] == "input"
 
 
 def test_a_model_is_listed_with_its_context() -> None:

@@ -59,6 +59,14 @@ def test_an_unknown_path_is_json_in_the_api_and_text_elsewhere(client: TestClien
     assert (response.status_code, response.text) == (404, "Not Found")
 
 
+def test_the_api_is_recognized_behind_a_path_of_a_proxy(shared_app: RunningApp) -> None:
+    client = TestClient(shared_app.app, "http://testserver/parley", root_path="/parley")
+    client.portal = shared_app.client().portal
+    assert client.get("/v1/models", headers=bearer()).status_code == 200
+    assert client.get("/v1/unknown", headers=bearer()).json()["error"]["message"] == "Not Found"
+    assert client.get("/unknown").text == "Not Found"
+
+
 def test_a_wrong_method_is_json_in_the_api_and_text_elsewhere(client: TestClient) -> None:
     response = client.delete("/v1/models", headers=bearer())
     assert (response.status_code, response.json()["error"]["message"]) == (405, "Method Not Allowed")
