@@ -38,7 +38,7 @@ def parse_object(data: str | bytes, what: str) -> Json:
     try:
         text = data if isinstance(data, str) else data.decode()
         # msgspec fails at a field name with a lone surrogate, which only an escape can have. Most requests have none.
-        hook = _with_printable_names if SURROGATE_ESCAPE.search(text) else None
+        hook = _with_encodable_names if SURROGATE_ESCAPE.search(text) else None
         value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=hook)
     except RecursionError:
         raise InvalidJSONError(f"{what} is nested too deeply") from None
@@ -49,8 +49,13 @@ def parse_object(data: str | bytes, what: str) -> Json:
     return value
 
 
-def _with_printable_names(fields: list[tuple[str, Any]]) -> Json:
-    return {name.encode(errors="replace").decode(): value for name, value in fields}
+def _with_encodable_names(fields: list[tuple[str, Any]]) -> Json:
+    return {_encodable(name): value for name, value in fields}
+
+
+def _encodable(text: str) -> str:
+    """The text with "?" instead of lone surrogates."""
+    return text.encode(errors="replace").decode()
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -59,7 +64,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 def printable(words: object, limit: int = 200) -> str:
     """A client's words, shortened and made safe to send back."""
-    return str(words).encode(errors="replace").decode()[:limit]
+    return _encodable(str(words))[:limit]
 
 
 def convert(value: Any, type: type[T], at: str = "") -> T:
@@ -90,7 +95,7 @@ def _convert(value: Any, type: type[T]) -> T:
 def _without_surrogates(value: Any) -> Any:
     """The value with "?" instead of lone surrogates, in texts and in field names."""
     if isinstance(value, str):
-        return value.encode(errors="replace").decode()
+        return _encodable(value)
     if isinstance(value, list | tuple):
         return [_without_surrogates(item) for item in value]
     if isinstance(value, dict):

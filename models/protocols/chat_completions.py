@@ -32,8 +32,8 @@ FAILURES: Mapping[str | None, type[APIError]] = {
 }
 
 
-class Completion(ABC):
-    """A reply to a request; its events come to `on_event`."""
+class BaseChatCompletion(ABC):
+    """What whole and streamed chat completions have in common: a running response, whose events come to `on_event`."""
 
     def __init__(self, responses: ResponseService, model: ModelInfo, user: str, request: ChatCompletionRequest) -> None:
         self._responses = responses
@@ -62,7 +62,7 @@ class Completion(ABC):
         }
 
 
-class ChatCompletion(Completion):
+class ChatCompletion(BaseChatCompletion):
     """A reply that is returned as one object, when it has ended."""
 
     def __init__(self, responses: ResponseService, model: ModelInfo, user: str, request: ChatCompletionRequest) -> None:
@@ -82,7 +82,7 @@ class ChatCompletion(Completion):
         return self._object("chat.completion", [choice]) | {"usage": _usage(reply)}
 
 
-class ChatCompletionChunks(Completion):
+class ChatCompletionChunks(BaseChatCompletion):
     """A reply that is sent in chunks, as server-sent events."""
 
     def __init__(self, responses: ResponseService, model: ModelInfo, user: str, request: ChatCompletionRequest) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from models.store.conversations import Conversations
 from models.store.item import Item
@@ -68,8 +69,8 @@ class BufferedReplies:
         self._bytes += buffered.bytes
         lost = []
         while self._bytes > self._max_bytes:
-            oldest = next((one for one in self._replies.values() if one.conversation is None), None)
-            oldest = oldest or next(iter(self._replies.values()))
+            unstored = (one for one in self._replies.values() if one.conversation is None)
+            oldest = next(chain(unstored, self._replies.values()))
             self.drop(oldest.reply.id)
             if oldest.conversation is not None:
                 lost.append(oldest.reply.id)

@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from models.errors import ModelNotFoundError
 from models.ops.logs import log
-from models.protocols.chat_completions import ChatCompletion, ChatCompletionChunks, Completion, render_model
+from models.protocols.chat_completions import BaseChatCompletion, ChatCompletion, ChatCompletionChunks, render_model
 from models.protocols.chat_completions_request import ChatCompletionRequest
 from models.web.authentication import authenticate
 from models.web.request_body import read_body
@@ -63,7 +63,7 @@ class CompletionStreamResponse(StreamingResponse):
 
 
 @asynccontextmanager
-async def _cancelled_at_disconnect(completion: Completion, receive: Receive) -> AsyncIterator[None]:
+async def _cancelled_at_disconnect(completion: BaseChatCompletion, receive: Receive) -> AsyncIterator[None]:
     """Cancel a completion as soon as the client disconnects, even while nothing is being sent."""
 
     async def disconnected() -> None:

@@ -14,13 +14,13 @@ from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed
 from websockets.typing import Subprotocol
 
+from models.validation import Json
 from models.web.chat_socket import FRAME_BYTES
 from server import UVICORN_FRAME_BYTES
 from tests.bench.clients import (
     REFUSALS,
     Action,
     Chat,
-    Json,
     Moment,
     Reply,
     User,

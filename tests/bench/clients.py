@@ -18,7 +18,7 @@ import httpx2
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.typing import Subprotocol
 
-Json = dict[str, Any]
+from models.validation import Json
 
 DEADLINE = 180.0  # seconds that anything a client does may take, however long the wait queue
 WORDS = ("the", "sea", "bread", "clocks", "glass", "bees", "rivers", "paper", "and", "of", "a", "with", "stone")

@@ -22,7 +22,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -35,6 +34,7 @@ from websockets.typing import Subprotocol
 from models.engine.native import build
 from models.language.events import Event, TextPiece
 from models.settings import Settings
+from models.validation import Json
 from server import create_app
 from tests.bench.soak import Errors, in_process, memory, processes, run_app
 from tests.support.scripted import ScriptedChat, ScriptedReply
@@ -44,7 +44,6 @@ RATE = 20  # pieces per second of each stream without a model
 SETTLE = 2.0  # seconds before anything is measured
 PER_USER = 10  # idle sockets
 
-Json = dict[str, Any]
 Receive = Callable[[], Awaitable[Json]]
 Send = Callable[[Json], Awaitable[None]]
 

@@ -30,9 +30,9 @@ from models.messages import FinishReason, Message
 from models.ops.metrics import Metrics
 from models.options import Options
 from models.protocols.chat_completions import (
+    BaseChatCompletion,
     ChatCompletion,
     ChatCompletionChunks,
-    Completion,
     render_error,
     render_model,
 )
@@ -40,7 +40,7 @@ from models.protocols.chat_completions_request import ChatCompletionRequest
 from models.settings import Settings
 from models.store.conversations import Conversations, Listing
 from models.store.item import Item, Status
-from tests.support.client import Json
+from models.validation import Json
 from tests.support.fake_client import FakeListener
 from tests.support.scripted import ScriptedChat, running
 
@@ -343,7 +343,7 @@ def test_a_model_is_listed_with_its_context() -> None:
 # The client has gone
 
 
-async def end_of(responses: ResponseManager, completion: Completion) -> asyncio.Task[Any]:
+async def end_of(responses: ResponseManager, completion: BaseChatCompletion) -> asyncio.Task[Any]:
     """A task that waits for the end of a completion that is running."""
     listener = FakeListener()
     await responses.follow("ann", completion.response_id, 0, listener)

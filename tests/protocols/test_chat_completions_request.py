@@ -18,7 +18,7 @@ from models.protocols.chat_completions_request import (
     UNSUPPORTED,
     ChatCompletionRequest,
 )
-from tests.support.client import Json
+from models.validation import Json
 
 END_USER = ("user", "safety_identifier", "prompt_cache_key")  # fields that name the end user, the first one counts
 HI = [{"role": "user", "content": "Hi"}]

@@ -10,7 +10,7 @@ from typing import Any
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
-Json = dict[str, Any]
+from models.validation import Json
 
 ANN, BOB = "ann's secret", "bob's secret"  # the secrets of the two users of most tests
 

@@ -6,8 +6,8 @@ import asyncio
 from typing import Any, TypeVar
 
 from models.generation.events import Finished, ResponseEvent, TextDelta
+from models.validation import Json
 
-Json = dict[str, Any]
 Event = TypeVar("Event", bound=ResponseEvent)
 
 

@@ -24,9 +24,10 @@ from starlette.applications import Starlette
 from models.language.engine_chat import EngineChat
 from models.options import Options
 from models.settings import Settings
+from models.validation import Json
 from models.web.chat_socket import FRAME_BYTES
 from server import create_app
-from tests.support.client import ANN, BOB, Json
+from tests.support.client import ANN, BOB
 from tests.support.scripted import ScriptedChat
 from tests.support.serving import Served, serve
 from tests.support.sockets import all_tasks, call, chat_v1, events_until, server_tracebacks, wait_for_other_tasks

@@ -16,7 +16,8 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Subprotocol
 
-from tests.support.client import ANN, Json, bearer
+from models.validation import Json
+from tests.support.client import ANN, bearer
 from tests.support.process import fork, processes
 from tests.support.survivor import DELTAS_PER_SECOND, serve
 

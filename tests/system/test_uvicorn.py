@@ -22,10 +22,10 @@ from websockets.typing import Subprotocol
 from models.errors import InvalidRequestError
 from models.protocols.chat_v1_events import parse_event, parse_event_id, render_error
 from models.settings import Settings
-from models.validation import parse_object
+from models.validation import Json, parse_object
 from models.web.chat_socket import FRAME_BYTES
 from server import UVICORN_FRAME_BYTES, create_app
-from tests.support.client import ANN, BOB, Json, bearer, bearer_subprotocol
+from tests.support.client import ANN, BOB, bearer, bearer_subprotocol
 from tests.support.scripted import ScriptedChat
 from tests.support.serving import Served, serve
 from tests.support.sockets import (

@@ -13,17 +13,9 @@ from starlette.testclient import TestClient
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from models.settings import Settings
+from models.validation import Json
 from server import create_app, routes, users_only
-from tests.support.client import (
-    ANN,
-    BOB,
-    Json,
-    bearer,
-    bearer_subprotocol,
-    close_code,
-    converse,
-    log_in,
-)
+from tests.support.client import ANN, BOB, bearer, bearer_subprotocol, close_code, converse, log_in
 from tests.support.routes import METHODS, all_routes, filled, http_routes
 from tests.support.running_app import RunningApp, start
 from tests.support.scripted import ScriptedChat

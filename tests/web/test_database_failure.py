@@ -9,8 +9,9 @@ import pytest
 from starlette.testclient import TestClient
 
 from models.settings import Settings
+from models.validation import Json
 from server import create_app
-from tests.support.client import Json, ask, bearer, events_until_done
+from tests.support.client import ask, bearer, events_until_done
 from tests.support.scripted import ScriptedChat, keeping_in
 from tests.support.stores import AwayConversations
 

@@ -22,9 +22,10 @@ from models.language.engine_chat import EngineChat
 from models.language.events import Done
 from models.ops.metrics import GAUGES
 from models.settings import Settings
+from models.validation import Json
 from models.web.chat_socket import ChatSocket
 from server import create_app
-from tests.support.client import BOB, Json, ask, bearer, complete, events_until_done, log_in, until
+from tests.support.client import BOB, ask, bearer, complete, events_until_done, log_in, until
 from tests.support.samples import Samples, changes, read_samples
 from tests.support.scripted import ScriptedChat
 from tests.support.serving import Served, serve

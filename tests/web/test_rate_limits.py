@@ -8,8 +8,9 @@ from typing import Any
 from starlette.testclient import TestClient
 
 from models.settings import Settings
+from models.validation import Json
 from server import create_app
-from tests.support.client import ANN, BOB, Json, ask, bearer, complete, events_until_done, until
+from tests.support.client import ANN, BOB, ask, bearer, complete, events_until_done, until
 from tests.support.tiny import opens_tiny
 
 

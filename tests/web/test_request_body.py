@@ -10,9 +10,10 @@ import httpx2
 import pytest
 from starlette.testclient import TestClient
 
+from models.validation import Json
 from models.web.request_body import BODY_BYTES
 from server import routes
-from tests.support.client import ANN, Json, bearer
+from tests.support.client import ANN, bearer
 from tests.support.routes import http_routes, methods_of
 from tests.support.running_app import RunningApp
 from tests.support.serving import Served

@@ -11,8 +11,9 @@ from starlette.routing import Mount, Route, WebSocketRoute
 
 from models.protocols.chat_v1_events import ClientEvent
 from models.settings import Settings
+from models.validation import Json
 from server import create_app, routes
-from tests.support.client import ANN, BOB, Json, ask, bearer, log_in
+from tests.support.client import ANN, BOB, ask, bearer, log_in
 from tests.support.routes import all_routes, filled, http_routes
 from tests.support.running_app import RunningApp, start
 from tests.support.scripted import ScriptedChat
