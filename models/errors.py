@@ -163,10 +163,14 @@ class MessagesRejectedError(InvalidRequestError):
 
 
 class ContextLengthExceededError(InvalidRequestError):
-    """The prompt leaves no room for a reply in the context."""
+    """The prompt leaves no room for a reply in the context; `tokens` were encoded to find this out."""
 
     code = "context_length_exceeded"
     param = "input"
+
+    def __init__(self, message: str, tokens: int = 0) -> None:
+        super().__init__(message)
+        self.tokens = tokens
 
 
 class BodyTooLargeError(InvalidRequestError):

@@ -32,14 +32,14 @@ class Engine:
         return cached / (self.runner.slots * self.runner.context)
 
     def add(self, sequence: Sequence) -> None:
-        """Give a sequence a free slot, with the longest prefix of its prompt that any slot holds.
+        """Give a sequence a free slot, with the longest prefix of its prompt that it may reuse.
 
         Asserts that a slot is free and that the model can process the prompt.
         """
         assert 0 < len(sequence.prompt) < self.runner.context
         assert max(sequence.prompt) < self.runner.vocabulary
         assert sequence.max_tokens > 0
-        placement = self.scheduler.find_slot(sequence.prompt)
+        placement = self.scheduler.find_slot(sequence)
         self.sampler.assign(placement.slot, sequence.params, sequence.prompt)  # first, since it may run out of memory
         self.scheduler.reserve(placement)
         self.runner.prepare_slot(placement)

@@ -1,43 +1,66 @@
-"""Keeps track of the tokens in each slot, so that the common prefix of two prompts is computed only once."""
+"""Keeps track of the tokens in each slot, so that the common prefix of two prompts is computed only once.
+
+A reused prefix shows in the token counts and in the time to the first token. So a prompt finds only what its owner
+knows already: all tokens of the same owner, and the public beginning of the others.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 MIN_PREFIX = 16  # tokens; a shorter prefix is computed as fast as it is copied
 
 
+class CachedTokens(NamedTuple):
+    """The tokens whose keys and values a slot holds, in order. The first `public` ones are no secret of the owner."""
+
+    tokens: list[int]
+    owner: str = ""
+    public: int = 0
+
+    def shared_with(self, prompt: CachedTokens) -> int:
+        """How many tokens a prompt may reuse."""
+        length = min(len(self.tokens), len(prompt.tokens))
+        if self.owner != prompt.owner:
+            length = min(length, self.public, prompt.public)  # before any comparison: its time would tell too
+        return common_prefix(self.tokens, prompt.tokens, length)
+
+
 class PrefixCache:
-    """The tokens whose keys and values each slot holds, in order, and which slot was used last."""
+    """The tokens that each slot holds, and which slot was used last."""
 
     def __init__(self, slots: int) -> None:
-        self.tokens: list[list[int]] = [[] for _ in range(slots)]
+        self.cached: list[CachedTokens] = [CachedTokens([]) for _ in range(slots)]
         self._used: list[int] = [0] * slots
         self._clock = 0
 
-    def find(self, prompt: list[int]) -> tuple[int, int]:
+    def find(self, prompt: CachedTokens) -> tuple[int, int]:
         """The slot that shares the longest prefix with the prompt, and its length.
 
         The length is less than the prompt's, since the last token has to be computed for its logits.
         """
-        shared = [_common_prefix(prompt, tokens) for tokens in self.tokens]
+        shared = [cached.shared_with(prompt) for cached in self.cached]
         slot = max(range(len(shared)), key=lambda slot: (shared[slot], self._used[slot]))
-        length = min(shared[slot], len(prompt) - 1)
+        length = min(shared[slot], len(prompt.tokens) - 1)
         return slot, length if length >= MIN_PREFIX else 0
 
-    def choose(self, free: list[int], source: int, length: int) -> int:
-        """The free slot for a prompt: the source itself if little else is lost, else the least recently used."""
-        if source in free and 2 * length >= len(self.tokens[source]):
+    def choose(self, free: list[int], source: int, length: int, owner: str = "") -> int:
+        """The free slot for a prompt: the source itself if its owner loses little, else the least recently used."""
+        cached = self.cached[source]
+        if source in free and cached.owner == owner and 2 * length >= len(cached.tokens):
             return source
         return min(free, key=lambda slot: self._used[slot])
 
-    def record(self, slot: int, tokens: list[int]) -> None:
+    def record(self, slot: int, cached: CachedTokens) -> None:
         """Note which tokens a slot holds now."""
         self._clock += 1
         self._used[slot] = self._clock
-        self.tokens[slot] = tokens
+        self.cached[slot] = cached
 
 
-def _common_prefix(prompt: list[int], tokens: list[int]) -> int:
-    length = min(len(prompt), len(tokens))
-    if prompt[:length] == tokens[:length]:  # a thousand times faster than a loop
+def common_prefix(tokens: list[int], others: list[int], limit: int | None = None) -> int:
+    """The length of the common prefix, at most `limit`."""
+    length = min(len(tokens), len(others)) if limit is None else limit
+    if tokens[:length] == others[:length]:  # a thousand times faster than a loop
         return length
-    return next(index for index in range(length) if prompt[index] != tokens[index])
+    return next(index for index in range(length) if tokens[index] != others[index])

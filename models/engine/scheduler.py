@@ -68,32 +68,33 @@ class Scheduler:
         """The sequences that take part in the next step; others wait if the limit was lowered."""
         return self.running[: self.limit]
 
-    def find_slot(self, prompt: list[int]) -> Placement:
-        """The slot for a prompt, and the longest prefix of the prompt that any slot holds. A slot must be free."""
-        free = [slot for slot, sequence in enumerate(self.slots) if sequence is None]
+    def find_slot(self, sequence: Sequence) -> Placement:
+        """The slot for a sequence, and the longest prefix of its prompt that it may reuse. A slot must be free."""
+        free = [slot for slot, running in enumerate(self.slots) if running is None]
         assert free
         for running in self.running:
-            self.prefixes.record(running.slot, running.tokens[: running.cached])
-        source, length = self.prefixes.find(prompt)
-        slot = self.prefixes.choose(free, source, length)
-        return Placement(slot, source, length, stale=len(self.prefixes.tokens[slot]))
+            self.prefixes.record(running.slot, running.cached_tokens)
+        source, length = self.prefixes.find(sequence.beginning(len(sequence.prompt)))
+        slot = self.prefixes.choose(free, source, length, sequence.owner)
+        return Placement(slot, source, length, stale=len(self.prefixes.cached[slot].tokens))
 
     def reserve(self, placement: Placement) -> None:
         """Forget the tokens of the slot after the prefix, so that they are not reused if preparing the slot fails."""
-        kept = self.prefixes.tokens[placement.slot][: placement.length] if placement.slot == placement.source else []
-        self.prefixes.record(placement.slot, kept)
+        cached = self.prefixes.cached[placement.slot]
+        kept = cached.tokens[: placement.length] if placement.slot == placement.source else []
+        self.prefixes.record(placement.slot, cached._replace(tokens=kept))
 
     def start(self, sequence: Sequence, placement: Placement) -> None:
         """Let a sequence run in its slot, which holds the prefix by now."""
-        self.prefixes.record(placement.slot, sequence.prompt[: placement.length])
         sequence.slot, sequence.cached, sequence.reused = placement.slot, placement.length, placement.length
+        self.prefixes.record(placement.slot, sequence.cached_tokens)
         self.slots[placement.slot] = sequence
         self.running.append(sequence)
 
     def release(self, sequence: Sequence) -> None:
         """Free the slot of a sequence; does nothing if it has no slot."""
         if sequence.slot >= 0:
-            self.prefixes.record(sequence.slot, sequence.tokens[: sequence.cached])
+            self.prefixes.record(sequence.slot, sequence.cached_tokens)
             self.slots[sequence.slot] = None
             self.running.remove(sequence)
             sequence.slot = -1

@@ -6,19 +6,25 @@ import random
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from models.engine.prefix_cache import CachedTokens
 from models.engine.sampling_params import SamplingParams
 from models.messages import FinishReason
 
 
 @dataclass(eq=False)
 class Sequence:
-    """A prompt, the tokens generated after it, and how many of them are in the key-value cache."""
+    """A prompt, the tokens generated after it, and how many of them are in the key-value cache.
+
+    Other owners may reuse only the first `public` tokens of the prompt.
+    """
 
     prompt: list[int]
     params: SamplingParams
     max_tokens: int
     stop_ids: frozenset[int] = frozenset()
     seed: int | None = None
+    owner: str = ""
+    public: int = 0
     slot: int = field(default=-1, init=False)  # in the key-value cache; -1 is none
     tokens: list[int] = field(init=False)  # the prompt and the generated tokens
     cached: int = field(default=0, init=False)  # tokens whose keys and values are in the slot
@@ -38,6 +44,15 @@ class Sequence:
     @property
     def generated(self) -> int:
         return len(self.tokens) - len(self.prompt)
+
+    @property
+    def cached_tokens(self) -> CachedTokens:
+        """The tokens whose keys and values are in the slot."""
+        return self.beginning(self.cached)
+
+    def beginning(self, length: int) -> CachedTokens:
+        """The first tokens, as the prefix cache keeps them."""
+        return CachedTokens(self.tokens[:length], self.owner, self.public)
 
     def append(self, token_id: int) -> None:
         """Append a generated token and draw the random number of the next one."""

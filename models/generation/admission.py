@@ -138,11 +138,15 @@ class Admission:
             self._waiting[ticket.user].remove(ticket)
         else:
             self.free += 1
-            self._rate_limiter.count_tokens(ticket.user, ticket.usage.total_tokens)
+            self.count_tokens(ticket.user, ticket.usage.total_tokens)
         self._waiting = {user: tickets for user, tickets in self._waiting.items() if tickets}
         if self._waiting and self.free > 0:
             self._admit_next()
         self._renumber()
+
+    def count_tokens(self, user: str, tokens: int) -> None:
+        """Count tokens against the user's limit. `leave` does so for replies that had a slot."""
+        self._rate_limiter.count_tokens(user, tokens)
 
     def _admit_next(self) -> None:
         user = next(iter(self._waiting))

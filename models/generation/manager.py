@@ -9,6 +9,7 @@ from contextlib import aclosing, asynccontextmanager, suppress
 
 from models.errors import (
     APIError,
+    ContextLengthExceededError,
     ConversationBusyError,
     ConversationNotFoundError,
     EngineError,
@@ -16,7 +17,7 @@ from models.errors import (
     ResponseNotFoundError,
     ServerError,
 )
-from models.generation.admission import Admission
+from models.generation.admission import Admission, Ticket
 from models.generation.events import Finished
 from models.generation.interface import (
     Follower,
@@ -28,6 +29,7 @@ from models.generation.interface import (
 from models.generation.response import ActiveResponse, Phase, replay
 from models.language.chat import Chat, PreparedReply
 from models.language.events import Done, TextPiece
+from models.messages import Usage
 from models.ops.logs import log
 from models.ops.metrics import Metrics, ResponseTimer
 from models.settings import Settings
@@ -175,8 +177,7 @@ class ResponseManager:
         with self._admission.ticket(response.user) as ticket:
             before = await self._items_before(response)
             try:
-                reply = await self._prepare(response, before)
-                ticket.usage = reply.usage
+                reply = await self._prepare(response, before, ticket)
                 await self._announce(response, len(before))
                 del before  # a response may run long, and a conversation may be large
                 async for position in ticket.wait():
@@ -186,12 +187,24 @@ class ResponseManager:
             finally:
                 timer.end(ticket.waited, response.usage)
 
-    async def _prepare(self, response: ActiveResponse, before: Sequence[Item]) -> PreparedReply:
+    async def _prepare(self, response: ActiveResponse, before: Sequence[Item], ticket: Ticket) -> PreparedReply:
         """The reply with its prompt, made from the earlier items and the messages of the request."""
         request = response.request
         messages = [*visible_messages(before), *request.messages]
         keep_all = isinstance(request.target, Stateless)
-        reply = await self._chat.prepare(messages, request.options, keep_all)
+        response.set_prompt(Usage(0), count_left_out(before))  # in case it ends before the prompt is ready
+        try:
+            response.enter(Phase.PREPARING)
+            await asyncio.sleep(0)  # a cancellation that waited for this phase takes effect here
+            reply = await self._chat.prepare(request.user, messages, request.options, keep_all)
+        except ContextLengthExceededError as error:
+            self._admission.count_tokens(request.user, error.tokens)  # it was work all the same
+            raise
+        except asyncio.CancelledError:
+            if response.cancelled:
+                await self._announce(response, len(before))
+            raise
+        ticket.usage = reply.usage
         response.set_prompt(reply.usage, count_left_out(before) + reply.left_out)
         return reply
 
@@ -207,6 +220,7 @@ class ResponseManager:
 
     async def _announce(self, response: ActiveResponse, position: int) -> None:
         """Store the messages and the empty reply, then send `Created`."""
+        response.enter(Phase.STORING)
         if response.conversation is None:
             return response.announce()
         messages = [Item.of_message(message, response.created) for message in response.request.messages]
@@ -234,7 +248,7 @@ class ResponseManager:
         elif error is not None:
             if not isinstance(error, APIError):
                 logger.error("%s failed", response.id, exc_info=None if isinstance(error, EngineError) else error)
-            if response.phase is Phase.PREPARING:
+            if response.phase is not Phase.ANNOUNCED:
                 return self._reject(response, error if isinstance(error, APIError) else ServerError())
             response.fail()
         await self._store(response)

@@ -22,9 +22,14 @@ BATCH = 256  # how many text deltas are replayed before the follower must have p
 class Phase(Enum):
     """The phase of a response."""
 
-    PREPARING = auto()  # its prompt is being made, and its messages are being stored
+    READING = auto()  # the earlier messages are being read
+    PREPARING = auto()  # its prompt is being made
+    STORING = auto()  # its messages are being stored
     ANNOUNCED = auto()  # it has sent `Created`: it waits for a slot, or generates
     FINISHED = auto()
+
+
+CANCELLABLE = (Phase.PREPARING, Phase.ANNOUNCED)  # in the other phases, a cancellation waits for the next one
 
 
 class ActiveResponse:
@@ -38,7 +43,7 @@ class ActiveResponse:
         self.id = f"resp_{uuid.uuid4().hex}"
         self.request = request
         self.created = time.time()
-        self.phase = Phase.PREPARING
+        self.phase = Phase.READING
         self.status = Status.IN_PROGRESS
         self.reason: str | None = None
         self.usage = Usage(0)
@@ -110,16 +115,25 @@ class ActiveResponse:
 
     # Progress
 
+    def enter(self, phase: Phase) -> None:
+        """Begin a phase; a cancellation that waited for it takes effect."""
+        self.phase = phase
+        if self._cancellation and phase in CANCELLABLE:
+            self._generating.cancel()
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether somebody wants the response to end."""
+        return self._cancellation is not None
+
     def set_prompt(self, usage: Usage, left_out: int) -> None:
-        """Note that the prompt is ready; `usage` grows with the reply."""
+        """Set the token counts, which grow with the reply, and how many messages the prompt leaves out."""
         self.usage, self._left_out = usage, left_out
 
     def announce(self) -> None:
         """Send `Created`: the messages are stored, or wait to be stored."""
-        self.phase = Phase.ANNOUNCED
         self._tell(Created(self.id, self.conversation, self._left_out))
-        if self._cancellation:
-            self._generating.cancel()
+        self.enter(Phase.ANNOUNCED)
 
     def set_position(self, position: int) -> None:
         """Set a new position in the wait queue."""
@@ -143,9 +157,9 @@ class ActiveResponse:
         self.status, self.reason = Status.COMPLETED if reason == "stop" else Status.INCOMPLETE, reason
 
     def cancel(self, status: Status, reason: str) -> None:
-        """End the response. If it is not announced yet, it is announced first, since its messages are being stored."""
+        """End the response. If it is not announced yet, its messages are stored and it is announced first."""
         self._cancellation = self._cancellation or (status, reason)
-        if self.phase is Phase.ANNOUNCED:
+        if self.phase in CANCELLABLE:
             self._generating.cancel()
 
     def end_cancelled(self) -> None:

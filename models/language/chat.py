@@ -59,9 +59,12 @@ class Chat(Protocol):
     def cache_usage(self) -> float:
         """The share of the key-value cache in use, from 0 to 1."""
 
-    async def prepare(self, messages: list[Message], options: Options, keep_all: bool = False) -> PreparedReply:
+    async def prepare(
+        self, user: str, messages: list[Message], options: Options, keep_all: bool = False
+    ) -> PreparedReply:
         """Make the prompt of a reply to the last message.
 
-        If the messages do not fit the context, the oldest ones are left out; with `keep_all` that is an error. Raises
-        MessagesRejectedError or ContextLengthExceededError.
+        Nothing that other users can see or measure depends on the messages of `user`. If the messages do not fit the
+        context, the oldest ones are left out; with `keep_all` that is an error. Raises MessagesRejectedError or
+        ContextLengthExceededError.
         """

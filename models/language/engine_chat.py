@@ -6,7 +6,9 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from typing import Any
+from weakref import WeakValueDictionary
 
 from platformdirs import user_cache_path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,7 +18,7 @@ from models.engine.engine import Engine
 from models.engine.model_runner import ModelRunner
 from models.engine.sampling_params import SamplingParams
 from models.engine.sequence import Sequence
-from models.errors import ContextLengthExceededError, MessagesRejectedError
+from models.errors import MessagesRejectedError
 from models.language.detokenizer import Detokenizer
 from models.language.events import Done, Event, TextPiece
 from models.language.model_config import context_length, default_options, stop_token_ids
@@ -43,14 +45,16 @@ class EngineChat:
         self.context = context_length(model, settings)
         self.defaults = default_options(model, settings)
         self._tokenizer = tokenizer
-        self._prompts = PromptBuilder(tokenizer, self.context)
+        self._prompts = PromptBuilder(tokenizer, self.context, self.defaults.instructions)
         self._stop_ids = stop_token_ids(tokenizer, model)
         self._engine = Engine(ModelRunner(model, settings.slots, self.context))
         self._async_engine = AsyncEngine(self._engine, on_shrink, on_step)
         if settings.compile and self._engine.runner.native:
             self._async_engine.compile(user_cache_path("parley") / "compiled")
-        # Encoding a long prompt takes a second: the event loop stays free. One thread, so that prompts take turns.
+        # Encoding a long prompt takes a second: the event loop stays free. One thread, since tokenizers are not
+        # thread-safe. One prompt of each user at a time, so that a user with many waits for the others' first ones.
         self._tokenizer_thread = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     @classmethod
     @asynccontextmanager
@@ -103,20 +107,17 @@ class EngineChat:
         """The share of the key-value cache in use, from 0 to 1."""
         return self._engine.cache_usage
 
-    async def prepare(self, messages: list[Message], options: Options, keep_all: bool = False) -> EngineReply:
+    async def prepare(
+        self, user: str, messages: list[Message], options: Options, keep_all: bool = False
+    ) -> EngineReply:
         """Make the prompt of a reply to the last message. Raises MessagesRejectedError, ContextLengthExceededError."""
-        loop = asyncio.get_running_loop()
-        build = self._prompts.build
-        ids, left_out = await loop.run_in_executor(self._tokenizer_thread, build, messages, options, keep_all)
-        if not ids or max(ids) >= self._engine.runner.vocabulary:
+        build = partial(self._prompts.build, messages, options, keep_all)
+        async with self._turns.setdefault(user, asyncio.Lock()):
+            prompt = await asyncio.get_running_loop().run_in_executor(self._tokenizer_thread, build)
+        if not prompt.ids or max(prompt.ids) >= self._engine.runner.vocabulary:
             raise MessagesRejectedError("the prompt is empty, or has a token that the model does not know")
-        if len(ids) >= self.context:
-            raise ContextLengthExceededError(
-                f"the prompt has at least {len(ids)} tokens, and the context holds {self.context}, including the "
-                "reply: shorten the message"
-            )
         sequence = Sequence(
-            ids,
+            prompt.ids,
             SamplingParams(
                 temperature=options.temperature,
                 top_p=options.top_p,
@@ -128,9 +129,11 @@ class EngineChat:
             options.max_output_tokens or self.context,
             self._stop_ids,
             options.seed,
+            owner=user,
+            public=prompt.public,
         )
         text = ReplyText(Detokenizer(self._tokenizer), StopStrings(options.stop))
-        return EngineReply(self._async_engine, sequence, text, left_out)
+        return EngineReply(self._async_engine, sequence, text, prompt.left_out)
 
 
 class EngineReply:

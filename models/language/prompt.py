@@ -2,70 +2,135 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from itertools import chain
+from collections.abc import Iterable
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from models.errors import MessagesRejectedError
-from models.messages import Message
+from models.engine.prefix_cache import common_prefix
+from models.errors import ContextLengthExceededError, MessagesRejectedError
+from models.messages import Message, Role
 from models.options import Options
 
-CHARACTERS_PER_TOKEN = 8  # a text longer than this times the context rarely fits
+BYTES_PER_TOKEN = 16  # a text with more bytes than this for each token of the context does not fit
 
 
 class Prompt(NamedTuple):
-    """The token ids of a prompt, and how many of the oldest messages after the system prompt are not in it."""
+    """The token ids of a prompt.
+
+    `left_out` is how many of the oldest messages after the system prompt are not in it. The first `public` tokens do
+    not depend on what the user wrote: they are the chat template's and the operator's instructions.
+    """
 
     ids: list[int]
     left_out: int
+    public: int
 
 
 class PromptBuilder:
-    """Makes prompts for a given context length. Not thread-safe, since tokenizers are not."""
+    """Makes prompts for a given context length. `instructions` are the operator's.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, context: int) -> None:
+    No text of a message becomes a control token of the chat template. Not thread-safe, since tokenizers are not.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, context: int, instructions: str | None = None) -> None:
         self._tokenizer = tokenizer
         self._context = context
+        self._instructions = instructions
+        self._beginnings: dict[bool, list[int]] = {}  # by whether the operator's instructions are in it
 
     def build(self, messages: list[Message], options: Options, keep_all: bool) -> Prompt:
         """The prompt of the messages. Unless `keep_all` is set, the oldest turns that do not fit are left out.
 
-        It may still be longer than the context, if a single turn is longer. Raises MessagesRejectedError.
+        Raises MessagesRejectedError or ContextLengthExceededError.
         """
         system, turns = _split_turns(messages)
+        own = not system and options.instructions == self._instructions
         if options.instructions and not system:
             system = [{"role": "system", "content": options.instructions}]
-        ids = self._render(system, turns)
+        first = self._first_possible(system, turns, keep_all)
+        ids = self._render(system, turns[first:])
         limit = self._context - min(options.max_output_tokens or self._context, self._context // 4)
-        if keep_all or len(ids) <= limit:
-            return Prompt(ids, 0)
-        # Leave out more than needed, so that the next prompts have the same beginning and the prefix cache holds it.
-        enough = (len(self._render(system, turns[-1:])) + limit) // 2
-        first = bisect_left(
-            range(len(turns) - 1), True, key=lambda first: len(self._render(system, turns[first:])) <= enough
-        )
-        return Prompt(self._render(system, turns[first:]), sum(map(len, turns[:first])))
+        if turns and not keep_all and (first or len(ids) > limit):
+            first += self._first_kept(turns[first:], len(ids), limit)
+            ids = self._render(system, turns[first:])
+            while len(ids) > limit and first < len(turns) - 1:  # the counts of single messages are not exact
+                first += 1
+                ids = self._render(system, turns[first:])
+        if len(ids) >= self._context:
+            raise self._too_long(len(ids), f"{len(ids)} tokens")
+        return Prompt(ids, sum(map(len, turns[:first])), self._count_public(ids, own))
+
+    def _first_possible(self, system: list[Message], turns: list[list[Message]], keep_all: bool) -> int:
+        """The first turn that may fit by its bytes, so that nothing longer is ever encoded."""
+        room = BYTES_PER_TOKEN * self._context - _bytes(system)
+        sizes = list(accumulate(map(_bytes, reversed(turns)), initial=0))  # of no turn, of the last one, ...
+        needed = len(turns) if keep_all else min(1, len(turns))
+        if sizes[needed] > room:
+            raise self._too_long(0, f"{_bytes(system) + sizes[needed]} bytes")
+        return len(turns) - max(needed, sum(size <= room for size in sizes) - 1)
+
+    def _first_kept(self, turns: list[list[Message]], size: int, limit: int) -> int:
+        """The first turn that stays, if all turns need `size` tokens and have `limit`.
+
+        It leaves out more than needed, so that the next prompts have the same beginning and the prefix cache holds it.
+        """
+        counts = [sum(len(self._encode(message["content"])) for message in turn) for turn in turns]
+        around = (size - sum(counts)) // (len(turns) + 1)  # tokens of the template around each turn
+        sizes = [size, *(size - left_out for left_out in accumulate(count + around for count in counts[:-1]))]
+        enough = (sizes[-1] + limit) // 2
+        return next((first for first, size in enumerate(sizes) if size <= enough), len(turns) - 1)
+
+    def _count_public(self, ids: list[int], own: bool) -> int:
+        """How many of the first tokens do not depend on the user. `own`: the instructions are the operator's."""
+        beginning = self._beginnings.get(own)
+        if beginning is None or ids[: len(beginning)] != beginning:  # a template may write the date
+            beginning = self._beginnings[own] = self._beginning(own)
+        return common_prefix(ids, beginning)
+
+    def _beginning(self, own: bool) -> list[int]:
+        """The tokens at the beginning of all prompts with the operator's instructions, or with those of users."""
+        given = [_message("system", self._instructions)] if self._instructions else []
+        two = [[*given, _message("user", text)] if own else [_message("system", text)] for text in ("a", "b")]
+        try:
+            first, second = (self._render([], [messages]) for messages in two)
+        except MessagesRejectedError:  # the template has no system messages
+            return []
+        return first[: common_prefix(first, second)]
 
     def _render(self, system: list[Message], turns: list[list[Message]]) -> list[int]:
         messages = _without_empty([*system, *chain.from_iterable(turns)])
         try:
-            rendered = self._tokenizer.apply_chat_template(
+            ids = self._tokenizer.apply_chat_template(
                 messages,  # type: ignore[arg-type]  # mypy does not accept a TypedDict as a dict
                 add_generation_prompt=True,
-                tokenize=False,
+                return_dict=False,
+                sanitize_control_tokens=True,
             )
-        except TemplateError as error:
+        except (TemplateError, ValueError) as error:
             raise MessagesRejectedError(f"the chat template of the model rejects these messages: {error}") from error
-        text = str(rendered)
-        # The beginning is enough to see that a text is too long. A megabyte would delay all users' prompts by a second.
-        beginning = text[: CHARACTERS_PER_TOKEN * self._context]
-        ids = self._tokenizer.encode(beginning, add_special_tokens=False)
-        if len(ids) <= self._context and beginning != text:
-            ids = self._tokenizer.encode(text, add_special_tokens=False)
         return list(ids)
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+
+    def _too_long(self, tokens: int, size: str) -> ContextLengthExceededError:
+        return ContextLengthExceededError(
+            f"the prompt has {size}, and the context holds {self._context} tokens, including the reply: shorten the "
+            "message",
+            tokens,
+        )
+
+
+def _message(role: Role, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+def _bytes(messages: Iterable[Message]) -> int:
+    """The size of the messages' text in UTF-8."""
+    return sum(len(message["content"].encode()) for message in messages)
 
 
 def _split_turns(messages: list[Message]) -> tuple[list[Message], list[list[Message]]]:

@@ -69,9 +69,11 @@ class RecordedChat(ScriptedChat):
 
     model_name = EMBEDDED
 
-    async def prepare(self, messages: list[Message], options: Options, keep_all: bool = False) -> ScriptedReply:
+    async def prepare(
+        self, user: str, messages: list[Message], options: Options, keep_all: bool = False
+    ) -> ScriptedReply:
         text = CONVERSATION.get(messages[-1]["content"], "...")
-        return await super().prepare([{"role": "user", "content": f"say {text}"}], options, keep_all)
+        return await super().prepare(user, [{"role": "user", "content": f"say {text}"}], options, keep_all)
 
     async def events(self, reply: ScriptedReply) -> AsyncGenerator[Event, None]:
         async for event in super().events(reply):

@@ -17,8 +17,10 @@ from tests.support.serving import Served, serve
 class ForgetfulChat(ScriptedChat):
     """Has room for three messages in the context."""
 
-    async def prepare(self, messages: list[Message], options: Options, keep_all: bool = False) -> ScriptedReply:
-        reply = await super().prepare(messages, options, keep_all)
+    async def prepare(
+        self, user: str, messages: list[Message], options: Options, keep_all: bool = False
+    ) -> ScriptedReply:
+        reply = await super().prepare(user, messages, options, keep_all)
         reply.left_out = max(0, len(messages) - 3)
         return reply
 

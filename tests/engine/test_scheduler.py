@@ -9,12 +9,16 @@ from models.engine.sequence import Sequence
 
 def new_sequence(length: int, first: int = 0) -> Sequence:
     """A sequence whose prompt counts up from `first`."""
-    return Sequence(list(range(first, first + length)), SamplingParams(), 9)
+    return with_prompt(list(range(first, first + length)))
+
+
+def with_prompt(prompt: list[int]) -> Sequence:
+    return Sequence(prompt, SamplingParams(), 9)
 
 
 def start(scheduler: Scheduler, sequence: Sequence) -> Placement:
     """Let a sequence run in the slot that the scheduler chooses."""
-    placement = scheduler.find_slot(sequence.prompt)
+    placement = scheduler.find_slot(sequence)
     scheduler.reserve(placement)
     scheduler.start(sequence, placement)
     return placement
@@ -65,7 +69,7 @@ def test_each_sequence_gets_a_slot_of_its_own() -> None:
     assert scheduler.running == sequences
     assert scheduler.free_slots == 0
     with pytest.raises(AssertionError):
-        scheduler.find_slot([1, 2, 3])
+        scheduler.find_slot(new_sequence(3))
 
 
 def test_a_released_slot_is_free_at_once_and_only_once() -> None:
@@ -102,9 +106,19 @@ def test_a_prompt_continues_in_the_slot_of_an_ended_sequence() -> None:
     (first,) = running(scheduler, 50)
     decode(first, 10)
     scheduler.release(first)
-    turn = Sequence([*first.tokens, 7, 8], SamplingParams(), 9)
+    turn = with_prompt([*first.tokens, 7, 8])
     assert start(scheduler, turn) == Placement(slot=0, source=0, length=59, stale=59)
     assert turn.reused == 59
+
+
+def test_a_slot_that_another_owner_reused_stays_secret_after_its_public_beginning() -> None:
+    scheduler = Scheduler(slots=1, prefill_chunk=8)
+    owners = [Sequence(list(range(50)), SamplingParams(), 9, owner=owner, public=30) for owner in ("ann", "bob", "ann")]
+    for owner in owners[:2]:
+        assert start(scheduler, owner).length == (30 if owner.owner == "bob" else 0)
+        owner.cached = 50
+        scheduler.release(owner)
+    assert start(scheduler, owners[2]).length == 30
 
 
 def test_a_placement_counts_what_the_slot_held_before() -> None:
@@ -112,7 +126,7 @@ def test_a_placement_counts_what_the_slot_held_before() -> None:
     (first,) = running(scheduler, 50)
     first.cached = 30
     scheduler.release(first)
-    assert scheduler.find_slot([9_999] * 40) == Placement(slot=0, source=0, length=0, stale=30)
+    assert scheduler.find_slot(new_sequence(40, first=9_000)) == Placement(slot=0, source=0, length=0, stale=30)
 
 
 def test_a_reserved_slot_keeps_only_the_prefix_that_it_holds_itself() -> None:
@@ -120,8 +134,8 @@ def test_a_reserved_slot_keeps_only_the_prefix_that_it_holds_itself() -> None:
     (first,) = running(scheduler, 50)
     first.cached = 50
     scheduler.release(first)
-    scheduler.reserve(scheduler.find_slot([*first.prompt[:40], 9_999]))
-    assert scheduler.find_slot(first.prompt) == Placement(slot=0, source=0, length=40, stale=40)
+    scheduler.reserve(scheduler.find_slot(with_prompt([*first.prompt[:40], 9_999])))
+    assert scheduler.find_slot(with_prompt(first.prompt)) == Placement(slot=0, source=0, length=40, stale=40)
 
 
 def test_a_reserved_slot_does_not_hold_a_copy_before_it_is_filled() -> None:
@@ -129,8 +143,8 @@ def test_a_reserved_slot_does_not_hold_a_copy_before_it_is_filled() -> None:
     first, second = running(scheduler, 50, 40)
     first.cached, second.cached = 50, 40
     scheduler.release(second)
-    scheduler.reserve(scheduler.find_slot([*first.prompt, 9_999]))
-    assert scheduler.prefixes.tokens == [first.prompt, []]
+    scheduler.reserve(scheduler.find_slot(with_prompt([*first.prompt, 9_999])))
+    assert [cached.tokens for cached in scheduler.prefixes.cached] == [first.prompt, []]
 
 
 def test_all_sequences_are_active_up_to_the_limit_oldest_first() -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from models.errors import (
     APIError,
+    ContextLengthExceededError,
     ConversationBusyError,
     ConversationNotFoundError,
     DatabaseUnavailableError,
@@ -16,11 +17,13 @@ from models.errors import (
     MessagesRejectedError,
     NotStoredError,
     QueueFullError,
+    RateLimitExceededError,
     ResponseNotFoundError,
     ServerError,
     ServerStoppingError,
     TooManyResponsesError,
 )
+from models.generation.admission import Admission
 from models.generation.events import Created, Finished, Queued, Rejected, TextDelta, Warned
 from models.generation.interface import (
     NewConversation,
@@ -31,6 +34,7 @@ from models.generation.interface import (
     Unstored,
 )
 from models.generation.manager import ResponseManager
+from models.generation.rate_limiter import RateLimiter
 from models.generation.response import BATCH
 from models.language.events import Event
 from models.messages import Message
@@ -221,7 +225,9 @@ class FailingChat(ScriptedChat):
         super().__init__()
         self.error = error
 
-    async def prepare(self, messages: list[Message], options: Options, keep_all: bool = False) -> ScriptedReply:
+    async def prepare(
+        self, user: str, messages: list[Message], options: Options, keep_all: bool = False
+    ) -> ScriptedReply:
         raise self.error
 
 
@@ -263,6 +269,49 @@ async def test_a_request_without_a_ticket_is_rejected(responses: ResponseManager
     scripted.admission.close()
     assert isinstance(await run_rejected(responses, request("say one")), ServerStoppingError)
     assert scripted.heard == []
+
+
+class StuckChat(ScriptedChat):
+    """Prepares the first reply forever; sets `preparing` when it begins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.preparing = asyncio.Event()
+
+    async def prepare(
+        self, user: str, messages: list[Message], options: Options, keep_all: bool = False
+    ) -> ScriptedReply:
+        if not self.preparing.is_set():
+            self.preparing.set()
+            await asyncio.Event().wait()
+        return await super().prepare(user, messages, options, keep_all)
+
+
+@each_target()
+async def test_a_reply_whose_prompt_is_being_made_can_be_cancelled(
+    conversations: SlowConversations, settings: Settings, listener: FakeListener, target: Target
+) -> None:
+    chat = StuckChat()
+    async with running(chat, conversations, settings) as responses:
+        id = responses.create(request("say one", target), listener)
+        await chat.preparing.wait()
+        responses.cancel("ann", id)
+        created, finished = await listener.until(Finished)
+        assert isinstance(created, Created)
+        assert isinstance(finished, Finished)
+        assert (finished.reply.status, finished.reply.reason) == (Status.CANCELLED, "client_cancelled")
+        assert await contents(conversations) == ([] if isinstance(target, Stateless | Unstored) else ["say one", ""])
+        assert (await run(responses, request("say two", target))).content == "two"
+
+
+async def test_tokens_that_were_encoded_for_a_refused_request_count(
+    conversations: SlowConversations, settings: Settings
+) -> None:
+    chat = FailingChat(ContextLengthExceededError("too long", tokens=100))
+    chat.admission = Admission(slots=9, queue=9, per_user=9, rate_limiter=RateLimiter(tokens="100/day"))
+    async with running(chat, conversations, settings) as responses:
+        assert isinstance(await run_rejected(responses, request("say one")), ContextLengthExceededError)
+        assert isinstance(await run_rejected(responses, request("say one")), RateLimitExceededError)
 
 
 class BrokenEngineChat(ScriptedChat):
@@ -317,8 +366,10 @@ async def test_a_cancelled_reply_closes_the_events_of_its_chat(
 class WholeChat(ScriptedChat):
     """Leaves out the two oldest messages, unless it has to take them whole."""
 
-    async def prepare(self, messages: list[Message], options: Options, keep_all: bool = False) -> ScriptedReply:
-        reply = await super().prepare(messages, options, keep_all)
+    async def prepare(
+        self, user: str, messages: list[Message], options: Options, keep_all: bool = False
+    ) -> ScriptedReply:
+        reply = await super().prepare(user, messages, options, keep_all)
         reply.left_out = 0 if keep_all or len(messages) < 3 else 2
         return reply
 

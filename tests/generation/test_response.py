@@ -65,8 +65,8 @@ def listener(response: ActiveResponse) -> FakeListener:
 # Phases and statuses
 
 
-async def test_a_new_response_is_being_prepared_and_has_no_text(response: ActiveResponse) -> None:
-    assert (response.phase, response.status, response.reason) == (Phase.PREPARING, Status.IN_PROGRESS, None)
+async def test_a_new_response_reads_its_conversation_and_has_no_text(response: ActiveResponse) -> None:
+    assert (response.phase, response.status, response.reason) == (Phase.READING, Status.IN_PROGRESS, None)
     assert (response.user, response.has_text) == ("ann", False)
     assert response.id.startswith("resp_")
     assert response.id != make_response().id

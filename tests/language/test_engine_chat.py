@@ -76,7 +76,7 @@ async def events_of(reply: EngineReply) -> list[Event]:
 
 async def answer(chat: EngineChat, messages: list[Message], options: Options) -> tuple[str, Event]:
     """The text of a reply, and its last event."""
-    *deltas, last = await events_of(await chat.prepare(messages, options))
+    *deltas, last = await events_of(await chat.prepare("ann", messages, options))
     return text_of(deltas), last
 
 
@@ -90,7 +90,7 @@ def text_of(events: list[Event]) -> str:
 @pytest.mark.slow
 @pytest.mark.compiler
 async def test_the_embedded_model_knows_the_capital_of_france(embedded_chat: EngineChat) -> None:
-    reply = await embedded_chat.prepare(CAPITAL, GREEDY)
+    reply = await embedded_chat.prepare("ann", CAPITAL, GREEDY)
     *deltas, done = await events_of(reply)
     assert text_of(deltas) == "The capital of France is Paris."
     assert done == Done("stop")
@@ -130,7 +130,7 @@ async def test_a_stop_string_ends_the_reply(embedded_chat: EngineChat) -> None:
 
 
 async def test_the_usage_counts_the_tokens_of_the_prompt_and_the_reply(chat: EngineChat) -> None:
-    reply = await chat.prepare(user("Hi"), greedy(10))
+    reply = await chat.prepare("ann", user("Hi"), greedy(10))
     assert (reply.usage.input_tokens, reply.usage.output_tokens) == (len("(user\nHi)\n(assistant\n"), 0)
     await events_of(reply)
     assert reply.usage.output_tokens == 10
@@ -140,31 +140,33 @@ async def test_a_prompt_that_fills_the_context_is_refused(
     tokenizer: PreTrainedTokenizerBase, llama: PreTrainedModel
 ) -> None:
     async with opened(tokenizer, llama, context=64) as chat:
-        for length in (200, 100_000):
-            with pytest.raises(ContextLengthExceededError, match="the context holds 64, including the reply") as raised:
-                await chat.prepare(user("x" * length), GREEDY)
+        for length in (200, 1_000, 100_000):
+            with pytest.raises(
+                ContextLengthExceededError, match="the context holds 64 tokens, including the reply"
+            ) as raised:
+                await chat.prepare("ann", user("x" * length), GREEDY)
             assert (raised.value.code, raised.value.param) == ("context_length_exceeded", "input")
         assert (await answer(chat, user("short"), structs.replace(GREEDY, seed=1)))[0]
 
 
 async def test_the_oldest_messages_are_left_out_but_a_long_last_one_is_refused(chat: EngineChat) -> None:
     history: list[Message] = [*user("before"), {"role": "assistant", "content": "yes"}]
-    assert (await chat.prepare([*history, *user("x" * 200)], GREEDY)).left_out == 2
+    assert (await chat.prepare("ann", [*history, *user("x" * 200)], GREEDY)).left_out == 2
     with pytest.raises(ContextLengthExceededError, match="256"):
-        await chat.prepare([*history, *user("x" * 250)], GREEDY)
+        await chat.prepare("ann", [*history, *user("x" * 250)], GREEDY)
 
 
 async def test_a_whole_prompt_is_refused_instead_of_shortened(chat: EngineChat) -> None:
     messages: list[Message] = [*user("x" * 150), {"role": "assistant", "content": "y" * 150}, *user("now")]
-    assert (await chat.prepare(messages, GREEDY)).left_out == 2
+    assert (await chat.prepare("ann", messages, GREEDY)).left_out == 2
     with pytest.raises(ContextLengthExceededError):
-        await chat.prepare(messages, GREEDY, keep_all=True)
+        await chat.prepare("ann", messages, GREEDY, keep_all=True)
 
 
 async def test_the_prompts_after_a_cut_are_found_in_the_prefix_cache(chat: EngineChat) -> None:
     messages, seen = user("x" * 60), list[tuple[int, int]]()
     for _ in range(30):
-        reply = await chat.prepare(messages, greedy(8))
+        reply = await chat.prepare("ann", messages, greedy(8))
         text = text_of(await events_of(reply))
         seen.append((reply.left_out, reply.usage.cached_tokens))
         messages = [*messages[reply.left_out :], {"role": "assistant", "content": text}, *user("go on")]
@@ -175,15 +177,18 @@ async def test_the_prompts_after_a_cut_are_found_in_the_prefix_cache(chat: Engin
 
 async def test_a_rejection_by_the_chat_template_is_told(chat: EngineChat) -> None:
     with pytest.raises(MessagesRejectedError, match="it cannot begin"):
-        await chat.prepare([{"role": "assistant", "content": "Hi"}], GREEDY)
+        await chat.prepare("ann", [{"role": "assistant", "content": "Hi"}], GREEDY)
 
 
 async def test_a_prompt_with_a_token_that_the_model_lacks_is_refused(llama: PreTrainedModel) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|image|>"]})
     async with opened(tokenizer, llama) as chat:
+        assert await answer(chat, user("Look: <|image|>"), greedy(1))  # as text
+        assert tokenizer.chat_template
+        tokenizer.chat_template += "<|image|>"
         with pytest.raises(MessagesRejectedError, match="a token that the model does not know"):
-            await chat.prepare(user("Look: <|image|>"), GREEDY)
+            await chat.prepare("ann", user("Look"), GREEDY)
 
 
 async def test_an_empty_prompt_is_refused(llama: PreTrainedModel) -> None:
@@ -191,7 +196,7 @@ async def test_an_empty_prompt_is_refused(llama: PreTrainedModel) -> None:
     tokenizer.chat_template = ""
     async with opened(tokenizer, llama) as chat:
         with pytest.raises(MessagesRejectedError, match="the prompt is empty"):
-            await chat.prepare(user("Hi"), GREEDY)
+            await chat.prepare("ann", user("Hi"), GREEDY)
 
 
 # Text
@@ -212,7 +217,7 @@ async def test_a_shorter_reply_is_the_beginning_of_a_longer_one(chat: EngineChat
 
 async def test_no_text_delta_is_empty(chat: EngineChat) -> None:
     wild = Options(temperature=1.5, top_p=1, repetition_penalty=1, seed=4, max_output_tokens=100)
-    *deltas, last = await events_of(await chat.prepare(user("Hi"), wild))
+    *deltas, last = await events_of(await chat.prepare("ann", user("Hi"), wild))
     assert deltas
     assert all(isinstance(delta, TextPiece) and delta.text for delta in deltas)
     assert isinstance(last, Done)
@@ -252,7 +257,7 @@ async def replies_in_turn(
 ) -> AsyncGenerator[int | Event, None]:
     """The positions and then the events of a reply that waits for its slot."""
     with admission.ticket(name) as ticket:
-        reply = await chat.prepare(user("Hi"), options)
+        reply = await chat.prepare("ann", user("Hi"), options)
         yield ticket.position
         async for position in ticket.wait():
             yield position
@@ -305,7 +310,7 @@ async def test_closing_a_reply_frees_its_slot(
     tokenizer: PreTrainedTokenizerBase, llama: PreTrainedModel, deltas: int
 ) -> None:
     async with opened(tokenizer, llama, slots=1, context=512) as chat:
-        reply = await chat.prepare(user("Hi"), greedy(400))
+        reply = await chat.prepare("ann", user("Hi"), greedy(400))
         async with aclosing(reply.events()) as events:
             for _ in range(deltas):
                 await anext(events)
@@ -318,7 +323,7 @@ async def test_cancelling_a_reply_before_its_first_token_frees_its_slot(
     tokenizer: PreTrainedTokenizerBase, llama: PreTrainedModel
 ) -> None:
     async with opened(tokenizer, llama, slots=1, context=512) as chat:
-        cancelled = asyncio.create_task(events_of(await chat.prepare(user("Hi"), greedy(400))))
+        cancelled = asyncio.create_task(events_of(await chat.prepare("ann", user("Hi"), greedy(400))))
         await asyncio.sleep(0)  # it begins
         cancelled.cancel()
         assert (await answer(chat, user("Hi"), greedy(9)))[1] == Done("max_output_tokens")
@@ -350,3 +355,52 @@ async def test_a_context_larger_than_the_models_is_refused(
     with pytest.raises(SettingsError, match="512"):
         async with opened(tokenizer, llama, context=1024):
             pass
+
+
+# Users beside each other
+
+
+async def test_a_user_has_one_prompt_at_a_time_in_the_tokenizer(
+    llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    order: list[str] = []
+    async with opened(tokenizer, llama) as chat:
+
+        async def prepare(name: str, content: str) -> None:
+            await chat.prepare(name, user(content), GREEDY)
+            order.append(name)
+
+        greedy_user = [prepare("ann", "x" * 100) for _ in range(5)]
+        await asyncio.gather(*greedy_user, prepare("bob", "Hi"))
+    assert order.index("bob") <= 1
+
+
+async def test_a_prompt_that_waits_for_the_tokenizer_can_be_cancelled(chat: EngineChat) -> None:
+    first, second = (asyncio.create_task(chat.prepare("ann", user(word), GREEDY)) for word in ("one", "two"))
+    await asyncio.sleep(0)
+    second.cancel()
+    assert (await first).usage.input_tokens
+    with pytest.raises(asyncio.CancelledError):
+        await second
+    assert (await chat.prepare("ann", user("three"), GREEDY)).usage.input_tokens
+
+
+async def cached_tokens(chat: EngineChat, user_id: str, content: str, options: Options = GREEDY) -> int:
+    """How many tokens of a message's prompt were in the prefix cache."""
+    reply = await chat.prepare(user_id, user(content), structs.replace(options, max_output_tokens=1))
+    await events_of(reply)
+    return reply.usage.cached_tokens
+
+
+async def test_a_user_finds_only_own_messages_and_the_operators_instructions_in_the_prefix_cache(
+    tokenizer: PreTrainedTokenizerBase, llama: PreTrainedModel
+) -> None:
+    instructions = "Answer in one short sentence."
+    async with opened(tokenizer, llama, options={"instructions": instructions}) as chat:
+        shared = len(f"(system\n{instructions})\n(user\n")
+        options = structs.replace(GREEDY, instructions=instructions)
+        assert await cached_tokens(chat, "ann", "My number is 123456.", options) == 0
+        assert await cached_tokens(chat, "bob", "My number is 123456.", options) == shared
+        assert await cached_tokens(chat, "ann", "My number is 123456!", options) > shared + 15
+        own = structs.replace(GREEDY, instructions=instructions[:20])
+        assert await cached_tokens(chat, "carl", "My number", own) == 0

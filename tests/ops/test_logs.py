@@ -303,10 +303,12 @@ def everything() -> Iterator[list[str]]:
 class RejectingChat(ScriptedChat):
     """Rejects messages that begin with "reject", by an error that shows them, as those of chat templates do."""
 
-    async def prepare(self, messages: list[Message], options: Options, keep_all: bool = False) -> ScriptedReply:
+    async def prepare(
+        self, user: str, messages: list[Message], options: Options, keep_all: bool = False
+    ) -> ScriptedReply:
         if messages[-1]["content"].startswith("reject"):
             raise MessagesRejectedError(f"the chat template of the model does not accept the messages: {messages}")
-        return await super().prepare(messages, options, keep_all)
+        return await super().prepare(user, messages, options, keep_all)
 
 
 def use_websockets(served: Served, **options: Any) -> None:

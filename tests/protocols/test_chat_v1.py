@@ -312,7 +312,7 @@ async def test_a_reply_cancelled_at_once_is_created_and_stored(connection: Conne
     assert done["response"]["status"] == "cancelled"
     connection.ask("say two")
     await connection.done()
-    assert prompt(scripted) == ["wait one", "one", "say two"]
+    assert prompt(scripted) == ["wait one", "", "say two"]
 
 
 async def test_cancelling_is_an_error_only_for_an_unknown_id(connection: Connection) -> None:

@@ -58,7 +58,9 @@ class ScriptedChat:
         self._released.set()
         self._released = anyio.Event()
 
-    async def prepare(self, messages: list[Message], options: Options, keep_all: bool = False) -> ScriptedReply:
+    async def prepare(
+        self, user: str, messages: list[Message], options: Options, keep_all: bool = False
+    ) -> ScriptedReply:
         self.heard.append((list(messages), options))
         order, _, text = messages[-1]["content"].partition(" ")
         task = asyncio.current_task()

@@ -396,7 +396,7 @@ async def test_cache_usage_is_the_share_of_tokens_in_the_slots(
 
     async with EngineChat.opened(tokenizer, llama, settings, on_step=on_step) as chat:
         options = chat.defaults.updated({"max_output_tokens": 5, "temperature": 0})
-        reply = await chat.prepare([{"role": "user", "content": "Hi"}], options)
+        reply = await chat.prepare("ann", [{"role": "user", "content": "Hi"}], options)
         assert chat.cache_usage == 0
         events = [event async for event in reply.events()]
         assert chat.cache_usage == 0
