@@ -34,6 +34,8 @@ from models.ops.shutdown import Shutdown, interruptible
 from models.settings import PREFIX, Settings
 from models.store.conversations import Conversations
 from models.store.database import open_database
+from models.store.ownership import Ownership
+from models.store.storage_limits import StorageLimits
 from models.users.commands import users
 from models.users.connections import ConnectionRegistry
 from models.users.users import User, Users
@@ -66,7 +68,9 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
             stack.enter_context(logging_configured(settings.log))
             raise_file_limit()
             database = await stack.enter_async_context(open_database(settings))
-            state.users, state.conversations = Users.open(settings, database), Conversations(database)
+            state.users = Users.open(settings, database)
+            ownership = await stack.enter_async_context(Ownership.taken(database))
+            state.conversations = Conversations(database, ownership.owner.id, StorageLimits.of(settings))
             state.connections = ConnectionRegistry(settings.presence, settings.sockets_per_user)
             state.metrics, state.started = Metrics(), int(time.time())
             state.admission = Admission.of(settings)
@@ -78,7 +82,8 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
             register_gauges(app)
             print_login_help(state.url, await state.users.create_first())
             await stack.enter_async_context(state.users.watched(partial(revoke, app)))
-            shutdown = Shutdown.installed(partial(drain, app), settings.drain, state.chat.died.wait)
+            broken = partial(wait_for_any, state.chat.died, ownership.lost)
+            shutdown = Shutdown.installed(partial(drain, app), settings.drain, broken)
             await stack.enter_async_context(shutdown)
             yield
     except (StartError, KeyboardInterrupt, asyncio.CancelledError) as error:
@@ -126,6 +131,16 @@ async def drain(app: Starlette, seconds: float) -> None:
     with suppress(TimeoutError):
         async with asyncio.timeout(min(seconds + 1, CLOSE_SECONDS)):
             await app.state.connections.close_all(1012, "the server restarts")
+
+
+async def wait_for_any(*events: asyncio.Event) -> None:
+    """Wait until one of the events is set."""
+    waiting = [asyncio.create_task(event.wait()) for event in events]
+    try:
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in waiting:
+            task.cancel()
 
 
 def revoke(app: Starlette, user: User) -> None:

@@ -7,13 +7,14 @@ ParleyError
 │   │   ├── UnsupportedModelError  the engine cannot run this kind of model
 │   │   └── CacheTooLargeError     the device has no room for the key-value cache
 │   ├── DatabaseError              the database cannot be opened
+│   │   └── DatabaseInUseError     another process uses the database
 │   ├── DataFolderError            the data folder cannot be used
 │   └── UsersError                 a user cannot be added or removed
 ├── APIError                       a request is refused, with an HTTP status, a type, a code and a message
 │   ├── InvalidRequestError   400  InvalidJSON, InvalidValue, MissingField, UnknownField, UnknownEvent,
 │   │                              UnsupportedParameter, MessagesRejected, ContextLengthExceeded
 │   │                         404  ConversationNotFound, ItemNotFound, ResponseNotFound, ModelNotFound
-│   │                         409  ConversationBusy
+│   │                         409  ConversationBusy, ConversationFull, StorageFull
 │   │                         413  BodyTooLarge
 │   ├── AccessError           401  WrongCredentials
 │   │                         403  OriginNotAllowed
@@ -68,6 +69,16 @@ class CacheTooLargeError(ModelError):
 
 class DatabaseError(StartError):
     """The database cannot be opened; the message says what to do."""
+
+
+class DatabaseInUseError(DatabaseError):
+    """Another process runs replies in the database."""
+
+    def __init__(self, machine: str, pid: int) -> None:
+        super().__init__(
+            f"another Parley uses this database, process {pid} on {machine}: run one process only; stop the other one, "
+            "or give this one its own PARLEY_DATA or PARLEY_DATABASE_URL"
+        )
 
 
 class DataFolderError(StartError):
@@ -222,6 +233,22 @@ class ConversationBusyError(InvalidRequestError):
     status = 409
     code = "conversation_busy"
     message = "a reply is running in this conversation: wait until it ends, or cancel it"
+
+
+class ConversationFullError(InvalidRequestError):
+    """The conversation has as many messages, or bytes, as one may have."""
+
+    status = 409
+    code = "conversation_full"
+    message = "this conversation is full: begin a new one"
+
+
+class StorageFullError(InvalidRequestError):
+    """The user has as many conversations, or bytes in them, as the settings allow."""
+
+    status = 409
+    code = "storage_full"
+    message = "you have stored as much as you may: delete some conversations"
 
 
 class AccessError(APIError):

@@ -8,9 +8,12 @@ from typing import Annotated, Any
 from msgspec import Meta, Struct, structs
 
 from models.errors import UnknownFieldError
-from models.validation import NO_SURROGATE, Text, convert
+from models.validation import NO_SURROGATE, convert
 
-Instructions = Annotated[Text | None, Meta(description="a string or null")]
+Instructions = Annotated[
+    Annotated[str, Meta(max_length=2**15, pattern=NO_SURROGATE)] | None,
+    Meta(description=f"a string of at most {2**15:,} characters, or null"),
+]
 Temperature = Annotated[float, Meta(ge=0, le=2, description="a number from 0 to 2")]
 TopP = Annotated[float, Meta(gt=0, le=1, description="a number above 0, 1 at most")]
 TopK = Annotated[int, Meta(ge=0, le=2**31, description="a whole number, 0 or more")]

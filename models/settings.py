@@ -40,6 +40,8 @@ class Settings:
     rate: str | None = None
     token_rate: str | None = None
     sockets_per_user: int = 256
+    conversations_per_user: int = 10_000
+    bytes_per_user: int = 2**30
     users: Mapping[str, str] = field(default_factory=dict, repr=False)
     data: Path = Path("data")
     database_url: str | None = field(default=None, repr=False)
@@ -173,6 +175,8 @@ RULES: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "rate": ("requests per period, such as 60/minute", _rate),
     "token_rate": ("tokens per period, such as 100000/day", _rate),
     "sockets_per_user": _integer(1, 1_000_000),
+    "conversations_per_user": _integer(1, 1_000_000),
+    "bytes_per_user": _integer(1, 2**50),
     "users": ("id:secret,id:secret, each id and each secret once, ids of letters, digits and . _ @ -", _users),
     "data": ("a folder", _path),
     "database_url": ("postgresql://user:password@host/database, or sqlite:///path", _database_url),

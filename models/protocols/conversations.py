@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 from msgspec import Meta, Struct
 
 from models.errors import InvalidValueError
-from models.store.conversations import Conversation, Listing
+from models.store.conversations import Conversation, ItemPage, Listing
 from models.store.item import Item
 from models.validation import NO_SURROGATE, Json, convert, parse_object
 
@@ -26,6 +27,13 @@ class _ListingQuery(Struct):
     query: Annotated[str, Meta(max_length=MAX_QUERY, description=f"at most {MAX_QUERY} characters")] = ""
 
 
+class _PageQuery(Struct):
+    """The query parameters of a page of items."""
+
+    limit: Annotated[str, Meta(pattern=r"\A([1-9][0-9]?|100)\Z", description="a whole number from 1 to 100")] = "100"
+    before: str | None = None
+
+
 class _Title(Struct):
     """The body of a request that renames a conversation."""
 
@@ -38,6 +46,12 @@ def parse_listing(parameters: Mapping[str, str]) -> Listing:
     return Listing(int(query.limit), query.after, query.query)
 
 
+def parse_page(parameters: Mapping[str, str]) -> tuple[int, str | None]:
+    """How many items the parameters of a URL ask for, and before which one. Raises InvalidValueError."""
+    query = convert(dict(parameters), _PageQuery)
+    return int(query.limit), query.before
+
+
 def parse_title(body: bytes) -> str:
     """The title in a JSON object, as one line. Raises InvalidRequestError."""
     title = " ".join(convert(parse_object(body, "the body"), _Title).title.split())
@@ -46,10 +60,12 @@ def parse_title(body: bytes) -> str:
     return title
 
 
-def render_conversation(conversation: Conversation, items: Iterable[Item] | None = None) -> Json:
-    """A conversation, with its items if they are given."""
+def render_conversation(conversation: Conversation, page: ItemPage | None = None) -> Json:
+    """A conversation, with some of its items if they are given."""
     rendered = asdict(conversation)
-    return rendered if items is None else {**rendered, "items": [render_item(item) for item in items]}
+    if page is None:
+        return rendered
+    return rendered | {"items": [render_item(item) for item in page.items], "has_more": page.has_more}
 
 
 def render_item(item: Item) -> Json:
@@ -68,21 +84,68 @@ def render_item(item: Item) -> Json:
     }
 
 
-class Document(NamedTuple):
-    """A conversation as a file for download."""
+class Document(ABC):
+    """A conversation as a file for download, made in pieces so that it is never whole in memory."""
 
-    name: str
+    suffix: str
     media_type: str
-    text: str
+
+    def __init__(self, conversation: Conversation) -> None:
+        self._conversation = conversation
+        self.name = f"{conversation.id}.{self.suffix}"
+
+    @abstractmethod
+    def beginning(self) -> str:
+        """What comes before the items."""
+
+    @abstractmethod
+    def piece(self, items: Sequence[Item], is_first: bool) -> str:
+        """Some items."""
+
+    @abstractmethod
+    def end(self) -> str:
+        """What comes after the items."""
 
 
-def render_document(conversation: Conversation, items: Iterable[Item], format: str) -> Document:
-    """A conversation with its items as `markdown` or `json`. Raises InvalidValueError."""
-    if format == "json":
-        text = json.dumps(render_conversation(conversation, items), ensure_ascii=False, indent=2)
-        return Document(f"{conversation.id}.json", "application/json", text)
-    if format == "markdown":
-        messages = [f"**{item.role.capitalize()}**\n\n{item.content}" for item in items]
-        text = "\n\n".join([f"# {conversation.title}", *messages]) + "\n"
-        return Document(f"{conversation.id}.md", "text/markdown", text)
-    raise InvalidValueError("format must be markdown or json", "format")
+class MarkdownDocument(Document):
+    """A heading, and the messages below each other."""
+
+    suffix = "md"
+    media_type = "text/markdown"
+
+    def beginning(self) -> str:
+        return f"# {self._conversation.title}"
+
+    def piece(self, items: Sequence[Item], is_first: bool) -> str:
+        return "".join(f"\n\n**{item.role.capitalize()}**\n\n{item.content}" for item in items)
+
+    def end(self) -> str:
+        return "\n"
+
+
+class JSONDocument(Document):
+    """The object that the REST API has, with all items."""
+
+    suffix = "json"
+    media_type = "application/json"
+
+    def beginning(self) -> str:
+        fields = json.dumps(render_conversation(self._conversation), ensure_ascii=False, indent=2)
+        return fields.removesuffix("\n}") + ',\n  "items": ['
+
+    def piece(self, items: Sequence[Item], is_first: bool) -> str:
+        lines = [f"\n    {json.dumps(render_item(item), ensure_ascii=False)}" for item in items]
+        return ("" if is_first else ",") + ",".join(lines)
+
+    def end(self) -> str:
+        return "\n  ]\n}\n"
+
+
+DOCUMENTS: Mapping[str, type[Document]] = {"markdown": MarkdownDocument, "json": JSONDocument}
+
+
+def create_document(conversation: Conversation, format: str) -> Document:
+    """The document of a conversation as `markdown` or `json`. Raises InvalidValueError."""
+    if format not in DOCUMENTS:
+        raise InvalidValueError("format must be markdown or json", "format")
+    return DOCUMENTS[format](conversation)

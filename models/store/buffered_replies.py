@@ -36,11 +36,12 @@ class BufferedReply:
             return [*items[: self.position], *self.input, self.reply]
         return [self.reply if item.id == self.reply.id else item for item in items]
 
-    async def write_to(self, conversations: Conversations) -> None:
-        """Put the input and the reply into the conversation. Raises ConversationNotFoundError."""
+    async def write_to(self, conversations: Conversations, accepted: bool = False) -> None:
+        """Put the input and the reply into the conversation. Raises the errors of `put_items`."""
         assert self.conversation is not None
         assert self.position is not None
-        await conversations.put_items(self.user, self.conversation, self.position, [*self.input, self.reply])
+        items = [*self.input, self.reply]
+        await conversations.put_items(self.user, self.conversation, self.position, items, accepted)
 
 
 class BufferedReplies:

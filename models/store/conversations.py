@@ -3,16 +3,41 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 import uuid
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import accumulate
+from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, and_, bindparam, delete, exists, insert, or_, select, tuple_, update
+from sqlalchemy import (
+    ColumnElement,
+    and_,
+    bindparam,
+    delete,
+    exists,
+    func,
+    insert,
+    literal,
+    or_,
+    select,
+    tuple_,
+    update,
+)
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncConnection
 
-from models.errors import ConversationNotFoundError
-from models.store.database import Database, conversations_table, items_table
+from models.errors import (
+    ConversationBusyError,
+    ConversationFullError,
+    ConversationNotFoundError,
+    ItemNotFoundError,
+    StorageFullError,
+)
+from models.store.database import Database, conversations_table, instructions_table, items_table
 from models.store.item import Item, Status, title_of
+from models.store.storage_limits import EXPORTED_ITEMS, MAX_CONVERSATION_BYTES, MAX_ITEMS, PAGE_BYTES, StorageLimits
 
 
 @dataclass(frozen=True)
@@ -34,18 +59,33 @@ class Listing:
     query: str = ""
 
 
-CONVERSATION, ITEM = conversations_table.c, items_table.c
+class ItemPage(NamedTuple):
+    """Some items of a conversation, in order; `has_more` is whether there are earlier ones."""
+
+    items: list[Item]
+    has_more: bool
+
+
+CONVERSATION, ITEM, INSTRUCTIONS = conversations_table.c, items_table.c, instructions_table.c
 SUMMARY_COLUMNS = [CONVERSATION[field.name] for field in fields(Conversation)]
-GROWING_COLUMNS = ("content", "status", "reason", "usage", "cuts", "decode_seconds")
-ITEM_COLUMNS = [ITEM[field.name] for field in fields(Item)]
-JOINED = items_table.join(conversations_table, CONVERSATION.id == ITEM.conversation_id)
+GROWING_COLUMNS = ("content", "status", "reason", "usage", "cuts", "decode_seconds", "bytes")
+ITEM_COLUMNS = [*(ITEM[field.name] for field in fields(Item)), INSTRUCTIONS.text]
+JOINED = items_table.join(conversations_table, CONVERSATION.id == ITEM.conversation_id).outerjoin(
+    instructions_table,
+    and_(INSTRUCTIONS.conversation_id == ITEM.conversation_id, INSTRUCTIONS.id == ITEM.instructions),
+)
 
 
 class Conversations:
-    """The conversations in the database. A user cannot find those of other users."""
+    """The conversations in the database. A user cannot find those of other users.
 
-    def __init__(self, database: Database) -> None:
+    `owner` is this process: no other one writes the replies that it has in progress.
+    """
+
+    def __init__(self, database: Database, owner: str = "", limits: StorageLimits | None = None) -> None:
         self._database = database
+        self._owner = owner
+        self._limits = limits or StorageLimits()
         self._browsing = asyncio.Semaphore(4)  # so that reads leave database connections for replies
         # SQLite has one writer at a time; others would ask every few milliseconds whether it has finished.
         self._writing = asyncio.Semaphore(1 if database.dialect.name == "sqlite" else 4)
@@ -81,16 +121,45 @@ class Conversations:
             raise ConversationNotFoundError
         return Conversation(*row)
 
-    async def read(self, user: str, id: str) -> tuple[Conversation, list[Item]]:
-        """One conversation with its items. Raises ConversationNotFoundError."""
-        async with self._browsing:
-            return await self.find(user, id), await self.items(user, id)
-
     async def items(self, user: str, id: str) -> list[Item]:
         """The items of a conversation, in order; none if there is no such conversation."""
         chosen = select(*ITEM_COLUMNS).select_from(JOINED).where(_owned(user, id)).order_by(ITEM.position)
         async with self._database.connect() as connection:
-            return [Item(*row) for row in await connection.execute(chosen)]
+            return [_item(row) for row in await connection.execute(chosen)]
+
+    async def pages(self, user: str, id: str) -> AsyncIterator[list[Item]]:
+        """All items of a conversation, in order, some at a time."""
+        after = -1
+        while True:
+            chosen = select(ITEM.position, *ITEM_COLUMNS).select_from(JOINED).where(_owned(user, id))
+            chosen = chosen.where(ITEM.position > after).order_by(ITEM.position).limit(EXPORTED_ITEMS)
+            async with self._browsing, self._database.connect() as connection:
+                rows = (await connection.execute(chosen)).all()
+            if not rows:
+                return
+            after = rows[-1][0]
+            yield [_item(row[1:]) for row in rows]
+
+    async def read_page(self, user: str, id: str, limit: int, before: str | None = None) -> ItemPage:
+        """The last items of a conversation, or those before the item `before`: at most `limit`, and PAGE_BYTES.
+
+        Raises ItemNotFoundError.
+        """
+        async with self._browsing, self._database.connect() as connection:
+            mine = select(ITEM.position, ITEM.bytes + func.coalesce(INSTRUCTIONS.bytes, 0))
+            mine = mine.select_from(JOINED).where(_owned(user, id))
+            if before is not None:
+                at = (await connection.execute(mine.where(ITEM.id == before))).one_or_none()
+                if at is None:
+                    raise ItemNotFoundError(param="before")
+                mine = mine.where(ITEM.position < at[0])
+            newest = (await connection.execute(mine.order_by(ITEM.position.desc()).limit(limit + 1))).all()
+            sizes = accumulate(size for _, size in newest[:limit])
+            count = max(1, sum(size <= PAGE_BYTES for size in sizes))
+            places = [place for place, _ in newest[:count]]
+            chosen = select(*ITEM_COLUMNS).select_from(JOINED).where(_owned(user, id), ITEM.position.in_(places))
+            items = [_item(row) for row in await connection.execute(chosen.order_by(ITEM.position))]
+        return ItemPage(items, len(newest) > count)
 
     async def find_reply(self, user: str, id: str) -> tuple[str, Item] | None:
         """A reply, with the id of its conversation."""
@@ -98,7 +167,7 @@ class Conversations:
         chosen = chosen.where(CONVERSATION.user_id == user, ITEM.id == id, ITEM.status.is_not(None))
         async with self._database.connect() as connection:
             row = (await connection.execute(chosen)).one_or_none()
-        return (row[0], Item(*row[1:])) if row else None
+        return (row[0], _item(row[1:])) if row else None
 
     async def rename(self, user: str, id: str, title: str) -> Conversation:
         """Change the title of a conversation. Raises ConversationNotFoundError."""
@@ -112,39 +181,109 @@ class Conversations:
             if not (await connection.execute(delete(conversations_table).where(_owned(user, id)))).rowcount:
                 raise ConversationNotFoundError
             await connection.execute(delete(items_table).where(ITEM.conversation_id == id))
+            await connection.execute(delete(instructions_table).where(INSTRUCTIONS.conversation_id == id))
 
-    async def put_items(self, user: str, id: str, position: int, new: Sequence[Item]) -> None:
+    async def put_items(self, user: str, id: str, position: int, new: Sequence[Item], accepted: bool = False) -> None:
         """Put items into a conversation at a position. Items at and after this position are deleted first.
 
-        At position 0, a conversation that does not exist is created. Raises ConversationNotFoundError.
+        At position 0, a conversation that does not exist is created. Raises ConversationNotFoundError and, unless the
+        items were accepted before, ConversationBusyError, ConversationFullError or StorageFullError.
         """
         now = time.time()
-        rows = [asdict(item) | {"conversation_id": id, "position": place} for place, item in enumerate(new, position)]
-        async with self._writing, self._database.begin() as connection:
-            touched = await connection.execute(update(conversations_table).where(_owned(user, id)).values(updated=now))
-            if touched.rowcount:
-                replaced = and_(ITEM.conversation_id == id, ITEM.position >= position)
-                await connection.execute(delete(items_table).where(replaced))
-            elif position:
-                raise ConversationNotFoundError
-            else:
-                summary = {"id": id, "user_id": user, "title": title_of(new), "created": now, "updated": now}
-                await connection.execute(insert(conversations_table).values(summary))
-            await connection.execute(insert(items_table), rows)
+        try:
+            async with self._writing, self._database.begin() as connection:
+                touch = update(conversations_table).where(_owned(user, id)).values(updated=now)
+                if (await connection.execute(touch)).rowcount:
+                    await self._make_room(connection, id, position, new, accepted)
+                elif position:
+                    raise ConversationNotFoundError
+                else:
+                    summary = {"id": id, "user_id": user, "title": title_of(new), "created": now, "updated": now}
+                    await connection.execute(insert(conversations_table).values(summary | {"bytes": 0}))
+                await self._insert(connection, id, position, new)
+                if not accepted:
+                    await self._check_limits(connection, user, id)
+        except IntegrityError:  # another process has begun the conversation, or a reply in it
+            raise ConversationBusyError from None
+
+    async def _make_room(
+        self, connection: AsyncConnection, id: str, position: int, new: Sequence[Item], accepted: bool
+    ) -> None:
+        """Delete the items at and after a position. Raises ConversationBusyError."""
+        if not accepted:
+            other = and_(ITEM.status == Status.IN_PROGRESS, ITEM.id.not_in([item.id for item in new]))
+            if (await connection.execute(select(ITEM.id).where(ITEM.conversation_id == id, other))).first():
+                raise ConversationBusyError
+        await connection.execute(delete(items_table).where(ITEM.conversation_id == id, ITEM.position >= position))
+
+    async def _insert(self, connection: AsyncConnection, id: str, position: int, new: Sequence[Item]) -> None:
+        """Insert items, and instructions that the conversation has not had yet; count the bytes."""
+        rows = []
+        for place, item in enumerate(new, position):
+            options = dict(item.options or {})
+            if text := options.pop("instructions", None):
+                options_id = await _insert_instructions(connection, id, text)
+            rows.append(
+                asdict(item)
+                | {"conversation_id": id, "position": place, "bytes": item.bytes}
+                | {"options": item.options and options, "instructions": options_id if text else None}
+                | {"owner": self._owner if item.status else None}
+            )
+        await connection.execute(insert(items_table), rows)
+        sums = [
+            select(func.coalesce(func.sum(counted.c.bytes), 0)).where(counted.c.conversation_id == id).scalar_subquery()
+            for counted in (items_table, instructions_table)
+        ]
+        await connection.execute(update(conversations_table).where(CONVERSATION.id == id).values(bytes=sum(sums)))
+
+    async def _check_limits(self, connection: AsyncConnection, user: str, id: str) -> None:
+        """Raise ConversationFullError or StorageFullError if there is more than allowed."""
+        count = select(func.count()).where(ITEM.conversation_id == id).scalar_subquery()
+        items, size = (await connection.execute(select(count, CONVERSATION.bytes).where(CONVERSATION.id == id))).one()
+        if items > MAX_ITEMS or size > MAX_CONVERSATION_BYTES:
+            raise ConversationFullError
+        total = select(func.count(), func.sum(CONVERSATION.bytes)).where(CONVERSATION.user_id == user)
+        number, size = (await connection.execute(total)).one()
+        if number > self._limits.conversations or size > self._limits.bytes:
+            raise StorageFullError
 
     async def update_replies(self, replies: Iterable[Item]) -> None:
-        """Store the current state of replies. Replies that were deleted stay deleted."""
+        """Store the current state of replies, unless they were deleted or are another process's now."""
         async with self._writing, self._database.begin() as connection:
             rows = [{"reply": reply.id} | {name: getattr(reply, name) for name in GROWING_COLUMNS} for reply in replies]
             if rows:
-                await connection.execute(update(items_table).where(ITEM.id == bindparam("reply")), rows)
+                mine = and_(ITEM.id == bindparam("reply"), ITEM.owner == self._owner)
+                await connection.execute(update(items_table).where(mine), rows)
 
     async def fail_unfinished(self) -> int:
-        """Mark as failed the replies that an earlier process left unfinished. Returns how many there were."""
-        failed = {"status": Status.FAILED, "reason": "server_error"}
+        """Mark as failed the replies that earlier processes left unfinished. Returns how many there were.
+
+        From then on, those processes cannot write them any more.
+        """
+        left = and_(ITEM.status == Status.IN_PROGRESS, func.coalesce(ITEM.owner, "") != self._owner)
+        failed = {"status": Status.FAILED, "reason": "server_error", "owner": None}
         async with self._writing, self._database.begin() as connection:
-            unfinished = update(items_table).where(ITEM.status == Status.IN_PROGRESS).values(failed)
-            return int((await connection.execute(unfinished)).rowcount)
+            return int((await connection.execute(update(items_table).where(left).values(failed))).rowcount)
+
+
+async def _insert_instructions(connection: AsyncConnection, conversation: str, text: str) -> str:
+    """Insert instructions, unless the conversation has them already. Returns their id."""
+    encoded = text.encode()
+    id = hashlib.sha256(encoded).hexdigest()
+    known = exists().where(INSTRUCTIONS.conversation_id == conversation, INSTRUCTIONS.id == id)
+    row = {"conversation_id": conversation, "id": id, "text": text, "bytes": len(encoded)}
+    values = select(*(literal(value, INSTRUCTIONS[name].type) for name, value in row.items())).where(~known)
+    await connection.execute(insert(instructions_table).from_select([*row], values))
+    return id
+
+
+def _item(row: Sequence[Any]) -> Item:
+    """An item, from the values of ITEM_COLUMNS."""
+    *values, instructions = row
+    item = Item(*values)
+    if instructions is None:
+        return item
+    return replace(item, options={"instructions": instructions, **(item.options or {})})
 
 
 def _owned(user: str, id: str) -> ColumnElement[bool]:

@@ -6,7 +6,19 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
-from sqlalchemy import JSON, Dialect, Double, Integer, LargeBinary, TypeDecorator, UnicodeText, column, make_url, table
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Dialect,
+    Double,
+    Integer,
+    LargeBinary,
+    TypeDecorator,
+    UnicodeText,
+    column,
+    make_url,
+    table,
+)
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, OperationalError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
@@ -53,6 +65,7 @@ conversations_table = table(
     column("title", Text),
     column("created", Double),
     column("updated", Double),
+    column("bytes", BigInteger),  # of its items and instructions, as of its last message
 )
 
 items_table = table(
@@ -70,6 +83,26 @@ items_table = table(
     column("left_out", Integer),
     column("cuts", Text),
     column("decode_seconds", Double),
+    column("instructions", Text),  # the id of the instructions; the options have all others
+    column("bytes", BigInteger),
+    column("owner", Text),  # the process that writes a reply
+)
+
+instructions_table = table(  # each text is stored once for each conversation
+    "instructions",
+    column("conversation_id", Text),
+    column("id", Text),
+    column("text", Text),
+    column("bytes", BigInteger),
+)
+
+owner_table = table(
+    "owner",
+    column("place", Integer),  # always 1, so that there is one row at most
+    column("id", Text),
+    column("machine", Text),
+    column("pid", Integer),
+    column("beats", BigInteger),
 )
 
 # The statements that turn each version of the database into the next one. Released statements never change. The SQL is
@@ -87,6 +120,25 @@ MIGRATIONS = (
             options JSON, left_out INTEGER, cuts TEXT, decode_seconds DOUBLE PRECISION,
             UNIQUE (conversation_id, position))""",
         "CREATE INDEX items_in_progress ON items (status) WHERE status = 'in_progress'",
+    ),
+    (
+        "CREATE TABLE owner (place INTEGER PRIMARY KEY, id TEXT NOT NULL, machine TEXT NOT NULL, pid INTEGER NOT NULL, "
+        "beats BIGINT NOT NULL)",
+        """CREATE TABLE instructions (
+            conversation_id TEXT NOT NULL, id TEXT NOT NULL, text TEXT NOT NULL, bytes BIGINT NOT NULL,
+            PRIMARY KEY (conversation_id, id))""",
+        "ALTER TABLE conversations ADD COLUMN bytes BIGINT NOT NULL DEFAULT 0",
+        "ALTER TABLE items ADD COLUMN instructions TEXT",
+        "ALTER TABLE items ADD COLUMN bytes BIGINT",
+        "ALTER TABLE items ADD COLUMN owner TEXT",
+        "UPDATE items SET bytes = length(content) + length(coalesce(cuts, ''))",
+        """UPDATE conversations SET bytes = (
+            SELECT coalesce(sum(items.bytes), 0) FROM items WHERE items.conversation_id = conversations.id)""",
+        "UPDATE items SET status = 'failed', reason = 'server_error' WHERE status = 'in_progress'",
+        "DROP INDEX items_in_progress",
+        "CREATE UNIQUE INDEX one_reply_in_progress ON items (conversation_id) WHERE status = 'in_progress'",
+        "CREATE INDEX bytes_of_conversation ON items (conversation_id, bytes)",
+        "CREATE INDEX bytes_of_user ON conversations (user_id, bytes)",
     ),
 )
 

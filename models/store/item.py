@@ -54,6 +54,11 @@ class Item:
         return cls(f"item_{uuid.uuid4().hex}", message["role"], message["content"], created)
 
     @property
+    def bytes(self) -> int:
+        """The size of its text as it is stored, without its options."""
+        return len(self.content.encode()) + len(self.cuts or "")
+
+    @property
     def sequence_number(self) -> int:
         """The number of the last delta; 0 if there is none."""
         return len((self.cuts or "").split())

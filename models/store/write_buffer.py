@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import chain
+from typing import Any
 
 from models.errors import APIError, ConversationNotFoundError, DatabaseUnavailableError, NotStoredError, one_line
 from models.store.buffered_replies import BufferedReplies, BufferedReply
@@ -15,18 +16,23 @@ from models.store.item import Item
 
 logger = logging.getLogger("parley")
 
+PATIENCE = 0.5  # seconds
+
 
 class WriteBuffer:
     """Stores replies in the database. Replies that cannot be written wait in memory, in up to `max_bytes`.
 
-    Reads through the buffer include them. `trouble` says why nothing can be written at the moment.
+    Nobody waits longer than `patience` seconds for the database. Reads through the buffer include what waits. `trouble`
+    says why nothing can be written at the moment.
     """
 
-    def __init__(self, conversations: Conversations, max_bytes: int) -> None:
+    def __init__(self, conversations: Conversations, max_bytes: int, patience: float = PATIENCE) -> None:
         self.trouble: str | None = None
         self._conversations = conversations
         self._buffered = BufferedReplies(max_bytes)
-        self._writing = asyncio.Lock()
+        self._patience = patience
+        self._writing = asyncio.Lock()  # one write at a time, so that an old state never replaces a newer one
+        self._begun: set[asyncio.Task[bool]] = set()  # writes that go on, also if nobody waits for them any more
 
     @property
     def unwritten(self) -> int:
@@ -54,28 +60,16 @@ class WriteBuffer:
     async def begin(self, reply: BufferedReply) -> bool:
         """Store the input and the empty reply. Returns False if they wait in memory.
 
-        Raises ConversationNotFoundError.
+        Raises ConversationNotFoundError, ConversationBusyError, ConversationFullError or StorageFullError.
         """
-        if not self.trouble:
-            try:
-                if self._buffered.unwritten_of(reply.user, reply.conversation):
-                    async with self._writing:
-                        await self._write(self._buffered.unwritten_of(reply.user, reply.conversation), [])
-                await reply.write_to(self._conversations)
-                return True
-            except APIError:
-                raise
-            except Exception as error:
-                self._note_trouble(error)
-        self._keep(reply)
-        return False
+        return await self._store(reply, lambda: self._put(reply))
 
     async def finish(self, reply: BufferedReply) -> bool:
         """Store a reply that has ended. Returns False if it waits in memory."""
-        if reply.conversation is not None and await self._try_write([reply.reply]):
-            return True
-        self._keep(reply)
-        return False
+        if reply.conversation is None:
+            self._keep(reply)
+            return False
+        return await self._store(reply, lambda: self._try_write([reply.reply]))
 
     async def delete(self, user: str, conversation: str) -> None:
         """Delete a conversation, written or not. Raises ConversationNotFoundError."""
@@ -97,8 +91,41 @@ class WriteBuffer:
         """Write all waiting replies, then the growing ones. Returns False if nothing could be written."""
         return await self._try_write(growing, in_trouble=True)
 
+    async def _store(self, reply: BufferedReply, write: Callable[[], Coroutine[Any, Any, bool]]) -> bool:
+        """Wait for a write, unless it takes too long. A reply that is not written is kept. Raises APIError."""
+        if not self.trouble:
+            writing = asyncio.create_task(write())
+            self._begun.add(writing)
+            writing.add_done_callback(self._begun.discard)
+            await asyncio.wait([writing], timeout=self._patience)
+            if writing.done() and writing.result():
+                return True
+            if not writing.done():
+                writing.add_done_callback(asyncio.Task.exception)  # nobody waits for it any more
+                self._note_trouble(TimeoutError(f"the database has not answered for {self._patience:g} s"))
+        self._keep(reply)
+        return False
+
+    async def _put(self, reply: BufferedReply) -> bool:
+        """Put the input and the empty reply into the conversation, after all that waits to be put there."""
+        async with self._writing:
+            if self.trouble:
+                return False
+            try:
+                if waiting := self._buffered.unwritten_of(reply.user, reply.conversation):
+                    await self._write(waiting, [])
+                if reply.reply.id not in [one.reply.id for one in waiting]:  # else this is an old state by now
+                    await reply.write_to(self._conversations)
+            except APIError:
+                raise
+            except Exception as error:
+                self._note_trouble(error)
+                return False
+            self._note_success()
+            return True
+
     async def _try_write(self, growing: Iterable[Item], in_trouble: bool = False) -> bool:
-        async with self._writing:  # one at a time, so that an old state never replaces a newer one
+        async with self._writing:
             if self.trouble and not in_trouble:
                 return False
             try:
@@ -106,16 +133,14 @@ class WriteBuffer:
             except Exception as error:
                 self._note_trouble(error)
                 return False
-        if self.trouble:
-            self.trouble = None
-            logger.warning("messages can be stored again")
-        return True
+            self._note_success()
+            return True
 
     async def _write(self, waiting: Sequence[BufferedReply], growing: Iterable[Item]) -> None:
         for buffered in waiting:
             if buffered.position is not None:
                 with suppress(ConversationNotFoundError):  # deleted meanwhile
-                    await buffered.write_to(self._conversations)
+                    await buffered.write_to(self._conversations, accepted=True)
         await self._conversations.update_replies(chain((buffered.reply for buffered in waiting), growing))
         for buffered in waiting:
             self._buffered.drop_written(buffered)
@@ -128,6 +153,11 @@ class WriteBuffer:
         if not self.trouble:
             self.trouble = NotStoredError.message
             logger.error("messages cannot be stored, and wait in memory: %s", one_line(error))
+
+    def _note_success(self) -> None:
+        if self.trouble:
+            self.trouble = None
+            logger.warning("messages can be stored again")
 
 
 @contextmanager

@@ -5,9 +5,16 @@ from __future__ import annotations
 import asyncio
 from typing import Literal, Protocol
 
+from limits import parse
+from limits.storage import MemoryStorage
+from limits.strategies import FixedWindowRateLimiter
+
 from models.errors import TooManyConnectionsError
 
 Change = Literal["joined", "left"]
+
+CONNECTS = 60  # how many more connections than `per_user` a user may open in a minute
+CHANGES = parse("6/minute")  # that others hear of at once
 
 
 class Connection(Protocol):
@@ -21,15 +28,21 @@ class Connection(Protocol):
 
 
 class ConnectionRegistry:
-    """The connections of each user, at most `per_user`.
+    """The connections of each user, at most `per_user` at once, and not many more in a minute.
 
     Other users are notified when a user's first connection opens and the last one closes, unless `announce` is False.
+    After some changes in a minute, they hear only what became of the user `pause` seconds later.
     """
 
-    def __init__(self, announce: bool, per_user: int) -> None:
+    def __init__(self, announce: bool, per_user: int, pause: float = 60.0) -> None:
         self._announce = announce
         self._per_user = per_user
+        self._pause = pause
+        self._limiter = FixedWindowRateLimiter(MemoryStorage())
+        self._opened = parse(f"{per_user + CONNECTS}/minute")
         self._connections: dict[str, list[Connection]] = {}
+        self._announced: set[str] = set()  # users who are there, as far as the others know
+        self._late: dict[str, asyncio.TimerHandle] = {}  # users about whom the others hear later
         self._empty = asyncio.Event()
 
     def __len__(self) -> int:
@@ -40,22 +53,23 @@ class ConnectionRegistry:
         return len(self._connections.get(user, ()))
 
     def check(self, user: str) -> None:
-        """Raise TooManyConnectionsError if a user may not open another connection."""
+        """Count a new connection of a user. Raises TooManyConnectionsError if it is not allowed."""
         if self.count(user) >= self._per_user:
             raise TooManyConnectionsError
+        if not self._limiter.hit(self._opened, "opened", user):
+            raise TooManyConnectionsError("you open connections too often: wait up to a minute")
 
     def join(self, user: str, connection: Connection) -> None:
         """Register a connection."""
         self._connections.setdefault(user, []).append(connection)
-        if self.count(user) == 1:
-            self._announce_change("joined", user)
+        self._announce_change(user)
 
     def leave(self, user: str, connection: Connection) -> None:
         """Remove a connection."""
         self._connections[user].remove(connection)
         if not self._connections[user]:
             del self._connections[user]
-            self._announce_change("left", user)
+            self._announce_change(user)
         if not self._connections:
             self._empty.set()
 
@@ -73,8 +87,24 @@ class ConnectionRegistry:
         if self._connections:
             await self._empty.wait()
 
-    def _announce_change(self, change: Change, user: str) -> None:
-        for other, connections in self._connections.items() if self._announce else ():
+    def _announce_change(self, user: str) -> None:
+        """Tell the others whether a user is there, now or later, unless they know it."""
+        if not self._announce or user in self._late or (user in self._connections) == (user in self._announced):
+            return
+        if self._limiter.hit(CHANGES, "announced", user):
+            self._tell_others(user)
+        else:
+            self._late[user] = asyncio.get_running_loop().call_later(self._pause, self._announce_late, user)
+
+    def _announce_late(self, user: str) -> None:
+        del self._late[user]
+        if self._announce and (user in self._connections) != (user in self._announced):
+            self._tell_others(user)
+
+    def _tell_others(self, user: str) -> None:
+        self._announced ^= {user}
+        change: Change = "joined" if user in self._announced else "left"
+        for other, connections in self._connections.items():
             if other != user:
                 for connection in connections:
                     connection.presence_changed(change, user)

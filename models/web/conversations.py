@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
+from collections.abc import AsyncIterator
 
 from starlette.endpoints import HTTPEndpoint
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from models.protocols.conversations import parse_listing, parse_title, render_conversation, render_document
-from models.store.conversations import Conversation
-from models.store.item import Item
+from models.protocols.conversations import create_document, parse_listing, parse_page, parse_title, render_conversation
 from models.web.request_body import read_body
 
 
@@ -25,9 +23,12 @@ class ConversationEndpoint(HTTPEndpoint):
     """`/v1/conversations/{id}`: read, rename or delete a conversation."""
 
     async def get(self, request: Request) -> Response:
-        """The conversation with its items."""
-        conversation, items = await _read(request)
-        return JSONResponse(render_conversation(conversation, items))
+        """The conversation with its last items, or those before another one."""
+        store, user, id = request.app.state.conversations, request.user.username, request.path_params["id"]
+        limit, before = parse_page(request.query_params)
+        conversation = await store.find(user, id)
+        page = await store.read_page(user, id, limit, before)
+        return JSONResponse(render_conversation(conversation, page))
 
     async def patch(self, request: Request) -> Response:
         """Change the title."""
@@ -45,15 +46,16 @@ class ConversationEndpoint(HTTPEndpoint):
 
 async def export(request: Request) -> Response:
     """`GET /v1/conversations/{id}/export`: the conversation as a download."""
-    conversation, items = await _read(request)
-    format = request.query_params.get("format", "markdown")
-    document = await asyncio.to_thread(render_document, conversation, items, format)
+    store, user, id = request.app.state.conversations, request.user.username, request.path_params["id"]
+    document = create_document(await store.find(user, id), request.query_params.get("format", "markdown"))
+
+    async def pieces() -> AsyncIterator[str]:
+        yield document.beginning()
+        is_first = True
+        async for items in store.pages(user, id):
+            yield document.piece(items, is_first)
+            is_first = False
+        yield document.end()
+
     headers = {"Content-Disposition": f'attachment; filename="{document.name}"'}
-    return Response(document.text, headers=headers, media_type=document.media_type)
-
-
-async def _read(request: Request) -> tuple[Conversation, list[Item]]:
-    """The conversation in the path. Raises ConversationNotFoundError."""
-    read: tuple[Conversation, list[Item]]
-    read = await request.app.state.conversations.read(request.user.username, request.path_params["id"])
-    return read
+    return StreamingResponse(pieces(), headers=headers, media_type=document.media_type)

@@ -657,7 +657,7 @@ async def test_a_reply_that_a_crash_cut_off_has_failed_at_the_next_start(
     scripted: ScriptedChat, conversations: SlowConversations, settings: Settings, caplog: pytest.LogCaptureFixture
 ) -> None:
     cut_off = Item("resp_1", "assistant", "hal", 1.0, Status.IN_PROGRESS, cuts="3")
-    await conversations.put_items("ann", "conv_1", 0, [cut_off])
+    await Conversations(conversations._database, "crashed").put_items("ann", "conv_1", 0, [cut_off])
     async with running(scripted, conversations, settings):
         (reply,) = await conversations.items("ann", "conv_1")
     assert (reply.content, reply.status, reply.reason) == ("hal", Status.FAILED, "server_error")

@@ -9,13 +9,15 @@ from models.errors import InvalidJSONError, InvalidValueError, MissingFieldError
 from models.protocols.conversations import (
     MAX_QUERY,
     MAX_TITLE,
+    Document,
+    create_document,
     parse_listing,
+    parse_page,
     parse_title,
     render_conversation,
-    render_document,
     render_item,
 )
-from models.store.conversations import Conversation, Listing
+from models.store.conversations import Conversation, ItemPage, Listing
 from models.store.item import Item, Status
 
 # Listings
@@ -49,6 +51,8 @@ BAD_LIMITS = [
 def test_a_bad_limit_is_refused(limit: str) -> None:
     with pytest.raises(InvalidValueError, match="limit must be a whole number from 1 to 100") as raised:
         parse_listing({"limit": limit})
+    with pytest.raises(InvalidValueError, match="limit must be a whole number from 1 to 100"):
+        parse_page({"limit": limit})
     assert (raised.value.type, raised.value.code, raised.value.param) == (
         "invalid_request_error",
         "invalid_value",
@@ -58,6 +62,11 @@ def test_a_bad_limit_is_refused(limit: str) -> None:
 
 def test_every_limit_from_1_to_100_is_allowed() -> None:
     assert [parse_listing({"limit": str(limit)}).limit for limit in range(1, 101)] == list(range(1, 101))
+
+
+def test_a_page_of_items_is_parsed_with_defaults() -> None:
+    assert parse_page({}) == (100, None)
+    assert parse_page({"limit": "7", "before": "item_1", "query": "a"}) == (7, "item_1")
 
 
 def test_a_query_has_256_characters_at_most() -> None:
@@ -155,26 +164,36 @@ def test_an_item_has_the_fields_of_its_kind_in_order() -> None:
 
 def test_a_conversation_has_its_items_where_they_are_given() -> None:
     assert json.dumps(render_conversation(CONVERSATION)) == json.dumps(RENDERED_CONVERSATION)
-    whole = {**RENDERED_CONVERSATION, "items": [RENDERED_MESSAGE, RENDERED_REPLY]}
-    assert json.dumps(render_conversation(CONVERSATION, [MESSAGE, REPLY])) == json.dumps(whole)
-    assert render_conversation(CONVERSATION, [])["items"] == []
+    whole = {**RENDERED_CONVERSATION, "items": [RENDERED_MESSAGE, RENDERED_REPLY], "has_more": True}
+    assert json.dumps(render_conversation(CONVERSATION, ItemPage([MESSAGE, REPLY], True))) == json.dumps(whole)
+    assert render_conversation(CONVERSATION, ItemPage([], False))["items"] == []
 
 
-def test_a_json_document_is_the_conversation_with_its_items() -> None:
-    document = render_document(CONVERSATION, [MESSAGE, REPLY], "json")
+def text_of(document: Document, *pieces: list[Item]) -> str:
+    """The whole document, with its items in pieces."""
+    parts = [document.piece(items, number == 0) for number, items in enumerate(pieces)]
+    return "".join([document.beginning(), *parts, document.end()])
+
+
+@pytest.mark.parametrize("pieces", [[[MESSAGE, REPLY]], [[MESSAGE], [REPLY]]], ids=["one piece", "two pieces"])
+def test_a_json_document_is_the_conversation_with_its_items(pieces: list[list[Item]]) -> None:
+    document = create_document(CONVERSATION, "json")
     assert (document.name, document.media_type) == ("conv_1.json", "application/json")
-    assert json.loads(document.text) == render_conversation(CONVERSATION, [MESSAGE, REPLY])
-    assert "广州" in document.text
+    text = text_of(document, *pieces)
+    assert json.loads(text) == RENDERED_CONVERSATION | {"items": [RENDERED_MESSAGE, RENDERED_REPLY]}
+    assert "广州" in text
+    assert json.loads(text_of(document))["items"] == []
 
 
-def test_a_markdown_document_has_a_paragraph_for_each_message() -> None:
-    document = render_document(CONVERSATION, [MESSAGE, REPLY], "markdown")
+@pytest.mark.parametrize("pieces", [[[MESSAGE, REPLY]], [[MESSAGE], [REPLY]]], ids=["one piece", "two pieces"])
+def test_a_markdown_document_has_a_paragraph_for_each_message(pieces: list[list[Item]]) -> None:
+    document = create_document(CONVERSATION, "markdown")
     assert (document.name, document.media_type) == ("conv_1.md", "text/markdown")
-    assert document.text == "# A *title*\n\n**User**\n\n广州?\n\n**Assistant**\n\nHi\n"
+    assert text_of(document, *pieces) == "# A *title*\n\n**User**\n\n广州?\n\n**Assistant**\n\nHi\n"
 
 
 @pytest.mark.parametrize("format", ["", "pdf", "JSON"])
 def test_another_document_format_is_refused(format: str) -> None:
     with pytest.raises(InvalidValueError) as raised:
-        render_document(CONVERSATION, [], format)
+        create_document(CONVERSATION, format)
     assert (raised.value.code, raised.value.param) == ("invalid_value", "format")

@@ -7,14 +7,20 @@ from typing import Any
 
 import pytest
 from sqlalchemy import func, insert, select, update
-from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from models.errors import ConversationNotFoundError
+from models.errors import (
+    ConversationBusyError,
+    ConversationFullError,
+    ConversationNotFoundError,
+    ItemNotFoundError,
+    StorageFullError,
+)
 from models.protocols.conversations import MAX_QUERY
-from models.store.conversations import Conversation, Conversations, Listing
-from models.store.database import conversations_table, items_table
+from models.store.conversations import Conversation, Conversations, ItemPage, Listing
+from models.store.database import conversations_table, instructions_table, items_table
 from models.store.item import Item, Status
+from models.store.storage_limits import EXPORTED_ITEMS, MAX_CONVERSATION_BYTES, MAX_ITEMS, PAGE_BYTES, StorageLimits
 
 pytestmark = pytest.mark.anyio
 
@@ -119,7 +125,7 @@ async def test_items_keep_their_order(store: Conversations) -> None:
         ),
         pytest.param(
             replace(
-                ANSWER, options={"instructions": "é\0\u2028\"'\\", "temperature": 0.1, "stop": ["a", ""], "seed": None}
+                ANSWER, options={"instructions": "é\u2028\"'\\", "temperature": 0.1, "stop": ["a", ""], "seed": None}
             ),
             id="options",
         ),
@@ -212,7 +218,6 @@ NOT_ANNS = [
 ]
 LOOKUPS: list[Callable[[Conversations, str, str], Awaitable[Any]]] = [
     Conversations.find,
-    Conversations.read,
     Conversations.delete,
     lambda store, user, id: store.rename(user, id, "Stolen"),
     lambda store, user, id: store.list_page(user, Listing(100, id, "")),
@@ -253,7 +258,7 @@ async def test_nothing_can_be_put_into_a_conversation_of_somebody_else(anns_stor
     before = await whole(anns_store, "ann", "conv_1")
     with pytest.raises(ConversationNotFoundError):
         await anns_store.put_items("bob", "conv_1", 1, [message("item_9", "I was here")])
-    with pytest.raises(IntegrityError):
+    with pytest.raises(ConversationBusyError):
         await anns_store.put_items("bob", "conv_1", 0, [message("item_9", "I was here")])
     assert await whole(anns_store, "ann", "conv_1") == before
     assert await listed_ids(anns_store, "bob") == []
@@ -323,7 +328,7 @@ async def test_an_update_of_no_replies_changes_nothing(anns_store: Conversations
 async def test_a_late_update_does_not_restore_a_deleted_reply(anns_store: Conversations) -> None:
     await anns_store.put_items("ann", "conv_1", 3, [GROWING])
     await anns_store.put_items("ann", "conv_2", 0, [deleted := replace(GROWING, id="resp_3")])
-    await anns_store.put_items("ann", "conv_1", 3, [message("item_9", "Instead")])
+    await anns_store.put_items("ann", "conv_1", 3, [message("item_9", "Instead")], accepted=True)
     await anns_store.delete("ann", "conv_2")
     completed = replace(ANSWER, content="Done.")
     late = [replace(GROWING, content="Back"), replace(deleted, content="Back"), completed]
@@ -339,11 +344,146 @@ async def test_unfinished_replies_are_marked_as_failed_and_keep_their_text(anns_
     other = replace(GROWING, id="resp_3")
     await anns_store.put_items("ann", "conv_1", 3, [half])
     await anns_store.put_items("bob", "conv_2", 0, [other])
-    assert await anns_store.fail_unfinished() == 2
+    assert await anns_store.fail_unfinished() == 0, "they are its own"
+    next_store = Conversations(anns_store._database, "next")
+    assert await next_store.fail_unfinished() == 2
     failed = replace(half, status=Status.FAILED, reason="server_error")
     assert await anns_store.items("ann", "conv_1") == [SYSTEM, QUESTION, ANSWER, failed]
     assert await anns_store.items("bob", "conv_2") == [replace(other, status=Status.FAILED, reason="server_error")]
-    assert await anns_store.fail_unfinished() == 0
+    assert await next_store.fail_unfinished() == 0
+    await anns_store.update_replies([replace(half, content="I am too late"), replace(other, status=Status.COMPLETED)])
+    assert await anns_store.items("ann", "conv_1") == [SYSTEM, QUESTION, ANSWER, failed]
+
+
+async def test_a_conversation_has_one_reply_in_progress(anns_store: Conversations) -> None:
+    other_process = Conversations(anns_store._database, "other")
+    await anns_store.put_items("ann", "conv_1", 3, [message("item_2", "And you?"), GROWING])
+    for position in (3, 5):
+        with pytest.raises(ConversationBusyError):
+            await other_process.put_items("ann", "conv_1", position, [message("item_3", "Me first"), second_reply()])
+    assert await anns_store.items("ann", "conv_1") == [SYSTEM, QUESTION, ANSWER, message("item_2", "And you?"), GROWING]
+    await anns_store.update_replies([replace(GROWING, status=Status.COMPLETED)])
+    await other_process.put_items("ann", "conv_1", 5, [message("item_3", "Now me"), second_reply()])
+    assert len(await anns_store.items("ann", "conv_1")) == 7
+
+
+async def test_two_processes_cannot_begin_one_conversation(empty_tables: AsyncEngine) -> None:
+    stores = [Conversations(empty_tables, owner) for owner in ("one", "two")]
+    begun = await asyncio.gather(
+        *(
+            store.put_items("ann", "conv_1", 0, [message(f"item_{number}", "Hi"), replace(GROWING, id=f"r{number}")])
+            for number, store in enumerate(stores)
+        ),
+        return_exceptions=True,
+    )
+    assert [type(result) for result in begun if result] == [ConversationBusyError]
+    assert len(await stores[0].items("ann", "conv_1")) == 2
+
+
+def second_reply() -> Item:
+    return replace(GROWING, id="resp_other")
+
+
+# Limits
+
+
+async def test_long_instructions_are_stored_once_for_a_conversation(empty_tables: AsyncEngine) -> None:
+    store = Conversations(empty_tables)
+    options = {"instructions": "Be brief. " * 100, "seed": 1}
+    for number in range(5):
+        reply = replace(ANSWER, id=f"resp_{number}", options=options)
+        await store.put_items("ann", "conv_1", 2 * number, [message(f"item_{number}", "Hi"), reply])
+    assert [item.options for item in await store.items("ann", "conv_1")][1::2] == [options] * 5
+    async with empty_tables.connect() as connection:
+        assert (await connection.execute(select(func.count()).select_from(instructions_table))).scalar() == 1
+        size = (await connection.execute(select(conversations_table.c.bytes))).scalar()
+    await store.delete("ann", "conv_1")
+    async with empty_tables.connect() as connection:
+        assert (await connection.execute(select(func.count()).select_from(instructions_table))).scalar() == 0
+    assert size == 1000 + 5 * (2 + ANSWER.bytes)
+
+
+async def test_a_user_has_at_most_some_conversations(empty_tables: AsyncEngine) -> None:
+    store = Conversations(empty_tables, limits=StorageLimits(conversations=2))
+    for id in ("conv_1", "conv_2"):
+        await store.put_items("ann", id, 0, [message(id, "Hi")])
+    with pytest.raises(StorageFullError, match="delete some conversations") as raised:
+        await store.put_items("ann", "conv_3", 0, [message("conv_3", "Hi")])
+    assert (raised.value.status, raised.value.code) == (409, "storage_full")
+    await store.put_items("ann", "conv_2", 1, [message("more", "Hi")])
+    await store.put_items("bob", "conv_4", 0, [message("conv_4", "Hi")])
+    await store.delete("ann", "conv_1")
+    await store.put_items("ann", "conv_3", 0, [message("conv_3", "Hi")])
+    assert await listed_ids(store) == ["conv_3", "conv_2"]
+
+
+async def test_a_user_has_at_most_some_bytes(empty_tables: AsyncEngine) -> None:
+    store = Conversations(empty_tables, limits=StorageLimits(bytes=1000))
+    await store.put_items("ann", "conv_1", 0, [message("item_1", "é" * 300)])
+    for id, position in (("conv_1", 1), ("conv_2", 0)):
+        with pytest.raises(StorageFullError):
+            await store.put_items("ann", id, position, [message("item_2", "é" * 300)])
+    assert await listed_ids(store) == ["conv_1"]
+    await store.put_items("ann", "conv_1", 0, [message("item_2", "é" * 400)])
+    await store.put_items("ann", "conv_2", 0, [message("item_3", "é" * 300)], accepted=True)
+    assert await listed_ids(store) == ["conv_2", "conv_1"]
+
+
+async def test_a_conversation_has_at_most_some_items_and_bytes(empty_tables: AsyncEngine) -> None:
+    store = Conversations(empty_tables)
+    await store.put_items("ann", "conv_1", 0, [message(str(number), "Hi") for number in range(MAX_ITEMS)])
+    with pytest.raises(ConversationFullError, match="begin a new one") as raised:
+        await store.put_items("ann", "conv_1", MAX_ITEMS, [message("more", "Hi")])
+    assert (raised.value.status, raised.value.code) == (409, "conversation_full")
+    assert len(await store.items("ann", "conv_1")) == MAX_ITEMS
+    with pytest.raises(ConversationFullError):
+        await store.put_items("ann", "conv_2", 0, [message("large", "x" * (MAX_CONVERSATION_BYTES + 1))])
+    assert await listed_ids(store) == ["conv_1"]
+
+
+# Pages of items
+
+
+async def test_items_are_read_in_pages_from_the_last_one(empty_tables: AsyncEngine) -> None:
+    store = Conversations(empty_tables)
+    items = [message(str(number), f"message {number}") for number in range(7)]
+    await store.put_items("ann", "conv_1", 0, items)
+    assert await store.read_page("ann", "conv_1", 7) == ItemPage(items, False)
+    assert await store.read_page("ann", "conv_1", 3) == ItemPage(items[4:], True)
+    assert await store.read_page("ann", "conv_1", 3, "4") == ItemPage(items[1:4], True)
+    assert await store.read_page("ann", "conv_1", 3, "1") == ItemPage(items[:1], False)
+    assert await store.read_page("ann", "conv_1", 3, "0") == ItemPage([], False)
+    for user, before in (("ann", "unknown"), ("bob", "4")):
+        with pytest.raises(ItemNotFoundError) as raised:
+            await store.read_page(user, "conv_1", 3, before)
+        assert raised.value.param == "before"
+
+
+async def test_a_page_has_at_most_some_bytes_but_at_least_one_item(empty_tables: AsyncEngine) -> None:
+    store = Conversations(empty_tables)
+    items = [message(str(number), "x" * (PAGE_BYTES // 3 + 1)) for number in range(4)]
+    await store.put_items("ann", "conv_1", 0, [message("large", "x" * (PAGE_BYTES + 1)), *items])
+    assert await store.read_page("ann", "conv_1", 100) == ItemPage(items[2:], True)
+    page = await store.read_page("ann", "conv_1", 100, "0")
+    assert ([item.id for item in page.items], page.has_more) == (["large"], False)
+
+
+async def test_a_page_counts_the_bytes_of_instructions(empty_tables: AsyncEngine) -> None:
+    store = Conversations(empty_tables)
+    options = {"instructions": "x" * (PAGE_BYTES // 2)}
+    await store.put_items("ann", "conv_1", 0, [replace(ANSWER, id=str(number), options=options) for number in range(4)])
+    page = await store.read_page("ann", "conv_1", 100)
+    assert ([item.id for item in page.items], page.has_more) == (["3"], True)
+
+
+async def test_all_items_are_read_some_at_a_time(empty_tables: AsyncEngine) -> None:
+    store = Conversations(empty_tables)
+    items = [message(str(number), "Hi") for number in range(2 * EXPORTED_ITEMS + 1)]
+    await store.put_items("ann", "conv_1", 0, items)
+    pages = [page async for page in store.pages("ann", "conv_1")]
+    assert [len(page) for page in pages] == [EXPORTED_ITEMS, EXPORTED_ITEMS, 1]
+    assert [item for page in pages for item in page] == items
+    assert [page async for page in store.pages("bob", "conv_1")] == []
 
 
 # Lists

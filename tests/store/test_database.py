@@ -16,8 +16,15 @@ from models.errors import DatabaseError, DataFolderError
 from models.settings import Settings
 from models.store import database
 from models.store.conversations import Conversations
-from models.store.database import conversations_table, items_table, open_database, users_table
-from models.store.item import Item
+from models.store.database import (
+    conversations_table,
+    instructions_table,
+    items_table,
+    open_database,
+    owner_table,
+    users_table,
+)
+from models.store.item import Item, Status
 from models.users.users import User, Users
 
 pytestmark = pytest.mark.anyio
@@ -121,6 +128,31 @@ async def test_an_update_from_the_first_release_keeps_the_users(
         assert await write_and_read(engine) == "Hello"
 
 
+async def test_an_update_keeps_the_conversations_of_an_earlier_release(
+    empty_database: Settings, other_program: AsyncEngine
+) -> None:
+    options = '{"instructions": "Be brief.", "seed": 1}'
+    async with other_program.begin() as connection:
+        await connection.exec_driver_sql("CREATE TABLE version (number INTEGER NOT NULL)")
+        for number, statements in enumerate(database.MIGRATIONS[:2], start=1):
+            for statement in statements:
+                await connection.exec_driver_sql(statement)
+            await connection.exec_driver_sql(f"INSERT INTO version VALUES ({number})")
+        await connection.exec_driver_sql("INSERT INTO conversations VALUES ('conv_1', 'ann', 'Hello', 1.0, 2.0)")
+        for id, position, content, status in (("item_1", 0, "Hello", "NULL"), ("resp_1", 1, "Hi", "'in_progress'")):
+            await connection.exec_driver_sql(
+                "INSERT INTO items (id, conversation_id, position, role, content, created, status, options, cuts) "
+                f"VALUES ('{id}', 'conv_1', {position}, 'user', '{content}', 1.0, {status}, '{options}', '2')"
+            )
+    async with open_database(empty_database) as engine:
+        question, reply = await Conversations(engine).items("ann", "conv_1")
+        assert (question.content, reply.content, reply.status) == ("Hello", "Hi", Status.FAILED)
+        assert reply.options == {"instructions": "Be brief.", "seed": 1}
+        assert (await rows(engine, "SELECT bytes FROM conversations")) == [(9,)]
+        await Conversations(engine).put_items("ann", "conv_1", 2, [Item("item_2", "user", "And?", 1.0)])
+        assert (await rows(engine, "SELECT bytes FROM conversations")) == [(13,)]
+
+
 async def test_an_updated_database_has_the_same_tables_as_a_new_one(
     empty_database: Settings, first_release: AsyncEngine
 ) -> None:
@@ -138,7 +170,7 @@ async def test_the_tables_have_exactly_the_columns_that_the_code_uses(empty_data
         present = await schema(engine)
     used = {
         table.name: [column.name for column in table.columns]
-        for table in (users_table, conversations_table, items_table)
+        for table in (users_table, conversations_table, items_table, instructions_table, owner_table)
     }
     assert {name: [column for column, _ in present[name][0]] for name in present} == used | {"version": ["number"]}
 
@@ -209,10 +241,10 @@ async def test_a_new_file_can_be_opened_many_times_at_once(tmp_path: Path) -> No
 async def test_text_is_stored_unchanged_except_for_nul(empty_database: Settings, text: str, stored: str) -> None:
     async with open_database(empty_database) as engine:
         async with engine.begin() as connection:
-            values = {"id": "conv_1", "user_id": "ann", "title": text, "created": 1.5, "updated": 2.5}
+            values = {"id": "conv_1", "user_id": "ann", "title": text, "created": 1.5, "updated": 2.5, "bytes": 9}
             await connection.execute(conversations_table.insert().values(values))
             inside = (await connection.execute(conversations_table.select())).all()
-    assert [tuple(row) for row in inside] == [("conv_1", "ann", stored, 1.5, 2.5)]
+    assert [tuple(row) for row in inside] == [("conv_1", "ann", stored, 1.5, 2.5, 9)]
 
 
 async def test_only_its_owner_can_open_the_data_folder(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings as hypothesis_settings, strategies
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from models.errors import ConversationNotFoundError, DatabaseUnavailableError, NotStoredError
 from models.settings import Settings
@@ -186,7 +187,7 @@ async def test_a_reply_that_ends_while_it_is_written_is_written_again(
     conversations.broken = False
     writing = asyncio.create_task(buffer.write([]))
     await conversations.putting.wait()
-    assert await buffer.finish(finished_reply("1"))
+    assert not await buffer.finish(finished_reply("1")), "nothing has been written yet"
     assert await writing
     assert await add_turn(buffer, "2") == (True, True)
     assert await stored(conversations) == turns("1", "2")
@@ -275,6 +276,57 @@ async def test_to_delete_a_conversation_drops_its_waiting_turns(
     assert (await stored(conversations), await stored(conversations, "other")) == ([], ["q2", ""])
 
 
+# A database that does not answer
+
+
+class StuckConversations(AwayConversations):
+    """A store whose writes wait until `may_write` is set."""
+
+    def __init__(self, database: AsyncEngine) -> None:
+        super().__init__(database)
+        self.may_write = asyncio.Event()
+
+    async def put_items(self, user: str, id: str, position: int, new: Sequence[Item], accepted: bool = False) -> None:
+        await self.may_write.wait()
+        await super().put_items(user, id, position, new, accepted)
+
+    async def update_replies(self, replies: Iterable[Item]) -> None:
+        await self.may_write.wait()
+        await super().update_replies(replies)
+
+
+@pytest.mark.anyio
+async def test_nobody_waits_for_a_database_that_does_not_answer(
+    conversations: AwayConversations, caplog: pytest.LogCaptureFixture
+) -> None:
+    stuck = StuckConversations(conversations._database)
+    buffer = WriteBuffer(stuck, ROOM, patience=0.01)
+    for id in ("1", "2", "3"):
+        assert await add_turn(buffer, id) == (False, False)
+    assert buffer.trouble == NotStoredError.message
+    assert "the database has not answered for 0.01 s" in caplog.text
+    assert await visible(buffer) == turns("1", "2", "3")
+    stuck.may_write.set()
+    assert await buffer.write([])
+    assert await stored(conversations) == turns("1", "2", "3")
+    assert buffer.unwritten == 0
+
+
+@pytest.mark.anyio
+async def test_a_late_write_does_not_replace_what_a_reply_has_become(conversations: AwayConversations) -> None:
+    stuck = StuckConversations(conversations._database)
+    buffer = WriteBuffer(stuck, ROOM, patience=0.01)
+    stuck.may_write.set()
+    holding = asyncio.create_task(buffer.write([]))
+    await asyncio.sleep(0)  # it holds the lock, and succeeds, while the turn is being added
+    stuck.may_write.clear()
+    assert await add_turn(buffer, "1") == (False, False)
+    stuck.may_write.set()
+    await holding
+    assert await buffer.write([])
+    assert await stored(conversations) == turns("1")
+
+
 # Memory
 
 
@@ -322,7 +374,7 @@ class FailingStore:
         self._source = source
         self._writing = asyncio.Lock()
 
-    async def put_items(self, user: str, id: str, position: int, new: Sequence[Item]) -> None:
+    async def put_items(self, user: str, id: str, position: int, new: Sequence[Item], accepted: bool = False) -> None:
         async with self._writing:
             await self._work()
             if id not in self.rows and position:

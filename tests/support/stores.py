@@ -26,12 +26,12 @@ class SlowConversations(Conversations):
         self.may_update.set()
         self.broken = False
 
-    async def put_items(self, user: str, id: str, position: int, new: Sequence[Item]) -> None:
+    async def put_items(self, user: str, id: str, position: int, new: Sequence[Item], accepted: bool = False) -> None:
         self.put_asked.set()
         await self.may_put.wait()
         if self.broken:
             raise OSError("the disk is full")
-        await super().put_items(user, id, position, new)
+        await super().put_items(user, id, position, new, accepted)
 
     async def update_replies(self, replies: Iterable[Item]) -> None:
         await self.may_update.wait()
@@ -55,10 +55,10 @@ class AwayConversations(Conversations):
         self.putting = asyncio.Event()
         self.back = asyncio.Event()
 
-    async def put_items(self, user: str, id: str, position: int, new: Sequence[Item]) -> None:
+    async def put_items(self, user: str, id: str, position: int, new: Sequence[Item], accepted: bool = False) -> None:
         self._check(self.broken)
         self.putting.set()
-        await super().put_items(user, id, position, new)
+        await super().put_items(user, id, position, new, accepted)
 
     async def update_replies(self, replies: Iterable[Item]) -> None:
         self._check(self.broken)

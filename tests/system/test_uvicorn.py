@@ -112,9 +112,9 @@ def test_a_client_that_does_not_read_is_closed_with_1013_alone(scripted_server: 
         slow_socket.connect(("127.0.0.1", scripted_server.port))
         with chat_v1(scripted_server, sock=slow_socket, max_queue=1, close_timeout=30) as slow:
             ask(slow, "wait with me")
-            large = json.dumps({"type": "session.update", "session": {"instructions": "x" * 1_000_000}})
+            large = json.dumps({"type": "session.update", "session": {"instructions": "😀" * 30_000}})
             with chat_v1(scripted_server, BOB) as other:
-                for _ in range(12):
+                for _ in range(100):
                     slow.send(large)
                 ask(other, "say all is well")
                 assert events_until(other, "response.done")[-1]["response"]["output_text"] == "all is well"

@@ -71,6 +71,21 @@ def test_a_conversation_is_read_with_its_items(client: TestClient) -> None:
     assert (reply["status"], reply["status_details"], reply["sequence_number"]) == ("completed", {"reason": "stop"}, 1)
 
 
+def test_a_conversation_is_read_in_pages(client: TestClient) -> None:
+    path = f"/v1/conversations/{converse(client, 'say one', 'say two', 'say three')}"
+    page = client.get(path, params={"limit": "2"}, headers=bearer()).json()
+    assert ([item["content"] for item in page["items"]], page["has_more"]) == (["say three", "three"], True)
+    before = {"limit": "100", "before": page["items"][0]["id"]}
+    page = client.get(path, params=before, headers=bearer()).json()
+    assert ([item["content"] for item in page["items"]], page["has_more"]) == (
+        ["say one", "one", "say two", "two"],
+        False,
+    )
+    response = client.get(path, params={"before": "item_unknown"}, headers=bearer())
+    error = response.json()["error"]
+    assert (response.status_code, error["code"], error["param"]) == (404, "item_not_found", "before")
+
+
 def test_a_conversation_is_renamed(client: TestClient) -> None:
     path = f"/v1/conversations/{converse(client, 'say one')}"
     response = client.patch(path, json={"title": " Numbers\n 数字 "}, headers=bearer())
@@ -126,7 +141,8 @@ def test_a_conversation_is_exported_as_markdown_or_json(client: TestClient) -> N
     assert response.headers["content-type"].startswith("text/markdown")
     assert response.headers["content-disposition"] == f'attachment; filename="{id}.md"'
     response = client.get(path, params={"format": "json"}, headers=bearer())
-    assert response.json() == client.get(f"/v1/conversations/{id}", headers=bearer()).json()
+    conversation = client.get(f"/v1/conversations/{id}", headers=bearer()).json()
+    assert response.json() | {"has_more": False} == conversation
     assert response.headers["content-disposition"] == f'attachment; filename="{id}.json"'
     response = client.get(path, params={"format": "pdf"}, headers=bearer())
     assert (response.status_code, response.json()["error"]["param"]) == (400, "format")

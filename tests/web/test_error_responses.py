@@ -119,6 +119,8 @@ SENT = {  # status, type, code, param, retry_after: programs depend on these
     "ResponseNotFoundError": (404, "invalid_request_error", "response_not_found", "response_id", None),
     "ModelNotFoundError": (404, "invalid_request_error", "model_not_found", "model", None),
     "ConversationBusyError": (409, "invalid_request_error", "conversation_busy", None, None),
+    "ConversationFullError": (409, "invalid_request_error", "conversation_full", None, None),
+    "StorageFullError": (409, "invalid_request_error", "storage_full", None, None),
     "AccessError": (401, "authentication_error", None, None, None),
     "WrongCredentialsError": (401, "authentication_error", "invalid_credentials", None, None),
     "OriginNotAllowedError": (403, "authentication_error", "origin_not_allowed", None, None),

@@ -79,7 +79,7 @@ def test_reading_the_page_changes_nothing(client: TestClient) -> None:
 
 
 def test_two_apps_in_one_process_share_no_numbers(settings: Settings, client: TestClient) -> None:
-    with TestClient(create_app(settings, ScriptedChat().opened)) as other:
+    with TestClient(create_app(replace(settings, data=settings.data / "other"), ScriptedChat().opened)) as other:
         before = get_samples(other)
         assert complete(client, "say one").status_code == 200
         log_in(client, "wrong")
@@ -304,8 +304,8 @@ def test_a_client_that_does_not_read_is_closed_and_counted(scripted_server: Serv
         slow_socket.connect(("127.0.0.1", scripted_server.port))
         with chat_v1(scripted_server, sock=slow_socket, max_queue=1, close_timeout=30) as slow:
             assert get_server_samples(scripted_server)["slow_clients_closed_total"] == 0
-            for _ in range(12):
-                slow.send(json.dumps({"type": "session.update", "session": {"instructions": "x" * 1_000_000}}))
+            for _ in range(100):
+                slow.send(json.dumps({"type": "session.update", "session": {"instructions": "😀" * 30_000}}))
             assert close_code(slow) == 1013
             assert get_server_samples(scripted_server)["slow_clients_closed_total"] == 1
 

@@ -1,0 +1,25 @@
+"""How much may be stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from models.settings import Settings
+
+MAX_ITEMS = 10_000  # of a conversation: each request reads all of them
+MAX_CONVERSATION_BYTES = 2**24
+EXPORTED_ITEMS = 20  # that are read and encoded at once
+PAGE_BYTES = 2**20  # of items in one answer; encoding more would delay everybody's stream
+
+
+@dataclass(frozen=True)
+class StorageLimits:
+    """How many conversations a user may have, and how many bytes of text in all of them."""
+
+    conversations: int = 10_000
+    bytes: int = 2**30
+
+    @classmethod
+    def of(cls, settings: Settings) -> StorageLimits:
+        """The limits of the settings."""
+        return cls(settings.conversations_per_user, settings.bytes_per_user)
