@@ -65,7 +65,7 @@ def render_conversation(conversation: Conversation, page: ItemPage | None = None
     rendered = asdict(conversation)
     if page is None:
         return rendered
-    return rendered | {"items": [render_item(item) for item in page.items], "has_more": page.has_more}
+    return rendered | {"items": [render_item(item) for item in page.items], "earlier": page.earlier}
 
 
 def render_item(item: Item) -> Json:

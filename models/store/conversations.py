@@ -60,10 +60,10 @@ class Listing:
 
 
 class ItemPage(NamedTuple):
-    """Some items of a conversation, in order; `has_more` is whether there are earlier ones."""
+    """Some items of a conversation, in order; `earlier` is how many come before them."""
 
     items: list[Item]
-    has_more: bool
+    earlier: int
 
 
 CONVERSATION, ITEM, INSTRUCTIONS = conversations_table.c, items_table.c, instructions_table.c
@@ -153,13 +153,12 @@ class Conversations:
                 if at is None:
                     raise ItemNotFoundError(param="before")
                 mine = mine.where(ITEM.position < at[0])
-            newest = (await connection.execute(mine.order_by(ITEM.position.desc()).limit(limit + 1))).all()
-            sizes = accumulate(size for _, size in newest[:limit])
-            count = max(1, sum(size <= PAGE_BYTES for size in sizes))
+            newest = (await connection.execute(mine.order_by(ITEM.position.desc()).limit(limit))).all()
+            count = max(1, sum(size <= PAGE_BYTES for size in accumulate(size for _, size in newest)))
             places = [place for place, _ in newest[:count]]
             chosen = select(*ITEM_COLUMNS).select_from(JOINED).where(_owned(user, id), ITEM.position.in_(places))
             items = [_item(row) for row in await connection.execute(chosen.order_by(ITEM.position))]
-        return ItemPage(items, len(newest) > count)
+        return ItemPage(items, min(places, default=0))
 
     async def find_reply(self, user: str, id: str) -> tuple[str, Item] | None:
         """A reply, with the id of its conversation."""

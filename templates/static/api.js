@@ -26,8 +26,8 @@ export function listConversations(parameters) {
   return request(`${CONVERSATIONS}?${new URLSearchParams(parameters)}`);
 }
 
-export function getConversation(id) {
-  return request(address(id));
+export function getConversation(id, parameters = {}) {
+  return request(`${address(id)}?${new URLSearchParams(parameters)}`);
 }
 
 export function renameConversation(id, title) {

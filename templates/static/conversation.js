@@ -13,18 +13,20 @@ export class Conversation {
   constructor(parts) {
     // connection, log, composer, options, announcer; isListed, onNamed, onChange, onTitle, onMissing, onError
     Object.assign(this, parts, { id: null, turn: null, loaded: true, unreachable: false, wasCut: false });
+    this.anchor = null; // the id of the item before the first message on the page
     this.untaken = new Map(); // turns that the server has not accepted yet, by event_id
     this.callbacks = {
       onCopy: (copied) => this.announcer.say(say(copied ? 'copied' : 'copy_failed')),
       onAgain: (reply) => this.askAgain(reply),
     };
+    this.log.onEarlier = () => this.loadEarlier();
   }
 
   // Opening
 
   /** Shows another conversation. A reply that is running in this one goes on. */
   open(id) {
-    Object.assign(this, { id, turn: null, loaded: !id, unreachable: false });
+    Object.assign(this, { id, turn: null, loaded: !id, unreachable: false, anchor: null });
     this.onError('');
     this.log.clear();
     this.log.follow(true);
@@ -53,13 +55,13 @@ export class Conversation {
     if (this.unreachable) this.onError(say('not_loaded'));
   }
 
-  show({ id, title, items }) {
+  show({ id, title, items, earlier }) {
     this.id = id;
     this.loaded = true;
-    const messages = items.map((item) => this.message(item));
+    const messages = this.messagesFrom(items, earlier);
     const last = items.at(-1);
     this.turn = null;
-    this.log.show(messages);
+    this.log.show(messages, earlier + items.length - messages.length);
     this.log.divide(last?.left_out);
     this.options.learn(id, last?.options ?? {});
     if (last?.status === 'in_progress') {
@@ -69,6 +71,30 @@ export class Conversation {
     }
     this.onTitle(title);
     this.refresh();
+  }
+
+  /**
+   * The messages of a page of items, from its second question on if there are earlier ones: a reply needs its
+   * question, and a question the item before it. What is skipped comes again with the page before.
+   */
+  messagesFrom(items, earlier) {
+    const second = items.findIndex((item, index) => index && item.role === 'user');
+    const start = earlier ? Math.max(1, second) : 0;
+    this.anchor = items[start - 1]?.id ?? null;
+    return items.slice(start).map((item) => this.message(item));
+  }
+
+  async loadEarlier() {
+    const { id } = this;
+    const before = this.log.first?.id;
+    try {
+      const { items, earlier } = await getConversation(id, { before });
+      if (id !== this.id || before !== this.log.first?.id) return;
+      const messages = this.messagesFrom(items, earlier);
+      this.log.prepend(messages, earlier + items.length - messages.length);
+    } catch {
+      if (id === this.id) this.onError(say('not_loaded'));
+    }
   }
 
   message(item) {
@@ -95,7 +121,7 @@ export class Conversation {
   /** Sends a question, at the end or in place of an earlier one. Returns whether it was sent. */
   ask(text, edited = null) {
     if (this.turn || !this.loaded || !text.trim()) return false;
-    const after = edited ? { after: this.log.before(edited)?.id ?? 'none' } : {};
+    const after = edited ? { after: this.log.before(edited)?.id ?? this.anchor ?? 'none' } : {};
     const turn = new Turn(this.id, this.question(text), new Reply(null, this.callbacks));
     const response = { input: text, conversation: this.id ?? 'new', ...after, ...this.options.current };
     if (!this.connection.send({ type: 'response.create', event_id: turn.eventId, response })) {

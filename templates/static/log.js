@@ -6,17 +6,26 @@ const FORMATTED_AT_ONCE = 8;
 /** The messages, and the scroll position of the reader. */
 export class Log {
   constructor() {
-    for (const id of ['log', 'messages', 'jump']) this[id] = document.getElementById(id);
+    for (const id of ['log', 'earlier', 'messages', 'jump']) this[id] = document.getElementById(id);
     this.list = [];
     this.pinned = true;
+    this.skipped = 0; // how many earlier messages are not loaded
+    this.onEarlier = async () => {};
     this.owners = new WeakMap();
     this.divider = element('p', 'divider', say('left_out'));
     this.watcher = new IntersectionObserver((entries) => this.seen(entries), { root: this.log, rootMargin: '100%' });
     const resized = new ResizeObserver(() => this.follow());
     resized.observe(this.log);
     resized.observe(this.messages);
+    const nearing = new IntersectionObserver((entries) => this.nearsEarlier(entries), { root: this.log });
+    nearing.observe(this.earlier);
+    this.earlier.addEventListener('click', () => this.loadEarlier());
     this.jump.addEventListener('click', () => this.follow(true));
     this.log.addEventListener('scroll', () => this.scrolled());
+  }
+
+  get first() {
+    return this.list[0];
   }
 
   get last() {
@@ -27,11 +36,13 @@ export class Log {
     this.watcher.disconnect();
     this.list = [];
     this.messages.replaceChildren();
+    this.skip(0);
   }
 
-  show(messages) {
+  show(messages, skipped) {
     this.clear();
     this.append(...messages);
+    this.skip(skipped);
     for (const message of messages.slice(-FORMATTED_AT_ONCE)) this.meet(message);
   }
 
@@ -42,6 +53,36 @@ export class Log {
       this.owners.set(message.article, message);
       this.watcher.observe(message.article);
     }
+  }
+
+  /** Adds earlier messages; what the reader sees stays where it is. */
+  prepend(messages, skipped) {
+    const below = this.log.scrollHeight - this.log.scrollTop;
+    this.list.unshift(...messages);
+    this.messages.prepend(...messages.map((message) => message.article));
+    for (const message of messages) {
+      this.owners.set(message.article, message);
+      this.watcher.observe(message.article);
+    }
+    this.skip(skipped);
+    this.divide(this.leftOut);
+    this.log.scrollTop = this.log.scrollHeight - below;
+  }
+
+  skip(count) {
+    this.skipped = count;
+    this.earlier.hidden = !count;
+  }
+
+  nearsEarlier(entries) {
+    if (entries.at(-1).isIntersecting && !this.pinned) this.loadEarlier();
+  }
+
+  async loadEarlier() {
+    if (this.earlier.disabled || !this.skipped) return;
+    this.earlier.disabled = true;
+    await this.onEarlier();
+    this.earlier.disabled = false;
   }
 
   /** Removes a message and all that follow it, and returns them. */
@@ -57,8 +98,9 @@ export class Log {
 
   /** Draws a line after the oldest `count` messages, without system prompts: the model no longer sees those. */
   divide(count) {
+    this.leftOut = count;
     const said = this.list.filter((message) => message.role !== 'system');
-    if (count) said[count]?.article.before(this.divider);
+    if (count && count >= this.skipped) said[count - this.skipped]?.article.before(this.divider);
     else this.divider.remove();
   }
 

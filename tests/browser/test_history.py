@@ -9,7 +9,7 @@ from models.messages import Message
 from models.options import Options
 from models.settings import Settings
 from server import create_app
-from tests.browser.steps import converse, entry, expect_connection, expect_reply, last_reply, open_chat, send
+from tests.browser.steps import STORE, converse, entry, expect_connection, expect_reply, last_reply, open_chat, send
 from tests.support.scripted import ScriptedChat, ScriptedReply
 from tests.support.serving import Served, serve
 
@@ -250,3 +250,52 @@ def test_a_failed_reply_can_be_asked_again(chat: Page, scripted: ScriptedChat) -
     assert len(scripted.heard) == 3
     messages, _ = scripted.heard[-1]
     assert [message["content"] for message in messages] == ["say one", "one", "break half a reply"]
+
+
+def open_long(page: Page, count: int = 250) -> None:
+    """Open a new conversation with many messages; a page of the history has 100 of them."""
+    contents = [f"{'say' if index % 2 == 0 else 'reply'} {index}" for index in range(count - 1)]
+    page.evaluate("id => { location.hash = id; }", page.evaluate(STORE, contents))
+    expect_reply(page, str(count - 2))
+
+
+def test_earlier_messages_are_loaded_when_the_reader_scrolls_up(chat: Page) -> None:
+    open_long(chat)
+    assert 90 < texts(chat).count() <= 100
+    first, earlier = texts(chat).first, chat.get_by_role("button", name="Show earlier messages")
+    for oldest in ("say 54", "say 0"):
+        chat.locator("#log").evaluate("log => { log.scrollTop = 0; }")
+        expect(first).to_have_text(oldest)
+    expect(texts(chat)).to_have_count(250)
+    expect(earlier).to_be_hidden()
+
+
+def test_earlier_messages_come_above_what_the_reader_sees(chat: Page) -> None:
+    open_long(chat)
+    chat.locator("#log").evaluate("log => { log.scrollTop = 0; }")
+    expect(chat.locator("article")).to_have_count(196)
+    seen = chat.evaluate(
+        """() => {
+            const log = document.getElementById('log').getBoundingClientRect();
+            const inside = ({ top, bottom }) => bottom > log.top && top < log.bottom;
+            return [...document.querySelectorAll('article .content')]
+                .filter((content) => inside(content.getBoundingClientRect())).map((content) => content.textContent);
+        }"""
+    )
+    assert "say 152" in seen
+
+
+def test_a_question_is_edited_where_earlier_messages_are_not_loaded(chat: Page, scripted: ScriptedChat) -> None:
+    open_long(chat)
+    text = str(texts(chat).first.text_content())
+    chat.route("**/v1/conversations/*before=*", lambda route: route.abort())
+    chat.locator("#log").evaluate("log => { log.scrollTop = 0; }")
+    chat.locator("article").first.get_by_role("button", name="Edit").click()
+    expect(chat.get_by_label("Edit message")).to_have_value(text)
+    chat.get_by_label("Edit message").fill("say it again")
+    chat.get_by_label("Edit message").press("Enter")
+    expect_reply(chat, "it again")
+    expect(texts(chat)).to_have_text(["say it again", "it again"])
+    messages, _ = scripted.heard[-1]
+    assert len(messages) == int(text.split()[1]) + 1
+    assert messages[0]["content"] == "say 0"

@@ -164,9 +164,9 @@ def test_an_item_has_the_fields_of_its_kind_in_order() -> None:
 
 def test_a_conversation_has_its_items_where_they_are_given() -> None:
     assert json.dumps(render_conversation(CONVERSATION)) == json.dumps(RENDERED_CONVERSATION)
-    whole = {**RENDERED_CONVERSATION, "items": [RENDERED_MESSAGE, RENDERED_REPLY], "has_more": True}
-    assert json.dumps(render_conversation(CONVERSATION, ItemPage([MESSAGE, REPLY], True))) == json.dumps(whole)
-    assert render_conversation(CONVERSATION, ItemPage([], False))["items"] == []
+    whole = {**RENDERED_CONVERSATION, "items": [RENDERED_MESSAGE, RENDERED_REPLY], "earlier": 7}
+    assert json.dumps(render_conversation(CONVERSATION, ItemPage([MESSAGE, REPLY], 7))) == json.dumps(whole)
+    assert render_conversation(CONVERSATION, ItemPage([], 0))["items"] == []
 
 
 def text_of(document: Document, *pieces: list[Item]) -> str:

@@ -448,11 +448,11 @@ async def test_items_are_read_in_pages_from_the_last_one(empty_tables: AsyncEngi
     store = Conversations(empty_tables)
     items = [message(str(number), f"message {number}") for number in range(7)]
     await store.put_items("ann", "conv_1", 0, items)
-    assert await store.read_page("ann", "conv_1", 7) == ItemPage(items, False)
-    assert await store.read_page("ann", "conv_1", 3) == ItemPage(items[4:], True)
-    assert await store.read_page("ann", "conv_1", 3, "4") == ItemPage(items[1:4], True)
-    assert await store.read_page("ann", "conv_1", 3, "1") == ItemPage(items[:1], False)
-    assert await store.read_page("ann", "conv_1", 3, "0") == ItemPage([], False)
+    assert await store.read_page("ann", "conv_1", 7) == ItemPage(items, 0)
+    assert await store.read_page("ann", "conv_1", 3) == ItemPage(items[4:], 4)
+    assert await store.read_page("ann", "conv_1", 3, "4") == ItemPage(items[1:4], 1)
+    assert await store.read_page("ann", "conv_1", 3, "1") == ItemPage(items[:1], 0)
+    assert await store.read_page("ann", "conv_1", 3, "0") == ItemPage([], 0)
     for user, before in (("ann", "unknown"), ("bob", "4")):
         with pytest.raises(ItemNotFoundError) as raised:
             await store.read_page(user, "conv_1", 3, before)
@@ -463,9 +463,9 @@ async def test_a_page_has_at_most_some_bytes_but_at_least_one_item(empty_tables:
     store = Conversations(empty_tables)
     items = [message(str(number), "x" * (PAGE_BYTES // 3 + 1)) for number in range(4)]
     await store.put_items("ann", "conv_1", 0, [message("large", "x" * (PAGE_BYTES + 1)), *items])
-    assert await store.read_page("ann", "conv_1", 100) == ItemPage(items[2:], True)
+    assert await store.read_page("ann", "conv_1", 100) == ItemPage(items[2:], 3)
     page = await store.read_page("ann", "conv_1", 100, "0")
-    assert ([item.id for item in page.items], page.has_more) == (["large"], False)
+    assert ([item.id for item in page.items], page.earlier) == (["large"], 0)
 
 
 async def test_a_page_counts_the_bytes_of_instructions(empty_tables: AsyncEngine) -> None:
@@ -473,7 +473,7 @@ async def test_a_page_counts_the_bytes_of_instructions(empty_tables: AsyncEngine
     options = {"instructions": "x" * (PAGE_BYTES // 2)}
     await store.put_items("ann", "conv_1", 0, [replace(ANSWER, id=str(number), options=options) for number in range(4)])
     page = await store.read_page("ann", "conv_1", 100)
-    assert ([item.id for item in page.items], page.has_more) == (["3"], True)
+    assert ([item.id for item in page.items], page.earlier) == (["3"], 3)
 
 
 async def test_all_items_are_read_some_at_a_time(empty_tables: AsyncEngine) -> None:

@@ -74,7 +74,7 @@ def test_a_conversation_is_read_with_its_items(client: TestClient) -> None:
 def test_a_conversation_is_read_in_pages(client: TestClient) -> None:
     path = f"/v1/conversations/{converse(client, 'say one', 'say two', 'say three')}"
     page = client.get(path, params={"limit": "2"}, headers=bearer()).json()
-    assert ([item["content"] for item in page["items"]], page["has_more"]) == (["say three", "three"], True)
+    assert ([item["content"] for item in page["items"]], page["earlier"]) == (["say three", "three"], 4)
     before = {"limit": "100", "before": page["items"][0]["id"]}
     page = client.get(path, params=before, headers=bearer()).json()
     assert ([item["content"] for item in page["items"]], page["has_more"]) == (
@@ -142,7 +142,7 @@ def test_a_conversation_is_exported_as_markdown_or_json(client: TestClient) -> N
     assert response.headers["content-disposition"] == f'attachment; filename="{id}.md"'
     response = client.get(path, params={"format": "json"}, headers=bearer())
     conversation = client.get(f"/v1/conversations/{id}", headers=bearer()).json()
-    assert response.json() | {"has_more": False} == conversation
+    assert response.json() | {"earlier": 0} == conversation
     assert response.headers["content-disposition"] == f'attachment; filename="{id}.json"'
     response = client.get(path, params={"format": "pdf"}, headers=bearer())
     assert (response.status_code, response.json()["error"]["param"]) == (400, "format")
