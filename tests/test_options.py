@@ -25,6 +25,7 @@ def short_id(value: Any) -> str:
     [
         ("instructions", "Be brief.", "Be brief."),
         ("instructions", "", ""),
+        ("instructions", "é" * 2**15, "é" * 2**15),
         ("instructions", None, None),
         ("temperature", 0, 0.0),
         ("temperature", 2, 2.0),
@@ -60,6 +61,7 @@ def test_an_allowed_value_is_taken(name: str, value: Any, expected: Any) -> None
     ("name", "value"),
     [
         ("instructions", 1),
+        ("instructions", "x" * (2**15 + 1)),
         ("instructions", "\ud800"),
         ("temperature", -0.1),
         ("temperature", 2.1),

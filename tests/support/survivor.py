@@ -36,7 +36,7 @@ class EndlessChat(ScriptedChat):
 def serve(data: Path, secret: str, started: Connection) -> None:
     """Serve until killed. Sends the port first."""
     gc.freeze()  # what was there before the fork
-    app = create_app(Settings(data=data, users={"ann": secret}), EndlessChat().opened)
+    app = create_app(Settings(data=data, users={"ann": secret}, responses_per_user=8), EndlessChat().opened)
     listener = listen("127.0.0.1", 0)
     started.send(listener.getsockname()[1])
     config = uvicorn.Config(app, log_level="error", ws_per_message_deflate=False)

@@ -6,13 +6,14 @@ import os
 import resource
 import signal
 import socket
-from contextlib import ExitStack
+import sqlite3
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
 
 from tests.support.databases import PostgreSQL
-from tests.support.process import COMMANDS, RESTARTS, Client, Server, launched, stored, until
+from tests.support.process import COMMANDS, RESTARTS, Child, Client, Server, launched, stored, until
 
 pytestmark = [
     pytest.mark.slow,
@@ -138,6 +139,54 @@ def test_a_server_that_ends_with_a_full_disk_logs_how_much_is_lost(tmp_path: Pat
         assert client.wait_for_close() == RESTARTS
         assert server.exit_code() == 0
         server.log.find("lost 1 replies that could not be stored")
+
+
+def test_while_another_process_locks_sqlite_replies_start_and_end_and_are_stored_later(tmp_path: Path) -> None:
+    with launched(tmp_path) as server, server.connected() as client:
+        first = client.start("wait zero")
+        with closing(sqlite3.connect(tmp_path / "parley.db", isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            replies = [client.start(f"say {number}", conversation="new") for number in range(12)]
+            outcomes = [client.outcome(reply["id"]) for reply in replies]
+            assert outcomes == [("completed", "stop", str(number)) for number in range(12)]
+            server.release()
+            assert client.outcome(first["id"]) == ("completed", "stop", "zero")
+            assert len(client.find("error", code="not_kept")) == 13
+            assert other.execute("SELECT count(*) FROM items").fetchone() == (2,), "the lock was held all the time"
+            other.execute("ROLLBACK")
+        expect_recovery(server)
+        for number, reply in enumerate(replies):
+            items = [(f"say {number}", None), (str(number), "completed")]
+            assert server.items(reply["conversation"]) == items
+        assert server.items(client.conversation) == [("wait zero", None), ("zero", "completed")]
+
+
+@pytest.mark.parametrize(("command", "code"), [(COMMANDS[0], 1), (COMMANDS[1], 3)])
+def test_a_second_process_on_one_database_is_refused_and_disturbs_nothing(
+    tmp_path: Path, command: str, code: int
+) -> None:
+    with launched(tmp_path) as server, server.connected() as client:
+        running = client.start("wait here")
+        with Child.running("scripted", command, data=tmp_path, compile=False) as second:
+            assert second.exit_code() == code
+            second.log.find(f"another Parley uses this database, process {server.pid} on .*: run one process only")
+            assert "Traceback" not in second.log.text
+        server.release()
+        assert client.outcome(running["id"]) == ("completed", "stop", "here")
+        assert server.items(client.conversation) == [("wait here", None), ("here", "completed")]
+
+
+def test_a_server_whose_database_was_taken_over_ends(tmp_path: Path) -> None:
+    with launched(tmp_path) as server, server.connected() as client:
+        running = client.start("wait here")
+        with closing(sqlite3.connect(tmp_path / "parley.db")) as other:
+            other.execute("UPDATE owner SET id = 'other'")
+            other.execute("UPDATE items SET status = 'failed', owner = NULL WHERE status = 'in_progress'")
+            other.commit()
+        assert client.outcome(running["id"])[:2] == ("failed", "server_shutdown")
+        assert server.exit_code() == 1
+        server.log.find("another process has taken this database")
+    assert stored(tmp_path) == [("wait here", None, None), ("", "failed", None)]
 
 
 @pytest.mark.postgresql

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from models.errors import TooManyConnectionsError
-from models.users.connections import Change, ConnectionRegistry
+from models.users.connections import CONNECTS, Change, ConnectionRegistry
 
 Changes = list[tuple[Change, str]]
 
@@ -160,3 +160,42 @@ async def test_close_all_does_not_wait_where_nobody_is_connected(registry: Conne
     registry.leave("ann", join(registry, "ann"))
     await registry.close_all(*RESTART)
     assert len(registry) == 0
+
+
+# Users who come and go all the time
+
+
+def test_others_hear_of_a_flapping_user_only_now_and_then() -> None:
+    async def flap() -> Changes:
+        registry = ConnectionRegistry(announce=True, per_user=9, pause=0)
+        watcher = join(registry, "ann")
+        for _ in range(100):
+            registry.leave("bob", join(registry, "bob"))
+        join(registry, "bob")
+        await asyncio.sleep(0.001)  # until the pause is over
+        return watcher.changes
+
+    changes = asyncio.run(flap())
+    assert changes == [("joined", "bob"), ("left", "bob")] * 3 + [("joined", "bob")]
+
+
+def test_a_flapping_user_who_ends_as_before_is_not_announced() -> None:
+    async def flap() -> Changes:
+        registry = ConnectionRegistry(announce=True, per_user=9, pause=0)
+        watcher = join(registry, "ann")
+        for _ in range(100):
+            registry.leave("bob", join(registry, "bob"))
+        await asyncio.sleep(0.001)
+        return watcher.changes
+
+    assert asyncio.run(flap()) == [("joined", "bob"), ("left", "bob")] * 3
+
+
+def test_a_user_may_open_only_some_connections_a_minute() -> None:
+    registry = ConnectionRegistry(announce=False, per_user=2)
+    for _ in range(2 + CONNECTS):
+        registry.check("ann")
+        registry.leave("ann", join(registry, "ann"))
+    with pytest.raises(TooManyConnectionsError, match="wait up to a minute"):
+        registry.check("ann")
+    registry.check("bob")
