@@ -16,7 +16,7 @@ from models.store.item import Item
 
 logger = logging.getLogger("parley")
 
-PATIENCE = 0.5  # seconds
+PATIENCE = 1.0  # seconds; a busy disk takes some tenths
 
 
 class WriteBuffer:

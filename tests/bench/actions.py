@@ -221,8 +221,8 @@ async def stalled(user: User, megabytes: int = 0) -> AsyncIterator[tuple[Chat, R
         reply = await chat.ask(user.message(), **LONG)
         await chat.until(reply, when_streaming)
         with suppress(ConnectionClosed):
-            for _ in range(megabytes):
-                await chat.send({"type": "session.update", "session": {"instructions": "x" * 1_000_000}})
+            for _ in range(10 * megabytes):
+                await chat.send({"type": "session.update", "session": {"instructions": "😀" * 26_000}})
         async with user.chat() as other:
             await other.ask(user.message(), conversation="none", **user.options())
             await other.finish()

@@ -50,6 +50,8 @@ class Reply:
     text: str = ""
     deltas: int = 0
     wait: float | None = None  # seconds to the first delta
+    gap: float = 0.0  # the most seconds between two deltas
+    last_at: float = 0.0  # when the last delta came
     outcome: str = ""  # answered, cancelled, abandoned, or the code of the error
 
     @property
@@ -59,7 +61,12 @@ class Reply:
 
     def add(self, delta: str) -> None:
         """Add the next piece of text."""
-        self.wait = self.wait or time.perf_counter() - self.asked_at
+        now = time.perf_counter()
+        if self.wait is None:
+            self.wait = now - self.asked_at
+        else:
+            self.gap = max(self.gap, now - self.last_at)
+        self.last_at = now
         self.deltas += 1
         self.text += delta
 

@@ -1,10 +1,12 @@
 """The load test: many users for a long time. Some vanish, stall, cancel, come back or send nonsense; nothing gets lost.
 
     python tests/bench/soak.py --users 64 --seconds 600
+    python tests/bench/soak.py --hostile --users 20 --seconds 180
 
 The server has a process of its own, with a tiny random model on few slots. Exits with 1 where a request had no end or a
 wrong one, where the server logged an error, or where at the end, without clients, it has more tasks, threads or
-descriptors than after the first tenth of the time.
+descriptors than after the first tenth of the time. With `--hostile`, the users are honest; they chat first alone, then
+beside all attacks of `hostile.py` at once.
 """
 
 from __future__ import annotations
@@ -23,9 +25,10 @@ import tempfile
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from itertools import cycle
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TextIO
@@ -43,10 +46,12 @@ from starlette.routing import Route
 from models.engine.native import build
 from models.settings import Settings
 from server import SHUTDOWN_SECONDS, UVICORN_FRAME_BYTES, create_app, listen
-from tests.bench.actions import deck
+from tests.bench.actions import GOOD, deck
 from tests.bench.clients import DEADLINE, Action, Tally, User
+from tests.bench.hostile import ATTACKS, Attacker, repeat
 from tests.support.tiny import opens_tiny
 
+MALLORY = "mallory"  # a user who only attacks
 QUIET = 300  # tenths of a second until the server must have ended what the last clients left
 processes = multiprocessing.get_context("forkserver")
 
@@ -67,6 +72,7 @@ class Plan:
     def settings(self, data: Path) -> Settings:
         """The settings of the server."""
         users = {f"user{number}": f"secret of user{number}" for number in range(self.users)}
+        users |= {MALLORY: f"secret of {MALLORY}"}
         return Settings(
             slots=self.slots,
             queue=self.queue,
@@ -231,7 +237,8 @@ async def load(plan: Plan, address: str, tally: Tally, actions: Iterator[Action]
     url = f"http://{address}"
     async with httpx2.AsyncClient(base_url=url, timeout=DEADLINE, trust_env=False, limits=fresh) as http:
         secrets = plan.settings(Path()).users
-        users = [User(id, secrets[id], address, http, tally, random.Random(seeds.random())) for id in secrets]
+        ids = [id for id in secrets if id != MALLORY]
+        users = [User(id, secrets[id], address, http, tally, random.Random(seeds.random())) for id in ids]
         async with asyncio.TaskGroup() as group:
             for user, neighbour in zip(users, [*users[1:], users[0]], strict=True):
                 user.neighbour = neighbour
@@ -264,6 +271,64 @@ async def reading_at_rest(plan: Plan, address: str, before: Reading) -> Reading:
     return held
 
 
+# The hostile mode
+
+
+@dataclass(frozen=True)
+class Hostile:
+    """How honest users fared alone and beside attacks, how often each attack came, and the memory of the server."""
+
+    alone: Tally
+    beside: Tally
+    attacks: Mapping[str, int]
+    readings: list[Reading]  # after the time alone, after the first half of the attacks, and at the end
+
+    @property
+    def lost(self) -> list[str]:
+        return [*self.alone.lost, *self.beside.lost]
+
+
+async def hostile(plan: Plan, data: Path) -> Hostile:
+    """Let honest users chat alone, then beside all attacks at once, each for `plan.seconds`."""
+    tallies, seeds, attacks = (Tally(), Tally()), random.Random(plan.seed), Counter[str]()
+    with in_process(serve, plan.settings(data)) as (_, address):
+        await load(plan, address, tallies[0], cycle(GOOD), seeds)
+        readings = [await reading(address)]
+        for _ in range(2):
+            async with asyncio.TaskGroup() as group:
+                attacking = [group.create_task(attack_all(plan, address, attacks, seeds))]
+                await load(plan.part(0.5), address, tallies[1], cycle(GOOD), seeds)
+                await asyncio.wait(attacking)
+            readings.append(await reading(address))
+        return Hostile(*tallies, attacks, readings)
+
+
+async def attack_all(plan: Plan, address: str, attacks: Counter[str], seeds: random.Random) -> None:
+    """Run all attacks at once, again and again, and count them."""
+    secret = plan.settings(Path()).users[MALLORY]
+    limits = httpx2.Limits(max_keepalive_connections=0)
+    async with httpx2.AsyncClient(base_url=f"http://{address}", timeout=30, trust_env=False, limits=limits) as http:
+        attackers = [Attacker(address, secret, http, random.Random(seeds.random())) for _ in ATTACKS]
+        times = await asyncio.gather(*map(repeat, ATTACKS, attackers, [plan.seconds / 2] * len(ATTACKS)))
+        attacks.update({attack.__name__: count for attack, count in zip(ATTACKS, times, strict=True)})
+
+
+def report_hostile(hostile: Hostile) -> Iterator[str]:
+    """The lines of the report of the hostile mode."""
+    yield from (f"{times:7} {name.replace('_', ' ')}" for name, times in hostile.attacks.items())
+    for name, tally in (("alone", hostile.alone), ("beside all attacks", hostile.beside)):
+        waits = [reply.wait for reply in tally.replies if reply.wait is not None]
+        gaps = [reply.gap for reply in tally.replies if reply.deltas > 1]
+        outcomes = Counter(reply.outcome or "without an end" for reply in tally.replies)
+        yield f"\n{name}: " + ", ".join(f"{count} {outcome}" for outcome, count in outcomes.most_common())
+        yield f"    first delta: median {statistics.median(waits):.3f} s, worst {max(waits):.3f} s"
+        yield f"    gap between deltas: median {statistics.median(gaps):.3f} s, worst {max(gaps):.3f} s"
+    yield f"\n{len(hostile.lost):7} LOST"
+    yield from (f"    {complaint}" for complaint in hostile.lost[:20])
+    yield "memory: " + ", ".join(f"{reading.memory / 2**20:.1f}" for reading in hostile.readings) + " MiB"
+    yield from (f"    LOGGED {error}" for error in hostile.readings[-1].errors[:20])
+
+
 # The report
 
 
@@ -287,13 +352,27 @@ def report(soak: Soak) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Many users for a long time.")
+    parser.add_argument("--hostile", action="store_true", help="honest users alone, then beside attacks")
     for name, default in asdict(Plan()).items():
         parser.add_argument(f"--{name}", type=int if name == "actions" else type(default), default=default)
-    plan = Plan(**vars(parser.parse_args()))
+    arguments = vars(parser.parse_args())
+    run = run_hostile if arguments.pop("hostile") else run_soak
     with tempfile.TemporaryDirectory() as data:
-        done = asyncio.run(soak(plan, Path(data)))
+        sys.exit(1 if run(Plan(**arguments), Path(data)) else 0)
+
+
+def run_soak(plan: Plan, data: Path) -> bool:
+    """Run the load test and print its report; returns whether anything is wrong."""
+    done = asyncio.run(soak(plan, data))
     print("\n".join(report(done)))
-    sys.exit(1 if done.tally.lost or done.left or done.end.errors else 0)
+    return bool(done.tally.lost or done.left or done.end.errors)
+
+
+def run_hostile(plan: Plan, data: Path) -> bool:
+    """Run the hostile mode and print its report; returns whether anything is wrong."""
+    done = asyncio.run(hostile(plan, data))
+    print("\n".join(report_hostile(done)))
+    return bool(done.lost or done.readings[-1].errors)
 
 
 if __name__ == "__main__":
