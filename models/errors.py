@@ -9,6 +9,7 @@ ParleyError
 │   ├── DatabaseError              the database cannot be opened
 │   │   └── DatabaseInUseError     another process uses the database
 │   ├── DataFolderError            the data folder cannot be used
+│   ├── UntrustedPathError         other users could have written a program, or can read a secret
 │   └── UsersError                 a user cannot be added or removed
 ├── APIError                       a request is refused, with an HTTP status, a type, a code and a message
 │   ├── InvalidRequestError   400  InvalidJSON, InvalidValue, MissingField, UnknownField, UnknownEvent,
@@ -87,6 +88,16 @@ class DataFolderError(StartError):
     def __init__(self, folder: Path, error: OSError) -> None:
         super().__init__(
             f"PARLEY_DATA={folder} cannot be used: {error.strerror}; it must be a folder that Parley can write to"
+        )
+
+
+class UntrustedPathError(StartError):
+    """A file or folder belongs to another user, or is open to others and cannot be closed."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(
+            f"{path} {reason}, so it is not safe to use: remove it or change its owner; or set PARLEY_DATA, or for the "
+            "cache XDG_CACHE_HOME, to a folder of your own"
         )
 
 

@@ -10,14 +10,17 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from models.private_files import make_private_folder
+
 
 @contextmanager
 def scratch_folder(cache: Path, name: str) -> Iterator[Path]:
     """A folder in `cache` for unfinished work of one kind; it is removed at the end.
 
-    One process at a time has it; others wait. Removes the folders that killed processes left. Raises OSError.
+    One process at a time has it; others wait. Removes the folders that killed processes left. Raises OSError, and
+    UntrustedPathError if `cache` belongs to another user.
     """
-    cache.mkdir(parents=True, exist_ok=True)
+    make_private_folder(cache)
     with FileLock(cache / f"{name}.lock"):
         for left in cache.glob(f"unfinished-{name}-*"):
             shutil.rmtree(left, ignore_errors=True)

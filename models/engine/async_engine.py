@@ -16,6 +16,7 @@ from pathlib import Path
 from models.engine.engine import Engine
 from models.engine.recovery import Outcome, StepRecovery
 from models.engine.sequence import Sequence, Token
+from models.engine.subprocesses import Subprocesses
 from models.errors import EngineError, one_line
 
 logger = logging.getLogger("parley")
@@ -41,6 +42,8 @@ class AsyncEngine:
         self._commands: queue.SimpleQueue[tuple[Callable[[Sequence], None], Sequence] | None] = queue.SimpleQueue()
         self._streams: dict[Sequence, asyncio.Queue[Token | None]] = {}
         self._loop = asyncio.get_running_loop()
+        self._compiling: threading.Thread | None = None
+        self._compilers = Subprocesses()
         self._recovery = StepRecovery(engine, partial(self._call, on_shrink) if on_shrink else None, on_step)
         _end_openmp_threads()
         _freeze_garbage()
@@ -68,16 +71,25 @@ class AsyncEngine:
 
         def run() -> None:
             try:
-                self.engine.runner.compile(cache)
+                self.engine.runner.compile(cache, self._compilers)
             except Exception as error:  # torch's compiler and the system raise many types of errors
-                logger.warning("the model is not compiled and stays a little slower: %s", one_line(error))
+                if not self._compilers.stopped:
+                    logger.warning("the model is not compiled and stays a little slower: %s", one_line(error))
 
-        threading.Thread(target=run, name="compile", daemon=True).start()
+        self._compiling = threading.Thread(target=run, name="compile", daemon=True)
+        self._compiling.start()
 
     async def stop(self) -> None:
-        """End the thread after its current step; sequences that still run fail."""
+        """End the engine's thread after its current step, and the compilation; sequences that still run fail."""
         self._commands.put(None)
-        await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._end_threads)
+
+    def _end_threads(self) -> None:
+        """Stop compilers, and wait for the threads: a program that is being loaded aborts a process that ends."""
+        self._compilers.stop()
+        self._thread.join()
+        if self._compiling:
+            self._compiling.join()
 
     def _run(self) -> None:
         trouble = None

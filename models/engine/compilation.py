@@ -9,9 +9,9 @@ import inspect
 import os
 import pickle
 import signal
-import subprocess
 import sys
 import warnings
+import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -23,7 +23,9 @@ from torch.export import Dim, export
 
 from models.engine import attention
 from models.engine.native import build
+from models.engine.subprocesses import Subprocesses
 from models.errors import CompilationError
+from models.private_files import check_program, make_private_folder
 from models.scratch import scratch_folder
 
 SOURCE = build.KERNELS.with_name("program.cpp")
@@ -32,20 +34,29 @@ Program = Callable[..., Tensor]
 
 
 def compile_program(
-    module: nn.Module, inputs: tuple[Tensor, ...], sizes: tuple[Dim, ...], mark: str, cache: Path
+    module: nn.Module,
+    inputs: tuple[Tensor, ...],
+    sizes: tuple[Dim, ...],
+    mark: str,
+    cache: Path,
+    subprocesses: Subprocesses | None = None,
 ) -> Program:
     """A program that computes what the module computes, on the same tensors.
 
     torch's AOTInductor turns the whole module into one C++ function: a step of the embedded model takes 4.4 ms. Python
     takes 10 ms to call one operator after another. `inputs` are an example; their first sizes may vary as `sizes` says.
     `mark` is anything else that the program depends on, such as the model's configuration. The first compilation takes
-    a minute; `cache` is the folder of programs. Raises CompilationError and KernelsUnavailableError.
+    a minute; `cache` is the folder of programs. Raises CompilationError, also after `subprocesses.stop`,
+    KernelsUnavailableError and UntrustedPathError.
     """
-    package = cache / f"{_name(module, mark)}.pt2"
-    if not package.is_file():
-        _compile(module, inputs, sizes, package)
+    package, subprocesses = cache / _name(module, mark), subprocesses or Subprocesses()
+    if not package.is_dir():
+        _compile(module, inputs, sizes, package, subprocesses)
     if not build.loaded_library(SOURCE):
-        torch.ops.load_library(build.build_library(cache, SOURCE))  # type: ignore[no-untyped-call]
+        build.load_library(build.build_library(cache, SOURCE, subprocesses))
+    subprocesses.check()
+    make_private_folder(cache)
+    check_program(package)
     try:
         program, tensors = torch.classes.parley.Program(str(package)), _tensors(module)
         program.load({name: tensors[name].detach() for name in program.constants()})
@@ -79,20 +90,25 @@ def _sources(module: nn.Module) -> list[Path]:
     return sorted(map(Path, files))
 
 
-def _compile(module: nn.Module, inputs: tuple[Tensor, ...], sizes: tuple[Dim, ...], package: Path) -> None:
+def _compile(
+    module: nn.Module,
+    inputs: tuple[Tensor, ...],
+    sizes: tuple[Dim, ...],
+    package: Path,
+    subprocesses: Subprocesses,
+) -> None:
     """Compile in another process: in this one, the compiler would hold the GIL and delay replies for a minute."""
     shapes = {id(tensor): _empty(tensor) for tensor in [*inputs, *_tensors(module).values()]}
     twin = copy.deepcopy((module, inputs), shapes)
-    done = subprocess.run(
+    code, stderr = subprocesses.run(
         [sys.executable, "-m", __name__],
-        input=pickle.dumps((*twin, sizes, build.loaded_library(), package)),
-        capture_output=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        pickle.dumps((*twin, sizes, build.loaded_library(), package)),
+        os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
-    if done.returncode:
-        *_, lines = done.stderr.decode(errors="replace").rpartition("Traceback")
+    if code:
+        *_, lines = stderr.rpartition("Traceback")
         why = (line for line in lines.splitlines()[1:] if not line.startswith(" "))
-        raise CompilationError(next(why, f"the compiler ended with {done.returncode}"))
+        raise CompilationError(next(why, f"the compiler ended with {code}"))
 
 
 def _empty(tensor: Tensor) -> Tensor:
@@ -123,13 +139,17 @@ def _compile_here() -> None:
         "compile_threads": 1,
     }
     with scratch_folder(package.parent, "program") as folder:
-        if package.is_file():  # another process has just made it
+        if package.is_dir():  # another process has just made it
             return
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)  # before the import below
         from torch._inductor import aoti_compile_and_package
 
-        made = aoti_compile_and_package(exported, package_path=f"{folder}/{package.name}", inductor_configs=options)
-        Path(made).rename(package)  # atomic, since another process may load it at any time
+        archive = f"{folder}/{package.name}.pt2"
+        made = aoti_compile_and_package(exported, package_path=archive, inductor_configs=options)
+        # torch would unpack the archive at each start, and leave it in the temporary folder.
+        with zipfile.ZipFile(made) as packed:
+            packed.extractall(folder)
+        (folder / package.name).rename(package)  # atomic, since another process may load it at any time
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from models.engine.kv_cache import KVCache
 from models.engine.native import build
 from models.engine.quantization import Int8Linear
 from models.engine.scheduler import Chunk, Placement
+from models.engine.subprocesses import Subprocesses
 from models.errors import UnsupportedModelError
 
 
@@ -108,15 +109,15 @@ class ModelRunner:
         """Run a batch that belongs to no sequence. Raises the error of a broken device."""
         self.run_batch(self._probe_batch()).sum().item()  # item() waits until the device is done
 
-    def compile(self, cache: Path) -> None:
+    def compile(self, cache: Path, subprocesses: Subprocesses | None = None) -> None:
         """Compile the model and use the program from then on; `cache` is the folder for programs.
 
-        Call it in another thread than the one that steps, which goes on meanwhile. Raises CompilationError or
-        KernelsUnavailableError.
+        Call it in another thread than the one that steps, which goes on meanwhile. Raises the errors of
+        `compile_program`.
         """
         inputs, tokens, sequences = self._inputs(self._probe_batch()), Dim("tokens", min=2), Dim("sequences", min=1)
         sizes = (tokens, tokens, tokens, sequences)
-        self.program = compile_program(self.forward, inputs, sizes, repr(self.model.config), cache)
+        self.program = compile_program(self.forward, inputs, sizes, repr(self.model.config), cache, subprocesses)
 
     def _cache_dtype(self) -> torch.dtype | None:
         """The dtype of keys and values; None is the model's own."""

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from models.errors import ModelError, one_line
+from models.private_files import make_private_folder
 from models.scratch import scratch_folder
 from models.settings import EMBEDDED, Settings
 
@@ -47,9 +48,10 @@ def _converted(cache: Path, name: str, dtype: torch.dtype, gguf: Path | None) ->
     A folder gets this name only when it is complete.
     """
     folder = cache / f"{name}-{str(dtype).removeprefix('torch.')}"
-    if folder.is_dir():
-        return folder
     try:
+        make_private_folder(cache)
+        if folder.is_dir():
+            return folder
         with scratch_folder(cache, "model") as scratch:
             if not folder.is_dir():  # else another process has just made it
                 _convert(gguf or download_embedded(scratch), scratch / "converted", dtype)

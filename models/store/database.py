@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import (
@@ -24,6 +25,7 @@ from sqlalchemy.exc import ArgumentError, OperationalError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from models.errors import DatabaseError, DataFolderError
+from models.private_files import make_private_file, make_private_folder
 from models.settings import Settings
 from models.store.item import Status
 
@@ -156,8 +158,12 @@ LOCKS = {"sqlite": "BEGIN IMMEDIATE", "postgresql": "SELECT pg_advisory_xact_loc
 
 @asynccontextmanager
 async def open_database(settings: Settings) -> AsyncIterator[Database]:
-    """The database of the settings, created or migrated if needed. Raises DatabaseError or DataFolderError."""
+    """The database of the settings, created or migrated if needed.
+
+    Raises DatabaseError, DataFolderError or UntrustedPathError.
+    """
     url = _url(settings)
+    _make_private_files(url)
     try:
         engine = create_async_engine(url, hide_parameters=True, **ENGINE_ARGUMENTS[url.get_backend_name()])
         try:
@@ -170,9 +176,12 @@ async def open_database(settings: Settings) -> AsyncIterator[Database]:
 
 
 def make_data_folder(settings: Settings) -> None:
-    """Make the data folder, if it does not exist; only its owner can read it. Raises DataFolderError."""
+    """Make the data folder, if it does not exist; only its owner can read it.
+
+    Raises DataFolderError or UntrustedPathError.
+    """
     try:
-        settings.data.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private_folder(settings.data)
     except OSError as error:
         raise DataFolderError(settings.data, error) from error
 
@@ -191,6 +200,19 @@ def _url(settings: Settings) -> URL:
     if "sslmode" in url.query:  # the usual spelling, which asyncpg does not know
         url = url.difference_update_query(["sslmode"]).update_query_dict({"ssl": url.query["sslmode"]})
     return url.set(drivername="sqlite+aiosqlite" if url.drivername.startswith("sqlite") else "postgresql+asyncpg")
+
+
+def _make_private_files(url: URL) -> None:
+    """Make the files of SQLite readable only for their owner; new ones get the mode of the database."""
+    if url.get_backend_name() != "sqlite" or not url.database or url.database.startswith((":", "file:")):
+        return
+    try:
+        make_private_file(Path(url.database))
+        for suffix in ("-wal", "-shm"):
+            if (beside := Path(f"{url.database}{suffix}")).exists():
+                make_private_file(beside)
+    except OSError as error:
+        raise DatabaseError(_unusable(url, str(error.strerror))) from error
 
 
 def _unusable(url: URL, reason: str) -> str:

@@ -26,6 +26,7 @@ from models.errors import (
     WrongCredentialsError,
     one_line,
 )
+from models.private_files import make_private_file
 from models.settings import USER_ID, Settings
 from models.store.database import Database, make_data_folder, users_table
 from models.users.login_limiter import LoginLimiter
@@ -219,6 +220,7 @@ def _read_key(path: Path) -> bytes:
             pass
         finally:
             os.unlink(temporary)
+    make_private_file(path)
     if len(key := path.read_bytes()) != 32:
         raise UsersError(f"{path} is not a key of 32 bytes: restore it, or delete it and add the users again")
     return key

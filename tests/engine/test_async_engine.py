@@ -14,6 +14,7 @@ from models.engine.engine import Engine
 from models.engine.model_runner import ModelRunner
 from models.engine.sampling_params import SamplingParams
 from models.engine.sequence import Sequence
+from models.engine.subprocesses import Subprocesses
 from models.errors import CompilationError, EngineError
 from tests.support.faulty import Broken, FaultyRunner, faulty_engine, make_engine
 
@@ -169,7 +170,7 @@ class LogLines(logging.Handler):
 
 
 class UncompilableRunner(ModelRunner):
-    def compile(self, cache: Path) -> None:
+    def compile(self, cache: Path, subprocesses: Subprocesses | None = None) -> None:
         raise CompilationError("two\nlines")
 
 
@@ -186,3 +187,33 @@ async def test_a_failed_compilation_is_logged_and_changes_no_reply(llama: PreTra
     assert line == "WARNING the model is not compiled and stays a little slower: two lines"
     assert await generate(async_engine, new_sequence()) == expected
     await async_engine.stop()
+
+
+class SlowlyCompiledRunner(ModelRunner):
+    """Loads a program, once `compiling` is set, until `loaded` is set."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model, slots=2, context=64)
+        self.compiling, self.loaded, self.ended = threading.Event(), threading.Event(), threading.Event()
+
+    def compile(self, cache: Path, subprocesses: Subprocesses | None = None) -> None:
+        self.compiling.set()
+        self.loaded.wait()
+        self.ended.set()
+        raise CompilationError("the server stops")
+
+
+async def test_a_stop_waits_for_a_program_that_is_being_loaded(
+    llama: PreTrainedModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    runner = SlowlyCompiledRunner(llama)
+    async_engine = AsyncEngine(Engine(runner))
+    async_engine.compile(tmp_path)
+    await asyncio.to_thread(runner.compiling.wait)
+    stopping = asyncio.create_task(async_engine.stop())
+    await asyncio.to_thread(async_engine._thread.join)  # from here on, only the compilation is waited for
+    assert not stopping.done()
+    runner.loaded.set()
+    await stopping
+    assert runner.ended.is_set()
+    assert "not compiled" not in caplog.text

@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,8 @@ from torch.export import Dim
 from models.engine import attention, compilation, model_runner, quantization
 from models.engine.compilation import _name, _sources, compile_program
 from models.engine.model_runner import Forward
-from models.errors import CompilationError
+from models.engine.subprocesses import Subprocesses
+from models.errors import CompilationError, UntrustedPathError
 from tests.support.tiny import tiny_llama, to_int8
 
 
@@ -89,10 +91,46 @@ def test_a_module_that_cannot_be_compiled_says_why_and_leaves_no_file(tmp_path: 
 @pytest.mark.compiler
 @pytest.mark.slow
 def test_a_damaged_program_is_refused(programs: Path, tmp_path: Path) -> None:
-    (package,) = programs.glob("*.pt2")
-    (tmp_path / package.name).write_bytes(b"cut off")
-    with pytest.raises(CompilationError, match="archive"):
+    (package,) = programs.glob("step-*")
+    shutil.copytree(package, tmp_path / package.name)
+    (library,) = (tmp_path / package.name).rglob("*.so")
+    library.write_bytes(b"cut off")
+    with pytest.raises(CompilationError, match=library.name):
         compile_program(Scaled(2), INPUTS, SIZES, "two", tmp_path)
+
+
+@pytest.mark.compiler
+@pytest.mark.slow
+def test_a_program_that_others_could_have_written_is_never_loaded(programs: Path, tmp_path: Path) -> None:
+    (package,) = programs.glob("step-*")
+    shutil.copytree(package, tmp_path / package.name)
+    (library,) = (tmp_path / package.name).rglob("*.so")
+    library.chmod(0o666)
+    with pytest.raises(UntrustedPathError, match="can be written by other users"):
+        compile_program(Scaled(2), INPUTS, SIZES, "two", tmp_path)
+
+
+@pytest.mark.compiler
+@pytest.mark.slow
+def test_a_program_leaves_nothing_in_the_temporary_folder(
+    programs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    program = compile_program(Scaled(2), INPUTS, SIZES, "two", programs)
+    program(*INPUTS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stopped_compilation_says_so_and_leaves_no_file(tmp_path: Path) -> None:
+    subprocesses = Subprocesses()
+    stopper = threading.Timer(0.5, subprocesses.stop)
+    stopper.start()
+    with pytest.raises(CompilationError, match="the server stops"):
+        compile_program(Scaled(2), INPUTS, SIZES, "two", tmp_path, subprocesses)
+    stopper.join()
+    with pytest.raises(CompilationError, match="the server stops"):
+        compile_program(Scaled(2), INPUTS, SIZES, "two", tmp_path, subprocesses)
+    assert list(tmp_path.glob("*-*")) == []
 
 
 # The name of a program

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from models.engine.subprocesses import Subprocesses
 from models.errors import KernelsUnavailableError, one_line
+from models.private_files import check_program, make_private_folder
 from models.scratch import scratch_folder
 
 KERNELS = Path(__file__).with_name("kernels.cpp")
@@ -28,7 +29,7 @@ def library_path(cache: Path, source: Path = KERNELS) -> Path:
     return cache / f"{source.stem}-{hashlib.sha256(parts.encode()).hexdigest()[:16]}.so"
 
 
-def build_library(cache: Path, source: Path = KERNELS) -> Path:
+def build_library(cache: Path, source: Path = KERNELS, subprocesses: Subprocesses | None = None) -> Path:
     """The library of a source, compiled (in ten seconds) unless `cache` has it. Raises KernelsUnavailableError."""
     path = library_path(cache, source)
     if path.is_file():
@@ -43,9 +44,9 @@ def build_library(cache: Path, source: Path = KERNELS) -> Path:
         torch_home = Path(torch.__file__).parent
         folders = [f"-I{torch_home}/include", f"-I{torch_home}/include/torch/csrc/api/include", f"-L{torch_home}/lib"]
         command = [compiler, *FLAGS, *folders, str(source), "-o", str(unfinished), "-lc10", "-ltorch_cpu"]
-        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-        if done.returncode:
-            raise KernelsUnavailableError(f"{compiler} failed: {_reason(done.stderr)}")
+        code, stderr = (subprocesses or Subprocesses()).run(command)
+        if code:
+            raise KernelsUnavailableError(f"{compiler} failed: {_reason(stderr)}")
         unfinished.rename(path)  # atomic, since another process may load it at any time
     return path
 
@@ -60,15 +61,22 @@ def _reason(stderr: str) -> str:
 
 
 def load_kernels(path: Path) -> None:
-    """Load the kernels from a compiled library. Raises KernelsUnavailableError."""
+    """Load the kernels from a compiled library. Raises KernelsUnavailableError or UntrustedPathError."""
     if loaded_library():
         return
+    load_library(path)
+    torch.library.register_fake("parley::attention", _attention_shape)
+    torch.library.register_fake("parley::int8_linear", _int8_linear_shape)
+
+
+def load_library(path: Path) -> None:
+    """Load a compiled library, unless others could have written it. Raises the errors of `load_kernels`."""
     try:
+        make_private_folder(path.parent)
+        check_program(path)
         torch.ops.load_library(path)  # type: ignore[no-untyped-call]
     except OSError as error:
         raise KernelsUnavailableError(f"{path} cannot be loaded: {one_line(error)}") from error
-    torch.library.register_fake("parley::attention", _attention_shape)
-    torch.library.register_fake("parley::int8_linear", _int8_linear_shape)
 
 
 def loaded_library(source: Path = KERNELS) -> Path | None:

@@ -1,0 +1,56 @@
+"""Runs other programs, such as compilers, in a way that can be stopped from another thread."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+
+from models.errors import CompilationError
+
+KILL_SECONDS = 5.0  # that a program has to end by itself
+
+
+class Subprocesses:
+    """Runs one program after the other. `stop` ends the one that is running, and no other can be started."""
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self._running: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+
+    def run(
+        self, command: Sequence[str], input: bytes = b"", environment: Mapping[str, str] | None = None
+    ) -> tuple[int, str]:
+        """Run a program to its end. Returns its exit code and what it wrote to stderr. Raises CompilationError."""
+        with self._lock:
+            self.check()
+            self._running = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                env=environment,
+            )
+        with self._running as process:
+            _, stderr = process.communicate(input)
+        self.check()
+        return process.returncode, stderr.decode(errors="replace")
+
+    def check(self) -> None:
+        """Raise CompilationError after `stop`."""
+        if self.stopped:
+            raise CompilationError("the server stops")
+
+    def stop(self) -> None:
+        """End the running program: it may remove its unfinished files, and is killed if it takes too long."""
+        with self._lock:
+            self.stopped = True
+            process = self._running
+        if process and process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(KILL_SECONDS)
+            process.kill()
