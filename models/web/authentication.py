@@ -11,8 +11,7 @@ from starlette.requests import HTTPConnection
 from models.errors import APIError, OriginNotAllowedError, TooManyLoginsError, WrongCredentialsError
 from models.ops.logs import log
 from models.users.users import User
-
-COOKIE = "parley_session"
+from models.web.cookies import SESSION, read_cookie
 
 
 class UserRequired(AuthenticationBackend):
@@ -63,7 +62,7 @@ async def log_in(connection: HTTPConnection, secret: str) -> User:
 
 def user_of_cookie(connection: HTTPConnection) -> User | None:
     """The user of the session cookie; None if there is no valid one."""
-    user: User | None = connection.app.state.users.user_of_session(connection.cookies.get(COOKIE, ""))
+    user: User | None = connection.app.state.users.user_of_session(read_cookie(connection, SESSION))
     return user
 
 

@@ -13,7 +13,8 @@ from starlette.types import Scope
 
 from models.errors import APIError, OriginNotAllowedError, WrongCredentialsError
 from models.users.users import SESSION_SECONDS, User
-from models.web.authentication import COOKIE, has_allowed_origin, log_in, user_of_cookie
+from models.web.authentication import has_allowed_origin, log_in, user_of_cookie
+from models.web.cookies import SESSION
 
 TEMPLATES = Path(__file__).parents[2] / "templates"
 LANGUAGES = json.loads((TEMPLATES / "languages.json").read_text(encoding="utf-8"))
@@ -39,14 +40,14 @@ async def login(request: Request) -> Response:
         return _page(request, None, word, error.status)
     response = RedirectResponse("./", 303)
     token, secure = request.app.state.users.session_token(user), request.url.scheme == "https"
-    response.set_cookie(COOKIE, token, SESSION_SECONDS, httponly=True, samesite="strict", secure=secure)
+    response.set_cookie(SESSION, token, SESSION_SECONDS, httponly=True, samesite="strict", secure=secure)
     return response
 
 
 async def logout(request: Request) -> Response:
     """Delete the session cookie."""
     response = RedirectResponse("./", 303)
-    response.delete_cookie(COOKIE, httponly=True, samesite="strict")
+    response.delete_cookie(SESSION, httponly=True, samesite="strict")
     return response
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import json
 import string
@@ -17,7 +18,7 @@ from starlette.testclient import TestClient
 from models.settings import Settings
 from models.store.database import open_database
 from models.users.users import Users
-from models.web.authentication import COOKIE
+from models.web.cookies import SESSION as COOKIE
 from server import create_app
 from tests.support.client import (
     ANN,
@@ -32,6 +33,8 @@ from tests.support.client import (
 )
 from tests.support.running_app import RunningApp, start
 from tests.support.scripted import ScriptedChat
+
+ROOT = Path(__file__).parents[2]
 
 # Session cookies
 
@@ -56,6 +59,20 @@ def test_a_cookie_is_hidden_from_scripts_and_lasts_two_weeks(shared_app: Running
     _, *attributes = log_in(shared_app.client(url)).headers["set-cookie"].lower().split("; ")
     expected = {"httponly", "samesite=strict", "path=/", "max-age=1209600"}
     assert sorted(attributes) == sorted(expected | {"secure"} if secure else expected)
+
+
+def test_no_cookie_is_unquoted(client: TestClient) -> None:
+    cookie = new_session(client)
+    assert is_session(client, cookie)
+    assert is_session(client, f" {cookie} ; other=1")
+    assert not is_session(client, f'"{cookie}"')  # which the standard library would unquote, in seconds if it is long
+    assert not is_session(client, '"' + 30_000 * '\\"' + '"')
+
+
+def test_no_module_reads_cookies_by_the_standard_library() -> None:
+    for path in [ROOT / "server.py", *(ROOT / "models").rglob("*.py")]:
+        names = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+        assert "cookies" not in names, path
 
 
 @pytest.mark.parametrize(
