@@ -41,7 +41,10 @@ from models.web import completions, conversations, pages, status
 from models.web.authentication import UserRequired
 from models.web.chat_socket import FRAME_BYTES, ChatSocket
 from models.web.error_responses import HANDLERS, authentication_error
-from models.web.middleware import SecurityHeadersMiddleware, StartErrorMiddleware
+from models.web.http_protocol import HTTPProtocol
+from models.web.middleware import ProxiesMiddleware, SecurityHeadersMiddleware, StartErrorMiddleware
+from models.web.open_connections import OpenConnections
+from models.web.paced_listener import PacedListener
 
 logger = logging.getLogger("parley")
 
@@ -57,14 +60,17 @@ OpenChat = Callable[[Starlette], AbstractAsyncContextManager[Chat]]
 
 
 @asynccontextmanager
-async def lifespan(app: Starlette) -> AsyncIterator[None]:
-    """Open everything that requests share, on `app.state`, and close it in reverse order."""
+async def lifespan(app: Starlette) -> AsyncIterator[dict[str, object]]:
+    """Open everything that requests share, on `app.state`, and close it in reverse order.
+
+    The web server gets the open connections, which it keeps up to date.
+    """
     state = app.state
     settings: Settings = state.settings
     try:
         async with AsyncExitStack() as stack:
             stack.enter_context(logging_configured(settings.log))
-            raise_file_limit()
+            state.open_connections = OpenConnections.within(raise_file_limit(), settings.proxies)
             database = await stack.enter_async_context(open_database(settings))
             state.users, state.conversations = Users.open(settings, database), Conversations(database)
             state.connections = ConnectionRegistry(settings.presence, settings.sockets_per_user)
@@ -80,7 +86,7 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
             await stack.enter_async_context(state.users.watched(partial(revoke, app)))
             shutdown = Shutdown.installed(partial(drain, app), settings.drain, state.chat.died.wait)
             await stack.enter_async_context(shutdown)
-            yield
+            yield {"open_connections": state.open_connections}
     except (StartError, KeyboardInterrupt, asyncio.CancelledError) as error:
         state.start_error = str(error) or "interrupted"
         raise
@@ -173,6 +179,7 @@ def create_app(settings: Settings | None = None, open_chat: OpenChat = open_chat
     settings = settings or read_settings()
     middleware = [
         Middleware(StartErrorMiddleware),
+        *([Middleware(ProxiesMiddleware, proxies=settings.proxies)] if settings.proxies else []),
         Middleware(SecurityHeadersMiddleware),
         Middleware(TrustedHostMiddleware, allowed_hosts=settings.hosts or ["*"], www_redirect=False),
     ]
@@ -219,7 +226,8 @@ def serve(host: str, port: int, app: Starlette) -> None:
     config = uvicorn.Config(app, ws_max_size=UVICORN_FRAME_BYTES, ws_per_message_deflate=False, access_log=False)
     config.timeout_graceful_shutdown = SHUTDOWN_SECONDS
     config.timeout_keep_alive = KEEP_ALIVE_SECONDS
-    config.http = "h11"  # it limits the size of headers; httptools, if installed, does not
+    config.http = HTTPProtocol
+    config.proxy_headers = False  # PARLEY_PROXIES names the proxies that are believed
     server = uvicorn.Server(config)
     try:
         server.run([listener])
@@ -237,7 +245,7 @@ def listen(host: str, port: int) -> socket.socket:
         raise click.ClickException(f"cannot listen on {host}, port {port}: {error.strerror}") from error
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux drops a client that takes no bytes for a minute; ASGI cannot
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 60_000)
-    return listener
+    return PacedListener.of(listener)
 
 
 if __name__ == "__main__":

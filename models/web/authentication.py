@@ -53,16 +53,19 @@ async def log_in(connection: HTTPConnection, secret: str) -> User:
     state = connection.app.state
     try:
         user: User = await state.users.log_in(secret, connection.query_params.get("userid"), address)
-        return user
     except (WrongCredentialsError, TooManyLoginsError) as error:
         state.metrics.login_failures.inc()
         log("login failed", address=address, code=error.code)
         raise
+    _welcome(connection)
+    return user
 
 
 def user_of_cookie(connection: HTTPConnection) -> User | None:
     """The user of the session cookie; None if there is no valid one."""
     user: User | None = connection.app.state.users.user_of_session(read_cookie(connection, SESSION))
+    if user:
+        _welcome(connection)
     return user
 
 
@@ -71,6 +74,12 @@ def has_allowed_origin(connection: HTTPConnection) -> bool:
     host = connection.headers.get("host", "")
     allowed = (f"http://{host}", f"https://{host}", *connection.app.state.settings.origins)
     return connection.headers.get("origin") in allowed
+
+
+def _welcome(connection: HTTPConnection) -> None:
+    """Tell the web server's connection, if it is one of ours, that its client is a user."""
+    if open_connection := connection.scope.get("state", {}).get("connection"):
+        open_connection.welcome()
 
 
 def _decoded(value: str) -> str:
