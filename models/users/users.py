@@ -102,12 +102,13 @@ class Users:
 
     async def log_in(self, secret: str, user_id: str | None, address: str) -> User:
         """Like `find`, but a wrong secret is an error and counts against the address. Raises APIError."""
+        self._login_limiter.check(address)  # before anything is looked up
         try:
             user = await self.find(secret, user_id)
             refusal: APIError = WrongCredentialsError()
         except DatabaseUnavailableError as error:  # counts as a failed login: the secret matched no known user
             user, refusal = None, error
-        self._login_limiter.check(address)  # after the search, so that no other login comes between check and count
+        self._login_limiter.check(address)  # and after the search, so that no other login comes between check and count
         if user is None:
             self._login_limiter.count_failure(address)
             raise refusal

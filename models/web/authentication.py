@@ -55,7 +55,8 @@ async def log_in(connection: HTTPConnection, secret: str) -> User:
         user: User = await state.users.log_in(secret, connection.query_params.get("userid"), address)
     except (WrongCredentialsError, TooManyLoginsError) as error:
         state.metrics.login_failures.inc()
-        log("login failed", address=address, code=error.code)
+        if isinstance(error, WrongCredentialsError):  # a blocked address costs no line
+            log("login failed", address=address, code=error.code)
         raise
     _welcome(connection)
     return user

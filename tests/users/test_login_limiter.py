@@ -47,6 +47,31 @@ def test_a_block_is_for_one_address_only() -> None:
     assert not is_blocked(limiter, "10.0.0.2")
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "blocked"),
+    [
+        pytest.param("2001:db8::1", "2001:db8::abcd:1", True, id="one /64"),
+        pytest.param("2001:db8::1", "2001:db8:0:1::1", False, id="another /64"),
+        pytest.param("::ffff:10.0.0.1", "10.0.0.1", True, id="IPv4 as IPv6"),
+        pytest.param("::ffff:10.0.0.1", "::ffff:10.0.0.2", False, id="two IPv4 as IPv6"),
+        pytest.param("fe80::1%eth0", "fe80::2%eth1", True, id="with zones"),
+        pytest.param("local", "unix", False, id="names"),
+    ],
+)
+def test_an_ipv6_address_counts_by_its_network(first: str, second: str, blocked: bool) -> None:
+    limiter = LoginLimiter("1/minute")
+    limiter.count_failure(first)
+    assert is_blocked(limiter, second) == blocked
+
+
+def test_a_block_is_logged_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    limiter = LoginLimiter("2/minute")
+    for _ in range(2):
+        limiter.count_failure("10.0.0.1")
+    assert caplog.messages == ["logins blocked address=10.0.0.1"]
+
+
 def test_a_check_does_not_count_as_a_failure() -> None:
     limiter = LoginLimiter("1/minute")
     assert not any(is_blocked(limiter, "10.0.0.1") for _ in range(3))

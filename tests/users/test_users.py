@@ -393,11 +393,11 @@ class BreakableDatabase:
     def __init__(self, database: Any) -> None:
         self._database = database
         self.broken = False
-        self._reads = 0
+        self.reads = 0
         self._read = asyncio.Event()
 
     def connect(self) -> Any:
-        self._reads += 1
+        self.reads += 1
         self._read.set()
         if self.broken:
             raise OSError("no route to host")
@@ -408,8 +408,8 @@ class BreakableDatabase:
 
     async def next_read(self) -> None:
         """Wait until a read that begins from now on has ended, where one comes after the other."""
-        before = self._reads
-        while self._reads < before + 2:
+        before = self.reads
+        while self.reads < before + 2:
             self._read.clear()
             await self._read.wait()
 
@@ -501,6 +501,15 @@ async def test_failed_logins_count_while_the_database_fails(watching: Users, dat
         with pytest.raises(TooManyLoginsError):
             await watching.log_in(secret, None, ADDRESS)
     assert (await watching.log_in(ANN, None, OTHER_ADDRESS)).id == "ann"
+
+
+async def test_guesses_from_a_blocked_address_read_nothing(watching: Users, database: BreakableDatabase) -> None:
+    await fail_logins(watching, ADDRESS, 10)
+    before = database.reads
+    assert await fail_logins(watching, ADDRESS, 20) == [TooManyLoginsError] * 20
+    assert database.reads == before
+    assert await fail_logins(watching, OTHER_ADDRESS, 1) == [WrongCredentialsError]
+    assert database.reads == before + 1
 
 
 async def test_a_failing_database_is_logged_once_and_revokes_nobody(
