@@ -36,6 +36,7 @@ from models.store.conversations import Conversations
 from models.store.database import open_database
 from models.users.commands import users
 from models.users.connections import ConnectionRegistry
+from models.users.sessions import Session
 from models.users.users import User, Users
 from models.web import completions, conversations, pages, status
 from models.web.authentication import UserRequired
@@ -83,7 +84,7 @@ async def lifespan(app: Starlette) -> AsyncIterator[dict[str, object]]:
             )
             register_gauges(app)
             print_login_help(state.url, await state.users.create_first())
-            await stack.enter_async_context(state.users.watched(partial(revoke, app)))
+            await stack.enter_async_context(state.users.watched(partial(revoke, app), partial(end_session, app)))
             shutdown = Shutdown.installed(partial(drain, app), settings.drain, state.chat.died.wait)
             await stack.enter_async_context(shutdown)
             yield {"open_connections": state.open_connections}
@@ -139,6 +140,11 @@ def revoke(app: Starlette, user: User) -> None:
     log("revoked", user=user.id)
     app.state.responses.revoke(user.id)
     app.state.connections.close_user(user.id, 4401, WrongCredentialsError.code)
+
+
+def end_session(app: Starlette, session: Session) -> None:
+    """Close the connections of a browser that has logged out."""
+    app.state.connections.close_session(session.user_id, session.id, 4401, WrongCredentialsError.code)
 
 
 def print_login_help(url: str | None, secret: str | None) -> None:

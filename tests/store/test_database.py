@@ -16,7 +16,7 @@ from models.errors import DatabaseError, DataFolderError
 from models.settings import Settings
 from models.store import database
 from models.store.conversations import Conversations
-from models.store.database import conversations_table, items_table, open_database, users_table
+from models.store.database import conversations_table, ended_sessions_table, items_table, open_database, users_table
 from models.store.item import Item
 from models.users.users import User, Users
 
@@ -138,7 +138,7 @@ async def test_the_tables_have_exactly_the_columns_that_the_code_uses(empty_data
         present = await schema(engine)
     used = {
         table.name: [column.name for column in table.columns]
-        for table in (users_table, conversations_table, items_table)
+        for table in (users_table, ended_sessions_table, conversations_table, items_table)
     }
     assert {name: [column for column, _ in present[name][0]] for name in present} == used | {"version": ["number"]}
 

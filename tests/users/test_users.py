@@ -61,6 +61,12 @@ async def all_ids(users: Users) -> list[str]:
     return [user.id for user in await users.all()]
 
 
+def user_of(users: Users, token: str) -> User | None:
+    """The user of a session token."""
+    found = users.session(token)
+    return found[0] if found else None
+
+
 async def find_id(users: Users, secret: str, user_id: str | None = None) -> str | None:
     user = await users.find(secret, user_id)
     return user.id if user else None
@@ -123,7 +129,7 @@ async def test_users_and_sessions_survive_a_restart(settings: Settings) -> None:
     async with open_users(replace(settings, users={})) as users:
         assert await all_ids(users) == ["carla"]
         assert await find_id(users, CARLA) == "carla"
-        assert users.user_of_session(token)
+        assert user_of(users, token)
 
 
 async def test_a_removed_user_can_be_created_again(users: Users) -> None:
@@ -255,13 +261,13 @@ async def test_a_session_token_is_valid_until_the_secret_changes(users: Users) -
     carla = await users.find(CARLA)
     assert carla
     token = users.session_token(carla)
-    assert users.user_of_session(token) == carla
-    assert users.user_of_session(token[:-1]) is None
-    assert users.user_of_session(token.replace(".", "x.", 1)) is None
+    assert user_of(users, token) == carla
+    assert user_of(users, token[:-1]) is None
+    assert user_of(users, token.replace(".", "x.", 1)) is None
     await users.remove("carla")
-    assert users.user_of_session(token) is None
+    assert user_of(users, token) is None
     await users.create("carla")
-    assert users.user_of_session(token) is None
+    assert user_of(users, token) is None
 
 
 async def test_a_new_configured_secret_or_key_ends_a_session(settings: Settings) -> None:
@@ -270,10 +276,10 @@ async def test_a_new_configured_secret_or_key_ends_a_session(settings: Settings)
         assert ann
         token = users.session_token(ann)
     async with open_users(replace(settings, users={"ann": "a new secret"})) as users:
-        assert users.user_of_session(token) is None
+        assert user_of(users, token) is None
     (settings.data / "key").unlink()
     async with open_users(settings) as users:
-        assert users.user_of_session(token) is None
+        assert user_of(users, token) is None
 
 
 async def test_session_tokens_differ_and_do_not_show_the_digest(users: Users) -> None:
@@ -284,7 +290,7 @@ async def test_session_tokens_differ_and_do_not_show_the_digest(users: Users) ->
     for token in tokens:
         shown = base64.urlsafe_b64decode(token.split(".")[0] + "==")
         assert ann.digest.hex().encode() not in shown
-        assert users.user_of_session(token) == ann
+        assert user_of(users, token) == ann
 
 
 # The key file and the data folder
@@ -484,7 +490,7 @@ async def test_known_users_log_in_while_the_database_fails(
     database.broken = True
     for secret, user in ((CARLA, "carla"), (ANN, "ann")):
         assert (await watching.log_in(secret, None, ADDRESS)).id == user
-    assert watching.user_of_session(token)
+    assert user_of(watching, token)
     with pytest.raises(DatabaseUnavailableError):
         await watching.log_in("unknown", None, ADDRESS)
     database.broken = False
@@ -566,4 +572,4 @@ async def test_a_read_that_ends_after_a_later_one_revokes_nobody(no_users: Users
             slow.answer.set()
             await early
             assert revocations.empty()
-            assert watching.user_of_session(watching.session_token(carla)) == carla
+            assert user_of(watching, watching.session_token(carla)) == carla

@@ -52,13 +52,36 @@ def is_session(client: TestClient, cookie: str) -> bool:
     return 'id="composer"' in client.get("/", headers={"Cookie": f"{COOKIE}={cookie}"}).text
 
 
+TWO_WEEKS = 1209600
+
+
 @pytest.mark.parametrize(
-    ("url", "secure"), [("http://testserver", False), ("https://testserver", True)], ids=["http", "https"]
+    ("url", "prefix"), [("http://testserver", ""), ("https://testserver", "__host-")], ids=["http", "https"]
 )
-def test_a_cookie_is_hidden_from_scripts_and_lasts_two_weeks(shared_app: RunningApp, url: str, secure: bool) -> None:
-    _, *attributes = log_in(shared_app.client(url)).headers["set-cookie"].lower().split("; ")
-    expected = {"httponly", "samesite=strict", "path=/", "max-age=1209600"}
-    assert sorted(attributes) == sorted(expected | {"secure"} if secure else expected)
+def test_cookies_are_hidden_from_scripts_and_other_sites_and_last_for_some_time(
+    shared_app: RunningApp, url: str, prefix: str
+) -> None:
+    set_cookies = log_in(shared_app.client(url)).headers.get_list("set-cookie")
+    expected = {"httponly", "samesite=strict", "path=/"} | ({"secure"} if prefix else set())
+    attributes = {}
+    for cookie in set_cookies:
+        first, *rest = cookie.lower().split("; ")
+        attributes[first.partition("=")[0]] = set(rest)
+    assert attributes == {
+        f"{prefix}parley_session": expected | {f"max-age={TWO_WEEKS}"},
+    }
+
+
+def test_over_tls_only_the_cookie_that_no_other_host_can_set_is_read(shared_app: RunningApp) -> None:
+    client = shared_app.client("https://testserver")
+    log_in(client)
+    cookie = client.cookies[f"__Host-{COOKIE}"]
+    client.cookies.clear()
+    for name, is_read in ((COOKIE, False), (f"__Host-{COOKIE}", True)):
+        page = client.get("/", headers={"Cookie": f"{name}={cookie}"}).text
+        assert ('id="composer"' in page) == is_read
+    page = shared_app.client().get("/", headers={"Cookie": f"__Host-{COOKIE}={cookie}"}).text
+    assert 'id="composer"' not in page
 
 
 def test_no_cookie_is_unquoted(client: TestClient) -> None:
@@ -73,6 +96,75 @@ def test_no_module_reads_cookies_by_the_standard_library() -> None:
     for path in [ROOT / "server.py", *(ROOT / "models").rglob("*.py")]:
         names = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
         assert "cookies" not in names, path
+
+
+# Logout
+
+
+def test_a_logout_ends_its_session_and_no_other(client: TestClient) -> None:
+    first, second = new_session(client), new_session(client)
+    assert client.post("/logout", headers={"Cookie": f"{COOKIE}={first}"}).status_code == 200
+    assert not is_session(client, first)
+    assert is_session(client, second)
+    headers = {"Cookie": f"{COOKIE}={first}", "Origin": "http://testserver"}
+    assert client.get("/v1/models", headers=headers).status_code == 401
+
+
+def by_cookie(client: TestClient, cookie: str) -> Any:
+    headers = {"Cookie": f"{COOKIE}={cookie}", "Origin": "http://testserver"}
+    return client.websocket_connect("/ws", ["chat.v1"], headers=headers)
+
+
+def test_a_logout_closes_the_sockets_of_its_session(client: TestClient) -> None:
+    first, second = new_session(client), new_session(client)
+    client.cookies.clear()
+    with by_cookie(client, first) as one, by_cookie(client, first) as two, by_cookie(client, second) as other:
+        with chat_v1(client) as by_secret:
+            client.post("/logout", headers={"Cookie": f"{COOKIE}={first}"})
+            assert [close_code(socket) for socket in (one, two)] == [4401] * 2
+            for socket in (other, by_secret):
+                ask(socket, "say still here")
+                assert events_until_done(socket)[-1]["response"]["output_text"] == "still here"
+    with by_cookie(client, first) as again:
+        assert close_code(again) == 4401
+
+
+def test_a_logout_in_another_process_ends_the_session_here(client: TestClient, shared_settings: Settings) -> None:
+    cookie = new_session(client)
+    client.cookies.clear()
+
+    async def log_out(users: Users) -> None:
+        await users.all()
+        found = users.session(cookie)
+        assert found
+        await users.end_session(found[1])
+
+    with by_cookie(client, cookie) as socket:
+        in_another_process(shared_settings, log_out)
+        assert close_code(socket) == 4401
+    assert not is_session(client, cookie)
+
+
+def test_an_ended_session_stays_ended_after_a_restart(settings: Settings) -> None:
+    with start(create_app(settings, ScriptedChat().opened)) as running:
+        client = running.client()
+        cookie, other = new_session(client), new_session(client)
+        client.post("/logout", headers={"Cookie": f"{COOKIE}={cookie}"})
+    with start(create_app(settings, ScriptedChat().opened)) as running:
+        assert not is_session(running.client(), cookie)
+        assert is_session(running.client(), other)
+
+
+def test_a_logout_of_another_site_is_refused(client: TestClient) -> None:
+    cookie = new_session(client)
+    response = client.post("/logout", headers={"Cookie": f"{COOKIE}={cookie}", "Origin": "http://evil.example"})
+    assert (response.status_code, "set-cookie" in response.headers) == (403, False)
+    assert "PARLEY_ORIGINS" in response.text
+    assert is_session(client, cookie)
+    assert client.post("/logout", headers={"Origin": "http://testserver"}).status_code == 200
+
+
+# Forged cookies
 
 
 @pytest.mark.parametrize(
