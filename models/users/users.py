@@ -21,13 +21,15 @@ from models.errors import (
     APIError,
     DatabaseUnavailableError,
     DataFolderError,
+    TooManyLoginsError,
     UsersError,
     WrongCredentialsError,
     one_line,
 )
 from models.settings import USER_ID, Settings
 from models.store.database import Database, make_data_folder, users_table
-from models.users.login_limiter import LoginLimiter
+from models.users.devices import Devices
+from models.users.login_limiter import Guesser, LoginLimiter
 from models.users.sessions import Session, Sessions
 
 logger = logging.getLogger("parley")
@@ -56,6 +58,7 @@ class Users:
         self._login_limiter = LoginLimiter()
         self._key = key
         self._sessions = Sessions(key, database)
+        self._devices = Devices(key)
         self._configured = [User(user, self._digest(secret)) for user, secret in configured.items()]
         self._known = tuple(self._configured)  # as of the last read of the database
         self._reads = self._latest_read = 0  # how many reads began, and the number of the read that gave `_known`
@@ -103,19 +106,28 @@ class Users:
             found = self._find_known(digest, user_id)
         return found
 
-    async def log_in(self, secret: str, user_id: str | None, address: str) -> User:
-        """Like `find`, but a wrong secret is an error and counts against the address. Raises APIError."""
-        self._login_limiter.check(address)  # before anything is looked up
+    async def log_in(self, secret: str, user_id: str | None, address: str, device: str = "") -> User:
+        """Like `find`, but a wrong secret is an error and counts against the address. Raises APIError.
+
+        `device` is the device token of the browser, if it has one: its user can log in although the address is blocked.
+        """
+        known = self._user_of_device(device)
+        guesser = Guesser(address, user_id, known.id if known else None)
+        wanted = self._wanted(guesser)
         try:
-            user = await self.find(secret, user_id)
+            user = await self.find(secret, wanted)
             refusal: APIError = WrongCredentialsError()
         except DatabaseUnavailableError as error:  # counts as a failed login: the secret matched no known user
             user, refusal = None, error
-        self._login_limiter.check(address)  # and after the search, so that no other login comes between check and count
-        if user is None:
-            self._login_limiter.count_failure(address)
+        wanted = self._wanted(guesser)  # again, so that no other login comes between check and count
+        if user is None or wanted not in (None, user.id):
+            self._login_limiter.count_failure(guesser)
             raise refusal
         return user
+
+    def device_token(self, user: User) -> str:
+        """A signed token for the browser of a user who has logged in. It is no session."""
+        return self._devices.token(user.id, self._secret_fingerprint(user))
 
     def session_token(self, user: User) -> str:
         """A new signed token for a session cookie. It is valid for two weeks, as long as the secret is valid."""
@@ -185,6 +197,24 @@ class Users:
     def _find_by_fingerprint(self, user_id: str, fingerprint: str) -> User | None:
         users = [user for user in self._known if user.id == user_id]
         return next((user for user in users if hmac.compare_digest(self._secret_fingerprint(user), fingerprint)), None)
+
+    def _user_of_device(self, token: str) -> User | None:
+        found = self._devices.read(token)
+        return self._find_by_fingerprint(*found) if found else None
+
+    def _wanted(self, guesser: Guesser) -> str | None:
+        """The id of the only user that a secret may belong to; None for any. Raises TooManyLoginsError.
+
+        From a blocked address, it is the user whose device this is: a secret of anybody else is like a wrong one.
+        """
+        try:
+            self._login_limiter.check(guesser)
+            return guesser.user_id
+        except TooManyLoginsError:
+            if guesser.user_id not in (None, guesser.device_of):
+                raise
+            self._login_limiter.check_device(guesser)
+            return guesser.device_of
 
     def _digest(self, secret: str) -> bytes:
         return hmac.digest(self._key, secret.encode(errors="surrogatepass"), "sha256")

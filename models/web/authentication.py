@@ -13,7 +13,7 @@ from models.errors import APIError, OriginNotAllowedError, TooManyLoginsError, W
 from models.ops.logs import log
 from models.users.sessions import Session
 from models.users.users import User
-from models.web.cookies import SESSION, read_cookie
+from models.web.cookies import DEVICE, SESSION, read_cookie
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ async def authenticate(connection: HTTPConnection) -> Login:
 
     The order: the Authorization header, a subprotocol, the session cookie, the query of a WebSocket.
     """
+    check_origin(connection)
     scheme, _, secret = connection.headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer":
         return await log_in(connection, secret.strip().encode("latin-1").decode(errors="replace"))
@@ -48,10 +49,8 @@ async def authenticate(connection: HTTPConnection) -> Login:
         if protocol.startswith("bearer."):
             return await log_in(connection, _decoded(protocol.removeprefix("bearer.")))
     if login := login_of_cookie(connection):
-        if connection.scope.get("method") not in ("GET", "HEAD"):
-            if "origin" not in connection.headers:
-                raise OriginNotAllowedError
-            check_origin(connection)
+        if connection.scope.get("method") not in ("GET", "HEAD") and "origin" not in connection.headers:
+            raise OriginNotAllowedError
         if connection.query_params.get("userid", login.user.id) == login.user.id:
             return login
     if connection.scope["type"] == "websocket" and (secret := connection.query_params.get("secret", "")):
@@ -62,9 +61,9 @@ async def authenticate(connection: HTTPConnection) -> Login:
 async def log_in(connection: HTTPConnection, secret: str) -> Login:
     """The user with a secret, and with the id that the query names, if any. Raises APIError."""
     address = connection.client.host if connection.client else "local"
-    state = connection.app.state
+    state, device = connection.app.state, read_cookie(connection, DEVICE)
     try:
-        user = await state.users.log_in(secret, connection.query_params.get("userid"), address)
+        user = await state.users.log_in(secret, connection.query_params.get("userid"), address, device)
     except (WrongCredentialsError, TooManyLoginsError) as error:
         state.metrics.login_failures.inc()
         if isinstance(error, WrongCredentialsError):  # a blocked address costs no line
@@ -84,7 +83,10 @@ def login_of_cookie(connection: HTTPConnection) -> Login | None:
 
 
 def check_origin(connection: HTTPConnection) -> None:
-    """Raise OriginNotAllowedError if a page sends the request that is not ours, and not of PARLEY_ORIGINS."""
+    """Raise OriginNotAllowedError if a page sends the request that is not ours, and not of PARLEY_ORIGINS.
+
+    Such a page could else guess secrets, and lock users out, from the browsers of all its visitors.
+    """
     host = connection.headers.get("host", "")
     allowed = (f"http://{host}", f"https://{host}", *connection.app.state.settings.origins)
     if any(origin not in allowed for origin in connection.headers.getlist("origin")):

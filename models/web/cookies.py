@@ -6,6 +6,7 @@ from starlette.requests import HTTPConnection
 from starlette.responses import Response
 
 SESSION = "parley_session"
+DEVICE = "parley_device"  # says whose login this browser has seen
 
 
 def cookie_name(connection: HTTPConnection, name: str) -> str:

@@ -12,10 +12,11 @@ from starlette.templating import Jinja2Templates
 from starlette.types import Scope
 
 from models.errors import APIError, WrongCredentialsError
+from models.users.devices import DEVICE_SECONDS
 from models.users.sessions import SESSION_SECONDS
 from models.users.users import User
 from models.web.authentication import check_origin, log_in, login_of_cookie
-from models.web.cookies import SESSION, set_cookie
+from models.web.cookies import DEVICE, SESSION, set_cookie
 
 TEMPLATES = Path(__file__).parents[2] / "templates"
 LANGUAGES = json.loads((TEMPLATES / "languages.json").read_text(encoding="utf-8"))
@@ -40,11 +41,12 @@ async def login(request: Request) -> Response:
         return _refused(request, error)
     response, users = RedirectResponse("./", 303), request.app.state.users
     set_cookie(request, response, SESSION, users.session_token(user), SESSION_SECONDS)
+    set_cookie(request, response, DEVICE, users.device_token(user), DEVICE_SECONDS)
     return response
 
 
 async def logout(request: Request) -> Response:
-    """End the session and delete its cookie."""
+    """End the session and delete its cookie. The browser stays known as a device of the user."""
     try:
         check_origin(request)
     except APIError as error:

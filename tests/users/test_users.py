@@ -390,6 +390,94 @@ async def test_successful_logins_do_not_count_as_failures(users: Users) -> None:
     assert await fail_logins(users, ADDRESS, 1) == [WrongCredentialsError]
 
 
+# Devices
+
+
+@pytest.fixture
+async def device(users: Users) -> str:
+    """The token of a device of ann's."""
+    return users.device_token(await users.log_in(ANN, None, OTHER_ADDRESS))
+
+
+@pytest.fixture
+async def blocked(users: Users) -> str:
+    """An address from which nobody can log in without a device."""
+    await fail_logins(users, ADDRESS, 10)
+    return ADDRESS
+
+
+@pytest.mark.parametrize("user_id", [None, "ann"], ids=["without id", "with id"])
+async def test_from_a_blocked_address_a_user_logs_in_on_a_device(
+    users: Users, device: str, blocked: str, user_id: str | None
+) -> None:
+    assert (await users.log_in(ANN, user_id, blocked, device)).id == "ann"
+    assert await fail_logins(users, blocked, 1) == [TooManyLoginsError]
+
+
+async def test_from_a_blocked_address_a_device_is_for_its_user_only(users: Users, device: str, blocked: str) -> None:
+    with pytest.raises(WrongCredentialsError):  # as for a wrong secret
+        await users.log_in(BOB, None, blocked, device)
+    with pytest.raises(WrongCredentialsError):
+        await users.log_in("wrong", None, blocked, device)
+    for user_id in ("bob", ""):
+        await fail_logins_as(users, blocked, user_id)
+        with pytest.raises(TooManyLoginsError):
+            await users.log_in(BOB, user_id, blocked, device)
+
+
+async def fail_logins_as(users: Users, address: str, user_id: str) -> None:
+    for _ in range(10):
+        with pytest.raises(WrongCredentialsError):
+            await users.log_in("wrong", user_id, address)
+
+
+async def test_from_any_other_address_a_device_is_for_everybody(users: Users, device: str) -> None:
+    assert (await users.log_in(BOB, None, OTHER_ADDRESS, device)).id == "bob"
+
+
+async def test_the_devices_of_a_user_may_fail_ten_times(users: Users, device: str, blocked: str) -> None:
+    for _ in range(10):
+        with pytest.raises(WrongCredentialsError):
+            await users.log_in(BOB, None, blocked, device)
+    for secret in (ANN, BOB, "wrong"):
+        with pytest.raises(TooManyLoginsError):
+            await users.log_in(secret, None, blocked, device)
+    assert (await users.log_in(ANN, None, OTHER_ADDRESS, device)).id == "ann"
+
+
+async def test_wrong_guesses_on_a_device_count_against_the_address_too(users: Users, device: str) -> None:
+    for number in range(10):
+        with pytest.raises(WrongCredentialsError):
+            await users.log_in(f"guess {number}", None, ADDRESS, device)
+    with pytest.raises(TooManyLoginsError):
+        await users.log_in(ANN, None, ADDRESS)
+
+
+async def test_the_device_of_a_removed_user_or_an_old_secret_is_worth_nothing(users: Users, blocked: str) -> None:
+    await users.create("carla", CARLA)
+    device = users.device_token(await users.log_in(CARLA, None, OTHER_ADDRESS))
+    assert (await users.log_in(CARLA, None, blocked, device)).id == "carla"
+    await users.remove("carla")
+    secret = await users.create("carla")
+    for old_or_new in (CARLA, secret):
+        with pytest.raises(TooManyLoginsError):
+            await users.log_in(old_or_new, None, blocked, device)
+
+
+async def test_a_device_is_no_session_and_a_session_is_no_device(users: Users, device: str, blocked: str) -> None:
+    ann = await users.find(ANN)
+    assert ann
+    assert users.session(device) is None
+    with pytest.raises(TooManyLoginsError):
+        await users.log_in(ANN, None, blocked, users.session_token(ann))
+
+
+@pytest.mark.parametrize("forged", ["", "nonsense", "WyJhbm4iLCJ4Il0.aaaaaa.bbbbbbbbbbbbbbbbbbbbbbbbbbb"])
+async def test_a_forged_device_is_worth_nothing(users: Users, blocked: str, forged: str) -> None:
+    with pytest.raises(TooManyLoginsError):
+        await users.log_in(ANN, None, blocked, forged)
+
+
 # A database that changes, fails or is slow
 
 

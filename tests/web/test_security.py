@@ -25,6 +25,7 @@ from tests.support.client import (
     BOB,
     ask,
     bearer,
+    bearer_subprotocol,
     chat_v1,
     close_code,
     events_until,
@@ -52,7 +53,7 @@ def is_session(client: TestClient, cookie: str) -> bool:
     return 'id="composer"' in client.get("/", headers={"Cookie": f"{COOKIE}={cookie}"}).text
 
 
-TWO_WEEKS = 1209600
+YEAR, TWO_WEEKS = 31536000, 1209600
 
 
 @pytest.mark.parametrize(
@@ -69,6 +70,7 @@ def test_cookies_are_hidden_from_scripts_and_other_sites_and_last_for_some_time(
         attributes[first.partition("=")[0]] = set(rest)
     assert attributes == {
         f"{prefix}parley_session": expected | {f"max-age={TWO_WEEKS}"},
+        f"{prefix}parley_device": expected | {f"max-age={YEAR}"},
     }
 
 
@@ -162,6 +164,69 @@ def test_a_logout_of_another_site_is_refused(client: TestClient) -> None:
     assert "PARLEY_ORIGINS" in response.text
     assert is_session(client, cookie)
     assert client.post("/logout", headers={"Origin": "http://testserver"}).status_code == 200
+
+
+# Lockouts
+
+
+def fail_logins(client: TestClient) -> None:
+    """Block the address of a client."""
+    for _ in range(10):
+        log_in(client, "wrong")
+    assert log_in(shared_address(client), ANN).status_code == 429
+
+
+def shared_address(client: TestClient) -> TestClient:
+    """Another browser behind the address of a client."""
+    other = TestClient(client.app, client=client._transport.client)  # type: ignore[attr-defined]
+    other.portal = client.portal
+    return other
+
+
+def test_a_guesser_locks_out_nobody_who_has_logged_in_before(client: TestClient) -> None:
+    logged_in, logged_out = shared_address(client), shared_address(client)
+    for browser in (logged_in, logged_out):
+        log_in(browser)
+    logged_out.post("/logout")
+    fail_logins(client)
+    assert 'id="composer"' in logged_in.get("/").text
+    assert logged_in.get("/v1/models").status_code == 200
+    assert log_in(logged_out, BOB).status_code == 401
+    assert log_in(logged_out).status_code == 303
+
+
+def test_a_guesser_locks_out_nobody_who_names_a_user(client: TestClient) -> None:
+    fail_logins(client)
+    assert client.get("/v1/models", headers=bearer()).status_code == 429
+    assert client.get("/v1/models?userid=ann", headers=bearer()).status_code == 200
+    with client.websocket_connect(f"/ws?userid=ann&secret={ANN}", ["chat.v1"]) as socket:
+        assert socket.receive_json()["type"] == "session.created"
+
+
+EVIL = {"Origin": "http://evil.example"}
+
+
+def test_a_page_of_another_site_cannot_lock_out_its_visitors(client: TestClient) -> None:
+    for secret in ("wrong", ANN):
+        for _ in range(6):
+            with client.websocket_connect(f"/ws?secret={secret}", ["chat.v1"], headers=EVIL) as socket:
+                assert socket.receive_json()["error"]["code"] == "origin_not_allowed"
+                assert close_code(socket) == 4403
+            assert client.get("/v1/models", headers=bearer(secret) | EVIL).status_code == 403
+            protocols = ["chat.v1", bearer_subprotocol(secret)]
+            with client.websocket_connect("/ws", protocols, headers=EVIL) as socket:
+                assert close_code(socket) == 4403
+    assert log_in(client).status_code == 303
+
+
+def test_guesses_from_a_blocked_address_are_not_logged(client: TestClient, caplog: pytest.LogCaptureFixture) -> None:
+    fail_logins(client)
+    assert caplog.text.count("login failed") == 10
+    assert caplog.text.count("logins blocked") == 1
+    caplog.clear()
+    for _ in range(20):
+        assert client.get("/v1/models", headers=bearer("wrong")).status_code == 429
+    assert [line for line in caplog.messages if "login" in line] == []
 
 
 # Forged cookies
