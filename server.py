@@ -22,6 +22,7 @@ from starlette.middleware.authentication import AuthenticationMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.routing import Mount, Route, WebSocketRoute
 
+from models.env_file import read_env_file
 from models.errors import SettingsError, StartError, WrongCredentialsError
 from models.generation.admission import Admission
 from models.generation.interface import ModelInfo
@@ -38,12 +39,16 @@ from models.store.ownership import Ownership
 from models.store.storage_limits import StorageLimits
 from models.users.commands import users
 from models.users.connections import ConnectionRegistry
+from models.users.sessions import Session
 from models.users.users import User, Users
 from models.web import completions, conversations, pages, status
 from models.web.authentication import UserRequired
 from models.web.chat_socket import FRAME_BYTES, ChatSocket
 from models.web.error_responses import HANDLERS, authentication_error
-from models.web.middleware import SecurityHeadersMiddleware, StartErrorMiddleware
+from models.web.http_protocol import HTTPProtocol
+from models.web.middleware import ProxiesMiddleware, SecurityHeadersMiddleware, StartErrorMiddleware
+from models.web.open_connections import OpenConnections
+from models.web.paced_listener import PacedListener
 
 logger = logging.getLogger("parley")
 
@@ -59,14 +64,17 @@ OpenChat = Callable[[Starlette], AbstractAsyncContextManager[Chat]]
 
 
 @asynccontextmanager
-async def lifespan(app: Starlette) -> AsyncIterator[None]:
-    """Open everything that requests share, on `app.state`, and close it in reverse order."""
+async def lifespan(app: Starlette) -> AsyncIterator[dict[str, object]]:
+    """Open everything that requests share, on `app.state`, and close it in reverse order.
+
+    The web server gets the open connections, which it keeps up to date.
+    """
     state = app.state
     settings: Settings = state.settings
     try:
         async with AsyncExitStack() as stack:
             stack.enter_context(logging_configured(settings.log))
-            raise_file_limit()
+            state.open_connections = OpenConnections.within(raise_file_limit(), settings.proxies)
             database = await stack.enter_async_context(open_database(settings))
             state.users = Users.open(settings, database)
             ownership = await stack.enter_async_context(Ownership.taken(database))
@@ -81,11 +89,11 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
             )
             register_gauges(app)
             print_login_help(state.url, await state.users.create_first())
-            await stack.enter_async_context(state.users.watched(partial(revoke, app)))
+            await stack.enter_async_context(state.users.watched(partial(revoke, app), partial(end_session, app)))
             broken = partial(wait_for_any, state.chat.died, ownership.lost)
             shutdown = Shutdown.installed(partial(drain, app), settings.drain, broken)
             await stack.enter_async_context(shutdown)
-            yield
+            yield {"open_connections": state.open_connections}
     except (StartError, KeyboardInterrupt, asyncio.CancelledError) as error:
         state.start_error = str(error) or "interrupted"
         raise
@@ -150,6 +158,11 @@ def revoke(app: Starlette, user: User) -> None:
     app.state.connections.close_user(user.id, 4401, WrongCredentialsError.code)
 
 
+def end_session(app: Starlette, session: Session) -> None:
+    """Close the connections of a browser that has logged out."""
+    app.state.connections.close_session(session.user_id, session.id, 4401, WrongCredentialsError.code)
+
+
 def print_login_help(url: str | None, secret: str | None) -> None:
     """Print how to log in, for the person who starts the server; `secret` is that of a new first user."""
     if secret:
@@ -188,6 +201,7 @@ def create_app(settings: Settings | None = None, open_chat: OpenChat = open_chat
     settings = settings or read_settings()
     middleware = [
         Middleware(StartErrorMiddleware),
+        *([Middleware(ProxiesMiddleware, proxies=settings.proxies)] if settings.proxies else []),
         Middleware(SecurityHeadersMiddleware),
         Middleware(TrustedHostMiddleware, allowed_hosts=settings.hosts or ["*"], www_redirect=False),
     ]
@@ -201,7 +215,8 @@ def create_app(settings: Settings | None = None, open_chat: OpenChat = open_chat
 
 def read_settings() -> Settings:
     """The settings of this process: its environment, then `.env`. Raises SettingsError."""
-    config = Config(".env" if Path(".env").is_file() else None, os.environ, PREFIX)
+    config = Config(None, os.environ, PREFIX)
+    config.file_values = read_env_file(Path(".env"))
     for name in Settings.unknown([*os.environ, *config.file_values]):
         logger.warning("%s is not a setting of Parley and has no effect", name)
     return Settings.read(lambda name: config(name, default=None))
@@ -234,7 +249,8 @@ def serve(host: str, port: int, app: Starlette) -> None:
     config = uvicorn.Config(app, ws_max_size=UVICORN_FRAME_BYTES, ws_per_message_deflate=False, access_log=False)
     config.timeout_graceful_shutdown = SHUTDOWN_SECONDS
     config.timeout_keep_alive = KEEP_ALIVE_SECONDS
-    config.http = "h11"  # it limits the size of headers; httptools, if installed, does not
+    config.http = HTTPProtocol
+    config.proxy_headers = False  # PARLEY_PROXIES names the proxies that are believed
     server = uvicorn.Server(config)
     try:
         server.run([listener])
@@ -246,13 +262,15 @@ def serve(host: str, port: int, app: Starlette) -> None:
 
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket. It is opened before the model is loaded, so that a port in use is reported at once."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    both = host == "::" and socket.has_dualstack_ipv6()  # then it answers IPv4 too
     try:
-        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        listener = socket.create_server((host, port), family=family, dualstack_ipv6=both)
     except OSError as error:
         raise click.ClickException(f"cannot listen on {host}, port {port}: {error.strerror}") from error
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux drops a client that takes no bytes for a minute; ASGI cannot
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 60_000)
-    return listener
+    return PacedListener.of(listener)
 
 
 if __name__ == "__main__":

@@ -277,7 +277,7 @@ class WrongCredentialsError(AccessError):
 
 
 class OriginNotAllowedError(AccessError):
-    """A page of another site uses the session cookie."""
+    """A page of another site sends the request."""
 
     status = 403
     code = "origin_not_allowed"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -50,6 +51,7 @@ class Settings:
     drain: int = 30
     origins: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
+    proxies: tuple[str, ...] = ()
     log: str = "text"
     presence: bool = True
     options: Mapping[str, Any] = field(default_factory=dict)  # the operator's default options
@@ -148,6 +150,11 @@ def _hosts(value: str) -> tuple[str, ...]:
     return tuple(_choice(r"(\*\.)?[\w.-]+|\[[\da-fA-F:]+\]")(host.strip()) for host in value.split(","))
 
 
+def _proxies(value: str) -> tuple[str, ...]:
+    proxies = [proxy.strip() for proxy in value.split(",")]
+    return tuple(proxy if proxy == "unix" else str(ipaddress.ip_network(proxy)) for proxy in proxies)
+
+
 def _rate(value: str) -> str:
     (limit,) = limits.parse_many(value)
     if not limit.amount:
@@ -185,6 +192,10 @@ RULES: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "drain": _integer(0, 86_400),
     "origins": ("a list of origins, such as https://chat.example.com, with commas between them", _origins),
     "hosts": ("a list of host names, such as chat.example.com or *.example.com, with commas between them", _hosts),
+    "proxies": (
+        "a list of addresses, networks such as 10.0.0.0/8, or the word unix, with commas between them",
+        _proxies,
+    ),
     "log": ("text or json", _choice("text|json")),
     "presence": ("true or false", _switch),
 }

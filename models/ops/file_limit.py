@@ -15,15 +15,19 @@ ENOUGH = 2**20  # for systems without a limit; some of them still need a number
 LOG_SECONDS = 60  # between two log lines
 
 
-def raise_file_limit() -> None:
-    """Raise the limit as far as the system allows. If it is reached, log one line instead of tracebacks."""
-    with suppress(ImportError, OSError, ValueError):  # Windows has no such limit; other systems may not allow it
+def raise_file_limit() -> int:
+    """Raise the limit as far as the system allows, and return it. If it is reached, log one line, not tracebacks."""
+    limit = ENOUGH
+    with suppress(ImportError):  # Windows has no such limit
         import resource
 
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         wanted = ENOUGH if hard == resource.RLIM_INFINITY else min(hard, ENOUGH)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        with suppress(OSError, ValueError):  # a system may not allow it
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     asyncio.get_running_loop().set_exception_handler(FileLimitLogger())
+    return limit
 
 
 class FileLimitLogger:

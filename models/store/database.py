@@ -60,6 +60,13 @@ class StatusText(TypeDecorator[Status]):
 
 users_table = table("users", column("id", Text), column("digest", LargeBinary))
 
+ended_sessions_table = table(
+    "ended_sessions",
+    column("id", Text),
+    column("user_id", Text),
+    column("expires", Double),
+)
+
 conversations_table = table(
     "conversations",
     column("id", Text),
@@ -122,6 +129,10 @@ MIGRATIONS = (
             options JSON, left_out INTEGER, cuts TEXT, decode_seconds DOUBLE PRECISION,
             UNIQUE (conversation_id, position))""",
         "CREATE INDEX items_in_progress ON items (status) WHERE status = 'in_progress'",
+    ),
+    (
+        "CREATE TABLE ended_sessions (id TEXT PRIMARY KEY, user_id TEXT NOT NULL, expires DOUBLE PRECISION NOT NULL)",
+        "CREATE INDEX ended_sessions_of_user ON ended_sessions (user_id, expires, id)",
     ),
     (
         "CREATE TABLE owner (place INTEGER PRIMARY KEY, id TEXT NOT NULL, machine TEXT NOT NULL, pid INTEGER NOT NULL, "

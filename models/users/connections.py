@@ -18,7 +18,10 @@ CHANGES = parse("6/minute")  # that others hear of at once
 
 
 class Connection(Protocol):
-    """A WebSocket of a user."""
+    """A WebSocket of a user; `login_session` is the id of the browser's session, if its cookie opened it."""
+
+    @property
+    def login_session(self) -> str | None: ...
 
     def presence_changed(self, change: Change, user: str) -> None:
         """Notify the client that another user has joined or left."""
@@ -77,6 +80,12 @@ class ConnectionRegistry:
         """Close all connections of a user."""
         for connection in self._connections.get(user, ()):
             connection.close(code, reason)
+
+    def close_session(self, user: str, session: str, code: int, reason: str) -> None:
+        """Close the connections that a session of a user has opened."""
+        for connection in self._connections.get(user, ()):
+            if connection.login_session == session:
+                connection.close(code, reason)
 
     async def close_all(self, code: int, reason: str) -> None:
         """Close all connections, and wait until the last has left."""

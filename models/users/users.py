@@ -1,4 +1,4 @@
-"""Who may chat: users, their secrets and their session cookies."""
+"""Who may chat: users and their secrets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from itsdangerous import BadSignature, URLSafeTimedSerializer
 from sqlalchemy import delete, insert, select
 from sqlalchemy.exc import IntegrityError
 
@@ -22,6 +21,7 @@ from models.errors import (
     APIError,
     DatabaseUnavailableError,
     DataFolderError,
+    TooManyLoginsError,
     UsersError,
     WrongCredentialsError,
     one_line,
@@ -29,11 +29,12 @@ from models.errors import (
 from models.private_files import make_private_file
 from models.settings import USER_ID, Settings
 from models.store.database import Database, make_data_folder, users_table
-from models.users.login_limiter import LoginLimiter
+from models.users.devices import Devices
+from models.users.login_limiter import Guesser, LoginLimiter
+from models.users.sessions import Session, Sessions
 
 logger = logging.getLogger("parley")
 
-SESSION_SECONDS = 14 * 24 * 3600
 REFRESH_SECONDS = 0.5  # between two reads of the users in the database
 
 
@@ -57,12 +58,13 @@ class Users:
         self._database = database
         self._login_limiter = LoginLimiter()
         self._key = key
-        # The label keeps an old word, tickets: a new label would end all sessions.
-        self._sessions = URLSafeTimedSerializer(hmac.digest(key, b"tickets", "sha256"))
+        self._sessions = Sessions(key, database)
+        self._devices = Devices(key)
         self._configured = [User(user, self._digest(secret)) for user, secret in configured.items()]
         self._known = tuple(self._configured)  # as of the last read of the database
         self._reads = self._latest_read = 0  # how many reads began, and the number of the read that gave `_known`
         self._on_revoked: Callable[[User], None] | None = None
+        self._on_session_ended: Callable[[Session], None] | None = None
         self.trouble: str | None = None
 
     @classmethod
@@ -77,17 +79,21 @@ class Users:
 
     @asynccontextmanager
     async def watched(
-        self, on_revoked: Callable[[User], None], seconds: float = REFRESH_SECONDS
+        self,
+        on_revoked: Callable[[User], None],
+        on_session_ended: Callable[[Session], None] | None = None,
+        seconds: float = REFRESH_SECONDS,
     ) -> AsyncIterator[None]:
-        """While the context lasts, read the users regularly, and call `on_revoked` for each user who is gone."""
-        self._on_revoked = on_revoked
+        """While the context lasts, read the users regularly, and tell who is gone and which sessions have ended."""
+        self._on_revoked, self._on_session_ended = on_revoked, on_session_ended
         watching = asyncio.create_task(self._watch(seconds))
         try:
             yield
         finally:
-            self._on_revoked = None
+            self._on_revoked = self._on_session_ended = None
             watching.cancel()
             await asyncio.wait([watching])
+            await self._sessions.save()
 
     async def find(self, secret: str, user_id: str | None = None) -> User | None:
         """The user with this secret, and with this id if one is given. Raises DatabaseUnavailableError."""
@@ -101,31 +107,46 @@ class Users:
             found = self._find_known(digest, user_id)
         return found
 
-    async def log_in(self, secret: str, user_id: str | None, address: str) -> User:
-        """Like `find`, but a wrong secret is an error and counts against the address. Raises APIError."""
+    async def log_in(self, secret: str, user_id: str | None, address: str, device: str = "") -> User:
+        """Like `find`, but a wrong secret is an error and counts against the address. Raises APIError.
+
+        `device` is the device token of the browser, if it has one: its user can log in although the address is blocked.
+        """
+        known = self._user_of_device(device)
+        guesser = Guesser(address, user_id, known.id if known else None)
+        wanted = self._wanted(guesser)
         try:
-            user = await self.find(secret, user_id)
+            user = await self.find(secret, wanted)
             refusal: APIError = WrongCredentialsError()
         except DatabaseUnavailableError as error:  # counts as a failed login: the secret matched no known user
             user, refusal = None, error
-        self._login_limiter.check(address)  # after the search, so that no other login comes between check and count
-        if user is None:
-            self._login_limiter.count_failure(address)
+        wanted = self._wanted(guesser)  # again, so that no other login comes between check and count
+        if user is None or wanted not in (None, user.id):
+            self._login_limiter.count_failure(guesser)
             raise refusal
         return user
 
+    def device_token(self, user: User) -> str:
+        """A signed token for the browser of a user who has logged in. It is no session."""
+        return self._devices.token(user.id, self._secret_fingerprint(user))
+
     def session_token(self, user: User) -> str:
         """A new signed token for a session cookie. It is valid for two weeks, as long as the secret is valid."""
-        return self._sessions.dumps([user.id, self._secret_fingerprint(user), secrets.token_urlsafe(8)])
+        return self._sessions.token(user.id, self._secret_fingerprint(user))
 
-    def user_of_session(self, token: str) -> User | None:
-        """The user of a session token; None if the token is not valid."""
-        try:
-            user_id, stamp, *_ = self._sessions.loads(token, max_age=SESSION_SECONDS)
-        except BadSignature:
+    def session(self, token: str) -> tuple[User, Session] | None:
+        """The user and the session of a session token; None if the token is not valid or the session has ended."""
+        if not (found := self._sessions.read(token)):
             return None
-        users = [user for user in self._known if user.id == user_id]
-        return next((user for user in users if hmac.compare_digest(self._secret_fingerprint(user), stamp)), None)
+        session, fingerprint = found
+        user = self._find_by_fingerprint(session.user_id, fingerprint)
+        return (user, session) if user else None
+
+    async def end_session(self, session: Session) -> None:
+        """End a session: its token is no longer valid, in any process."""
+        if self._on_session_ended:
+            self._on_session_ended(session)
+        await self._sessions.end(session)
 
     async def create(self, user_id: str, secret: str | None = None) -> str:
         """Add a user and return the secret; it is random if none is given. Raises UsersError."""
@@ -174,6 +195,28 @@ class Users:
         """Identifies the secret that a session token was made with, without revealing it."""
         return hmac.digest(self._key, b"stamp" + user.digest, "sha256").hex()[:32]
 
+    def _find_by_fingerprint(self, user_id: str, fingerprint: str) -> User | None:
+        users = [user for user in self._known if user.id == user_id]
+        return next((user for user in users if hmac.compare_digest(self._secret_fingerprint(user), fingerprint)), None)
+
+    def _user_of_device(self, token: str) -> User | None:
+        found = self._devices.read(token)
+        return self._find_by_fingerprint(*found) if found else None
+
+    def _wanted(self, guesser: Guesser) -> str | None:
+        """The id of the only user that a secret may belong to; None for any. Raises TooManyLoginsError.
+
+        From a blocked address, it is the user whose device this is: a secret of anybody else is like a wrong one.
+        """
+        try:
+            self._login_limiter.check(guesser)
+            return guesser.user_id
+        except TooManyLoginsError:
+            if guesser.user_id not in (None, guesser.device_of):
+                raise
+            self._login_limiter.check_device(guesser)
+            return guesser.device_of
+
     def _digest(self, secret: str) -> bytes:
         return hmac.digest(self._key, secret.encode(errors="surrogatepass"), "sha256")
 
@@ -188,6 +231,7 @@ class Users:
         async with self._database.connect() as connection:
             rows = await connection.execute(select(users_table.c.id, users_table.c.digest))
             known = (*self._configured, *(User(*row) for row in rows))
+            ended = await self._sessions.fetch_ended(connection)
         if read < self._latest_read:  # a late read would bring back removed users, and revoke new ones
             return
         self._latest_read = read
@@ -195,10 +239,14 @@ class Users:
         if on_revoked := self._on_revoked:
             for user in gone:
                 on_revoked(user)
+        for session in self._sessions.learn(ended):
+            if self._on_session_ended:
+                self._on_session_ended(session)
 
     async def _watch(self, seconds: float) -> None:
         while True:
             await asyncio.sleep(seconds)
+            await self._sessions.save()
             try:
                 await self._refresh()
                 self.trouble = None

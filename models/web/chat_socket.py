@@ -32,6 +32,7 @@ class ChatSocket(WebSocketEndpoint):
     unsent_seconds = UNSENT_SECONDS  # how long a frame may wait for a client that does not read
     user: str | None = None
     session: ChatV1Session | PlainTextSession | None = None
+    login_session: str | None = None  # the id of the browser's session, if a cookie opened the socket
     sending_ended = False  # nothing can be sent any more, not even the close
 
     async def dispatch(self) -> None:
@@ -59,14 +60,15 @@ class ChatSocket(WebSocketEndpoint):
             self._give_up()
 
     async def _open_session(self, websocket: WebSocket) -> None:
-        state, user = self.state, (await authenticate(websocket)).id
+        state, login = self.state, await authenticate(websocket)
+        user = login.user.id
         state.connections.check(user)
         if self.is_plain_text:
             self.session = PlainTextSession(state.responses, state.model_info, user, self.outbox)
         else:
             limits = {"frame_bytes": FRAME_BYTES, "responses": state.settings.responses_per_user}
             self.session = ChatV1Session(state.responses, state.model_info, user, limits, self.outbox)
-        self.user = user
+        self.user, self.login_session = user, login.session.id if login.session else None
         state.connections.join(user, self)
 
     async def on_receive(self, websocket: WebSocket, data: str | bytes) -> None:

@@ -1,9 +1,15 @@
-"""ASGI middleware: headers that protect browsers, and short messages for failed starts."""
+"""ASGI middleware: proxies that are trusted, headers that protect browsers, and short messages for failed starts."""
 
 from __future__ import annotations
 
+from contextlib import suppress
+from typing import Any, cast
+
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
+
+from models.users.addresses import unmapped
 
 SECURITY_HEADERS = {  # for every HTTP response that does not set them itself
     "Cache-Control": "no-store",
@@ -46,3 +52,18 @@ class StartErrorMiddleware:
             await send(message)
 
         await self.app(scope, receive, send_short if scope["type"] == "lifespan" else send)
+
+
+class ProxiesMiddleware:
+    """Believes what the proxies of PARLEY_PROXIES say about their clients, and nobody else."""
+
+    def __init__(self, app: ASGIApp, proxies: tuple[str, ...]) -> None:
+        self.app: Any = ProxyHeadersMiddleware(cast(Any, app), list(proxies))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "lifespan":
+            host, port = scope.get("client") or ("unix", 0)  # a Unix socket gives no address
+            with suppress(ValueError):
+                host = str(unmapped(host))
+            scope["client"] = (host, port)
+        await self.app(scope, receive, send)

@@ -11,9 +11,12 @@ from starlette.staticfiles import StaticFiles
 from starlette.templating import Jinja2Templates
 from starlette.types import Scope
 
-from models.errors import APIError, OriginNotAllowedError, WrongCredentialsError
-from models.users.users import SESSION_SECONDS, User
-from models.web.authentication import COOKIE, has_allowed_origin, log_in, user_of_cookie
+from models.errors import APIError, WrongCredentialsError
+from models.users.devices import DEVICE_SECONDS
+from models.users.sessions import SESSION_SECONDS
+from models.users.users import User
+from models.web.authentication import check_origin, log_in, login_of_cookie
+from models.web.cookies import DEVICE, SESSION, set_cookie
 
 TEMPLATES = Path(__file__).parents[2] / "templates"
 LANGUAGES = json.loads((TEMPLATES / "languages.json").read_text(encoding="utf-8"))
@@ -23,31 +26,42 @@ templates = Jinja2Templates(TEMPLATES)
 
 async def home(request: Request) -> Response:
     """The chat page for a user, the login form for anybody else."""
-    return _page(request, user_of_cookie(request))
+    login = login_of_cookie(request)
+    return _page(request, login.user if login else None)
 
 
 async def login(request: Request) -> Response:
     """Log in with a secret: set the session cookie, or show the form with an error."""
-    async with request.form(max_files=0, max_fields=4, max_part_size=4096) as form:
-        secret = str(form.get("secret", ""))
     try:
-        if "origin" in request.headers and not has_allowed_origin(request):
-            raise OriginNotAllowedError
-        user = await log_in(request, secret.strip())
+        check_origin(request)
+        async with request.form(max_files=0, max_fields=4, max_part_size=4096) as form:
+            secret = str(form.get("secret", ""))
+        user = (await log_in(request, secret.strip())).user
     except APIError as error:
-        word = "wrong_secret" if isinstance(error, WrongCredentialsError) else f"error_{error.code}"
-        return _page(request, None, word, error.status)
-    response = RedirectResponse("./", 303)
-    token, secure = request.app.state.users.session_token(user), request.url.scheme == "https"
-    response.set_cookie(COOKIE, token, SESSION_SECONDS, httponly=True, samesite="strict", secure=secure)
+        return _refused(request, error)
+    response, users = RedirectResponse("./", 303), request.app.state.users
+    set_cookie(request, response, SESSION, users.session_token(user), SESSION_SECONDS)
+    set_cookie(request, response, DEVICE, users.device_token(user), DEVICE_SECONDS)
     return response
 
 
 async def logout(request: Request) -> Response:
-    """Delete the session cookie."""
+    """End the session and delete its cookie. The browser stays known as a device of the user."""
+    try:
+        check_origin(request)
+    except APIError as error:
+        return _refused(request, error)
+    if (login := login_of_cookie(request)) and login.session:
+        await request.app.state.users.end_session(login.session)
     response = RedirectResponse("./", 303)
-    response.delete_cookie(COOKIE, httponly=True, samesite="strict")
+    set_cookie(request, response, SESSION, "", 0)
     return response
+
+
+def _refused(request: Request, error: APIError) -> Response:
+    """The login form with an error."""
+    word = "wrong_secret" if isinstance(error, WrongCredentialsError) else f"error_{error.code}"
+    return _page(request, None, word, error.status)
 
 
 def _page(request: Request, user: User | None, error: str | None = None, status: int = 200) -> Response:

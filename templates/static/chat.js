@@ -76,7 +76,7 @@ class Chat {
     window.addEventListener('hashchange', () => this.route());
     document.addEventListener('visibilitychange', () => document.hidden || this.conversation.catchUp());
     document.addEventListener('keydown', (event) => this.pressed(event));
-    document.getElementById('logout').addEventListener('submit', () => this.composer.forgetDrafts());
+    document.getElementById('logout').addEventListener('submit', () => this.leave());
     this.connection.open();
     this.route();
   }
@@ -99,6 +99,11 @@ class Chat {
   named(id) {
     history.replaceState(null, '', `#${id}`);
     this.sidebar.select(id);
+  }
+
+  leave() {
+    this.leaving = true;
+    this.composer.forgetDrafts();
   }
 
   missing() {
@@ -128,6 +133,7 @@ class Chat {
 
   closed(code, closure) {
     this.conversation.disconnected();
+    if (code === 4401 && this.leaving) return; // the logout closes this connection before its own page comes
     if (closure.error) this.fail(say(`error_${closure.error}`));
     if (code === 4401) logInAgain();
   }

@@ -228,7 +228,7 @@ class User:
 
     @property
     def other_address(self) -> dict[str, str]:
-        """A header that gives uvicorn another address, since wrong secrets count against the address."""
+        """A header that gives the user another address, since wrong secrets count against the address."""
         return {"X-Forwarded-For": f"203.0.113.{self.chance.randrange(256)}"}
 
     def message(self, words: int = 6) -> str:

@@ -39,12 +39,14 @@ import httpx2
 import torch
 import uvicorn
 from platformdirs import user_cache_path
+from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from models.engine.native import build
 from models.settings import Settings
+from models.web.http_protocol import HTTPProtocol
 from server import SHUTDOWN_SECONDS, UVICORN_FRAME_BYTES, create_app, listen
 from tests.bench.actions import GOOD, deck
 from tests.bench.clients import DEADLINE, Action, Tally, User
@@ -81,6 +83,7 @@ class Plan:
             compile=False,
             data=data,
             users=users,
+            proxies=("127.0.0.1/32",),  # clients choose their address, since wrong secrets count against it
             options={"max_output_tokens": 60},
         )
 
@@ -98,6 +101,7 @@ def run_app(app: Callable[..., Any], started: Connection) -> None:
     listener = listen("127.0.0.1", 0)
     started.send(listener.getsockname()[1])
     config = uvicorn.Config(app, log_config=None, ws_max_size=UVICORN_FRAME_BYTES, ws_per_message_deflate=False)
+    config.http, config.proxy_headers = HTTPProtocol if isinstance(app, Starlette) else "h11", False
     config.timeout_graceful_shutdown = SHUTDOWN_SECONDS
     with suppress(KeyboardInterrupt):  # uvicorn raises it after a signal
         uvicorn.Server(config).run([listener])

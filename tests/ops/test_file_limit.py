@@ -91,9 +91,10 @@ async def test_the_soft_limit_is_raised_and_the_loop_uses_the_logger(low_limit: 
     loop = asyncio.get_running_loop()
     before = loop.get_exception_handler()
     try:
-        raise_file_limit()
+        limit = raise_file_limit()
         assert isinstance(loop.get_exception_handler(), FileLimitLogger)
     finally:
         loop.set_exception_handler(before)
     expected = ENOUGH if low_limit == resource.RLIM_INFINITY else min(low_limit, ENOUGH)
     assert resource.getrlimit(resource.RLIMIT_NOFILE) == (expected, low_limit)
+    assert limit == expected

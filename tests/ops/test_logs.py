@@ -22,7 +22,7 @@ from models.messages import Message
 from models.ops.logs import Redaction, log, logging_configured
 from models.options import Options
 from models.settings import Settings
-from models.web.authentication import COOKIE
+from models.web.cookies import SESSION as COOKIE
 from server import create_app
 from tests.support.client import bearer, bearer_subprotocol, complete
 from tests.support.scripted import ScriptedChat, ScriptedReply, keeping_in

@@ -18,6 +18,7 @@ from models.store import database
 from models.store.conversations import Conversations
 from models.store.database import (
     conversations_table,
+    ended_sessions_table,
     instructions_table,
     items_table,
     open_database,
@@ -170,7 +171,14 @@ async def test_the_tables_have_exactly_the_columns_that_the_code_uses(empty_data
         present = await schema(engine)
     used = {
         table.name: [column.name for column in table.columns]
-        for table in (users_table, conversations_table, items_table, instructions_table, owner_table)
+        for table in (
+            users_table,
+            ended_sessions_table,
+            conversations_table,
+            items_table,
+            instructions_table,
+            owner_table,
+        )
     }
     assert {name: [column for column, _ in present[name][0]] for name in present} == used | {"version": ["number"]}
 

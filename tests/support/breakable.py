@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import resource
 import runpy
 import sys
 import threading
@@ -59,6 +60,12 @@ async def opens_scripted(app: Starlette) -> AsyncIterator[Any]:
 def scripted() -> Starlette:
     """An app that answers what it is asked to."""
     return create_app(open_chat=opens_scripted)
+
+
+def crowded() -> Starlette:
+    """The same, with few descriptors."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    return scripted()
 
 
 # A scripted app with a clock that jumps
@@ -161,7 +168,7 @@ def run(app: str, command: str, environment: dict[str, str], stdin: Connection, 
         if command == "python server.py":
             run_server(app)
         else:
-            run_uvicorn(app)
+            run_uvicorn(app, command.split()[2:])
     finally:
         gc.collect()  # what was left behind complains
 
@@ -173,9 +180,9 @@ def run_server(app: str) -> None:
     runpy.run_path(str(SERVER), run_name="__main__")
 
 
-def run_uvicorn(app: str) -> None:
+def run_uvicorn(app: str, options: list[str]) -> None:
     arguments = [f"tests.support.breakable:{app}", "--factory"]
     if app == "server":
         del sys.modules["server"]  # to be imported again, with the new environment
         arguments = ["server:app"]
-    uvicorn.main([*arguments, "--port=0", "--timeout-graceful-shutdown=1"])
+    uvicorn.main([*arguments, "--port=0", "--timeout-graceful-shutdown=1", *options])

@@ -13,6 +13,7 @@ from typing import Any
 import uvicorn
 from starlette.applications import Starlette
 
+from models.web.http_protocol import HTTPProtocol
 from server import UVICORN_FRAME_BYTES
 
 
@@ -97,6 +98,8 @@ def serve(app: Starlette, **options: Any) -> Iterator[Served]:
         "ws_max_size": UVICORN_FRAME_BYTES,
         "ws_per_message_deflate": False,
         "log_config": None,
+        "http": HTTPProtocol,
+        "proxy_headers": False,
     } | options
     server = EventfulServer(uvicorn.Config(app, "127.0.0.1", **options))
     thread = threading.Thread(target=server.run)

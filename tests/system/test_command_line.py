@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from server import listen
 from tests.support.breakable import SERVER
 from tests.support.process import COMMANDS, Child
 
@@ -56,6 +57,22 @@ def test_commands_read_settings_from_a_dot_env_file() -> None:
     Path(".env").write_text("PARLEY_SLOTS=many\n")
     with pytest.raises(SystemExit, match="PARLEY_SLOTS='many'"):
         run("users", "list")
+    Path(".env").write_text("export PARLEY_DATA=third\n", encoding="utf-8-sig")
+    run("users", "add", "ann")
+    assert Path("third/parley.db").exists()
+    Path(".env").write_text("PARLEY_DATA=fourth\n", encoding="utf-16")
+    with pytest.raises(SystemExit, match=r"^\.env cannot be read: it is not UTF-8; save it again as UTF-8$"):
+        run("users", "list")
+
+
+def test_the_ipv6_wildcard_answers_ipv4_too() -> None:
+    with listen("::", 0) as listener:
+        port = listener.getsockname()[1]
+        for host in ("127.0.0.1", "::1"):
+            with socket.create_connection((host, port)) as client:
+                accepted, _ = socket.socket.accept(listener)  # outside of an event loop
+                accepted.close()
+                assert client.recv(1) == b""
 
 
 @pytest.mark.parametrize("option", ["--port=in use", "--host=no.such.host.invalid", "--port=99999"])

@@ -163,7 +163,10 @@ SERVE = (
     "PARLEY_MODEL=~/models/my-model .venv/bin/python server.py",
     "PARLEY_MODEL=~/models/model.Q4_K_M.gguf .venv/bin/python server.py",
 )
-UVICORN = (".venv/bin/uvicorn server:app --host 0.0.0.0 --port 443 --ssl-keyfile key.pem --ssl-certfile cert.pem",)
+UVICORN = (
+    ".venv/bin/uvicorn server:app --host 0.0.0.0 --port 443 --ssl-keyfile key.pem --ssl-certfile cert.pem"
+    " --http models.web.http_protocol:HTTPProtocol --no-proxy-headers",
+)
 SHORT = {  # commands that take too long as they are, and how they are run here
     ".venv/bin/python tests/bench/engine.py": "--streams 1 --tokens 4 --no-compile",
     ".venv/bin/python tests/bench/soak.py --users 64 --seconds 600": "--users 4 --actions 2 --linger 1 --pause 0",

@@ -16,7 +16,8 @@ RESTART = (1012, "the server restarts")
 class FakeConnection:
     """Keeps what it is told."""
 
-    def __init__(self) -> None:
+    def __init__(self, login_session: str | None = None) -> None:
+        self.login_session = login_session
         self.changes: Changes = []
         self.closed: list[tuple[int, str]] = []
 
@@ -38,6 +39,19 @@ def join(registry: ConnectionRegistry, user: str) -> FakeConnection:
     connection = FakeConnection()
     registry.join(user, connection)
     return connection
+
+
+def test_the_connections_of_a_session_are_closed_and_no_others(registry: ConnectionRegistry) -> None:
+    users: dict[str, list[str | None]] = {"ann": ["one", "one", "two", None], "bob": ["one"]}
+    connections = {user: [FakeConnection(session) for session in sessions] for user, sessions in users.items()}
+    for user, own in connections.items():
+        for connection in own:
+            registry.join(user, connection)
+    registry.close_session("ann", "one", *REVOKED)
+    registry.close_session("eve", "one", *REVOKED)
+    assert [bool(connection.closed) for connection in connections["ann"]] == [True, True, False, False]
+    assert connections["ann"][0].closed == [REVOKED]
+    assert connections["bob"][0].closed == []
 
 
 # Announcements

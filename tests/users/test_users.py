@@ -61,6 +61,12 @@ async def all_ids(users: Users) -> list[str]:
     return [user.id for user in await users.all()]
 
 
+def user_of(users: Users, token: str) -> User | None:
+    """The user of a session token."""
+    found = users.session(token)
+    return found[0] if found else None
+
+
 async def find_id(users: Users, secret: str, user_id: str | None = None) -> str | None:
     user = await users.find(secret, user_id)
     return user.id if user else None
@@ -123,7 +129,7 @@ async def test_users_and_sessions_survive_a_restart(settings: Settings) -> None:
     async with open_users(replace(settings, users={})) as users:
         assert await all_ids(users) == ["carla"]
         assert await find_id(users, CARLA) == "carla"
-        assert users.user_of_session(token)
+        assert user_of(users, token)
 
 
 async def test_a_removed_user_can_be_created_again(users: Users) -> None:
@@ -255,13 +261,13 @@ async def test_a_session_token_is_valid_until_the_secret_changes(users: Users) -
     carla = await users.find(CARLA)
     assert carla
     token = users.session_token(carla)
-    assert users.user_of_session(token) == carla
-    assert users.user_of_session(token[:-1]) is None
-    assert users.user_of_session(token.replace(".", "x.", 1)) is None
+    assert user_of(users, token) == carla
+    assert user_of(users, token[:-1]) is None
+    assert user_of(users, token.replace(".", "x.", 1)) is None
     await users.remove("carla")
-    assert users.user_of_session(token) is None
+    assert user_of(users, token) is None
     await users.create("carla")
-    assert users.user_of_session(token) is None
+    assert user_of(users, token) is None
 
 
 async def test_a_new_configured_secret_or_key_ends_a_session(settings: Settings) -> None:
@@ -270,10 +276,10 @@ async def test_a_new_configured_secret_or_key_ends_a_session(settings: Settings)
         assert ann
         token = users.session_token(ann)
     async with open_users(replace(settings, users={"ann": "a new secret"})) as users:
-        assert users.user_of_session(token) is None
+        assert user_of(users, token) is None
     (settings.data / "key").unlink()
     async with open_users(settings) as users:
-        assert users.user_of_session(token) is None
+        assert user_of(users, token) is None
 
 
 async def test_session_tokens_differ_and_do_not_show_the_digest(users: Users) -> None:
@@ -284,7 +290,7 @@ async def test_session_tokens_differ_and_do_not_show_the_digest(users: Users) ->
     for token in tokens:
         shown = base64.urlsafe_b64decode(token.split(".")[0] + "==")
         assert ann.digest.hex().encode() not in shown
-        assert users.user_of_session(token) == ann
+        assert user_of(users, token) == ann
 
 
 # The key file and the data folder
@@ -384,6 +390,94 @@ async def test_successful_logins_do_not_count_as_failures(users: Users) -> None:
     assert await fail_logins(users, ADDRESS, 1) == [WrongCredentialsError]
 
 
+# Devices
+
+
+@pytest.fixture
+async def device(users: Users) -> str:
+    """The token of a device of ann's."""
+    return users.device_token(await users.log_in(ANN, None, OTHER_ADDRESS))
+
+
+@pytest.fixture
+async def blocked(users: Users) -> str:
+    """An address from which nobody can log in without a device."""
+    await fail_logins(users, ADDRESS, 10)
+    return ADDRESS
+
+
+@pytest.mark.parametrize("user_id", [None, "ann"], ids=["without id", "with id"])
+async def test_from_a_blocked_address_a_user_logs_in_on_a_device(
+    users: Users, device: str, blocked: str, user_id: str | None
+) -> None:
+    assert (await users.log_in(ANN, user_id, blocked, device)).id == "ann"
+    assert await fail_logins(users, blocked, 1) == [TooManyLoginsError]
+
+
+async def test_from_a_blocked_address_a_device_is_for_its_user_only(users: Users, device: str, blocked: str) -> None:
+    with pytest.raises(WrongCredentialsError):  # as for a wrong secret
+        await users.log_in(BOB, None, blocked, device)
+    with pytest.raises(WrongCredentialsError):
+        await users.log_in("wrong", None, blocked, device)
+    for user_id in ("bob", ""):
+        await fail_logins_as(users, blocked, user_id)
+        with pytest.raises(TooManyLoginsError):
+            await users.log_in(BOB, user_id, blocked, device)
+
+
+async def fail_logins_as(users: Users, address: str, user_id: str) -> None:
+    for _ in range(10):
+        with pytest.raises(WrongCredentialsError):
+            await users.log_in("wrong", user_id, address)
+
+
+async def test_from_any_other_address_a_device_is_for_everybody(users: Users, device: str) -> None:
+    assert (await users.log_in(BOB, None, OTHER_ADDRESS, device)).id == "bob"
+
+
+async def test_the_devices_of_a_user_may_fail_ten_times(users: Users, device: str, blocked: str) -> None:
+    for _ in range(10):
+        with pytest.raises(WrongCredentialsError):
+            await users.log_in(BOB, None, blocked, device)
+    for secret in (ANN, BOB, "wrong"):
+        with pytest.raises(TooManyLoginsError):
+            await users.log_in(secret, None, blocked, device)
+    assert (await users.log_in(ANN, None, OTHER_ADDRESS, device)).id == "ann"
+
+
+async def test_wrong_guesses_on_a_device_count_against_the_address_too(users: Users, device: str) -> None:
+    for number in range(10):
+        with pytest.raises(WrongCredentialsError):
+            await users.log_in(f"guess {number}", None, ADDRESS, device)
+    with pytest.raises(TooManyLoginsError):
+        await users.log_in(ANN, None, ADDRESS)
+
+
+async def test_the_device_of_a_removed_user_or_an_old_secret_is_worth_nothing(users: Users, blocked: str) -> None:
+    await users.create("carla", CARLA)
+    device = users.device_token(await users.log_in(CARLA, None, OTHER_ADDRESS))
+    assert (await users.log_in(CARLA, None, blocked, device)).id == "carla"
+    await users.remove("carla")
+    secret = await users.create("carla")
+    for old_or_new in (CARLA, secret):
+        with pytest.raises(TooManyLoginsError):
+            await users.log_in(old_or_new, None, blocked, device)
+
+
+async def test_a_device_is_no_session_and_a_session_is_no_device(users: Users, device: str, blocked: str) -> None:
+    ann = await users.find(ANN)
+    assert ann
+    assert users.session(device) is None
+    with pytest.raises(TooManyLoginsError):
+        await users.log_in(ANN, None, blocked, users.session_token(ann))
+
+
+@pytest.mark.parametrize("forged", ["", "nonsense", "WyJhbm4iLCJ4Il0.aaaaaa.bbbbbbbbbbbbbbbbbbbbbbbbbbb"])
+async def test_a_forged_device_is_worth_nothing(users: Users, blocked: str, forged: str) -> None:
+    with pytest.raises(TooManyLoginsError):
+        await users.log_in(ANN, None, blocked, forged)
+
+
 # A database that changes, fails or is slow
 
 
@@ -393,11 +487,11 @@ class BreakableDatabase:
     def __init__(self, database: Any) -> None:
         self._database = database
         self.broken = False
-        self._reads = 0
+        self.reads = 0
         self._read = asyncio.Event()
 
     def connect(self) -> Any:
-        self._reads += 1
+        self.reads += 1
         self._read.set()
         if self.broken:
             raise OSError("no route to host")
@@ -408,8 +502,8 @@ class BreakableDatabase:
 
     async def next_read(self) -> None:
         """Wait until a read that begins from now on has ended, where one comes after the other."""
-        before = self._reads
-        while self._reads < before + 2:
+        before = self.reads
+        while self.reads < before + 2:
             self._read.clear()
             await self._read.wait()
 
@@ -484,7 +578,7 @@ async def test_known_users_log_in_while_the_database_fails(
     database.broken = True
     for secret, user in ((CARLA, "carla"), (ANN, "ann")):
         assert (await watching.log_in(secret, None, ADDRESS)).id == user
-    assert watching.user_of_session(token)
+    assert user_of(watching, token)
     with pytest.raises(DatabaseUnavailableError):
         await watching.log_in("unknown", None, ADDRESS)
     database.broken = False
@@ -501,6 +595,15 @@ async def test_failed_logins_count_while_the_database_fails(watching: Users, dat
         with pytest.raises(TooManyLoginsError):
             await watching.log_in(secret, None, ADDRESS)
     assert (await watching.log_in(ANN, None, OTHER_ADDRESS)).id == "ann"
+
+
+async def test_guesses_from_a_blocked_address_read_nothing(watching: Users, database: BreakableDatabase) -> None:
+    await fail_logins(watching, ADDRESS, 10)
+    before = database.reads
+    assert await fail_logins(watching, ADDRESS, 20) == [TooManyLoginsError] * 20
+    assert database.reads == before
+    assert await fail_logins(watching, OTHER_ADDRESS, 1) == [WrongCredentialsError]
+    assert database.reads == before + 1
 
 
 async def test_a_failing_database_is_logged_once_and_revokes_nobody(
@@ -557,4 +660,4 @@ async def test_a_read_that_ends_after_a_later_one_revokes_nobody(no_users: Users
             slow.answer.set()
             await early
             assert revocations.empty()
-            assert watching.user_of_session(watching.session_token(carla)) == carla
+            assert user_of(watching, watching.session_token(carla)) == carla

@@ -23,6 +23,56 @@ from tests.support.routes import METHODS, filled, http_routes
 from tests.support.running_app import RunningApp, start
 from tests.support.scripted import ScriptedChat
 
+# Proxies
+
+
+@pytest.fixture
+def proxied(settings: Settings, scripted: ScriptedChat) -> Iterator[RunningApp]:
+    """An app that trusts a network of proxies, and its Unix socket."""
+    with start(create_app(replace(settings, proxies=("10.0.0.0/8", "unix")), scripted.opened)) as running:
+        yield running
+
+
+def client_at(running: RunningApp, host: str | None) -> TestClient:
+    """A client at an address, or one of a Unix socket."""
+    client = TestClient(running.app, client=(host, 1) if host else None)  # type: ignore[arg-type]
+    client.portal = running.client().portal
+    return client
+
+
+@pytest.mark.parametrize(
+    ("host", "trusted"),
+    [("10.1.2.3", True), ("::ffff:10.1.2.3", True), (None, True), ("127.0.0.1", False), ("unix.example", False)],
+    ids=["network", "IPv4 as IPv6", "Unix socket", "other address", "name"],
+)
+def test_only_a_trusted_proxy_says_who_its_client_is(proxied: RunningApp, host: str | None, trusted: bool) -> None:
+    client = client_at(proxied, host)
+    for number in range(10):
+        headers = {"X-Forwarded-For": f"1.1.1.1, 203.0.113.{number}", "X-Forwarded-Proto": "https"}
+        response = client.post("/login", data={"secret": "wrong"}, headers=headers)
+        assert response.status_code == 401
+    headers = {"X-Forwarded-For": "203.0.113.99", "X-Forwarded-Proto": "https"}
+    response = client.post("/login", data={"secret": ANN}, headers=headers, follow_redirects=False)
+    assert response.status_code == (303 if trusted else 429)
+    assert ("__Host-parley_session" in response.headers.get("set-cookie", "")) == trusted
+
+
+def test_the_client_of_a_trusted_proxy_is_blocked_alone(proxied: RunningApp) -> None:
+    client = client_at(proxied, "10.1.2.3")
+    for _ in range(10):
+        client.post("/login", data={"secret": "wrong"}, headers={"X-Forwarded-For": "203.0.113.1"})
+    for address, status in (("203.0.113.1", 429), ("203.0.113.2", 200)):
+        headers = bearer() | {"X-Forwarded-For": address}
+        assert client.get("/v1/models", headers=headers).status_code == status
+
+
+def test_without_the_setting_no_proxy_is_trusted(shared_app: RunningApp) -> None:
+    client = client_at(shared_app, "127.0.0.1")
+    for number in range(10):
+        client.post("/login", data={"secret": "wrong"}, headers={"X-Forwarded-For": f"203.0.113.{number}"})
+    assert client.get("/v1/models", headers=bearer() | {"X-Forwarded-For": "203.0.113.99"}).status_code == 429
+
+
 # Security headers
 
 

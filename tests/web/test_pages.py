@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
-from models.web.authentication import COOKIE
+from models.web.cookies import SESSION as COOKIE
 from tests.support.client import ANN, assert_security_headers, log_in
 
 STATIC = Path(__file__).parents[2] / "templates" / "static"
