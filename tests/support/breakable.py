@@ -17,14 +17,16 @@ from typing import Any
 
 import torch
 import uvicorn
+from platformdirs import user_cache_path
 from starlette.applications import Starlette
 from transformers import PreTrainedModel
 
+from models.engine.native import build
 from models.language.engine_chat import EngineChat
 from models.language.events import Event, TextPiece
 from server import create_app, serve
 from tests.support.scripted import ScriptedChat, ScriptedReply
-from tests.support.tiny import tiny_llama, tiny_tokenizer
+from tests.support.tiny import opens_tiny, tiny_llama, tiny_tokenizer
 
 STDIN = 0
 SERVER = Path(__file__).parents[2] / "server.py"
@@ -148,6 +150,15 @@ async def opens_faulty(app: Starlette) -> AsyncIterator[EngineChat]:
 def faulty() -> Starlette:
     """An app over a tiny model with faults."""
     return create_app(open_chat=opens_faulty)
+
+
+# A tiny model that is compiled
+
+
+def compiled() -> Starlette:
+    """An app over a tiny model that is compiled in the background, or whose program is loaded."""
+    build.load_kernels(build.build_library(user_cache_path("parley")))
+    return create_app(open_chat=opens_tiny)
 
 
 # In a process of its own
