@@ -40,7 +40,7 @@ NOT_RUN = {
     ".venv/bin/pip install uv && .venv/bin/uv pip install --python .venv --torch-backend=cpu torch==2.13.0": (
         "needs the package index of PyTorch"
     ),
-    ".venv/bin/pip install -r requirements.txt": "`.ci/run` installs these and more",
+    ".venv/bin/pip install --no-deps --require-hashes -r requirements.lock": "`.ci/run` does it",
     ".venv/bin/pip install -r tests/requirements.txt": "`.ci/run` does it",
     "python3 -m venv .venv && .venv/bin/pip install -r tests/requirements.txt && .venv/bin/python -m pytest": (
         "`.ci/run` does it"
@@ -48,6 +48,8 @@ NOT_RUN = {
     ".venv/bin/python -m pytest": "`.ci/run` does it",
     ".ci/check": "`.ci/run` does it",
     ".venv/bin/ruff format .": "`.ci/check` does it, without changing files",
+    ".venv/bin/pip install uv && .venv/bin/uv pip compile --universal --python-version 3.11 --generate-hashes"
+    " requirements.txt -o requirements.lock": "needs the package index, and its answer changes",
     ".venv/bin/python tests/browser/screenshots.py": "it replaces the pictures of README.md",
     "PARLEY_MODEL=Qwen/Qwen3-0.6B .venv/bin/python server.py": "needs the Hub",
     "python3 -m venv .bench/peers": "the peers of the benchmark take gigabytes",
