@@ -10,7 +10,8 @@ from contextlib import suppress
 
 from models.errors import CompilationError
 
-KILL_SECONDS = 5.0  # that a program has to end by itself
+INTERRUPTS = 5  # until a program is killed
+INTERRUPT_SECONDS = 1.0  # that it has to end by itself after each
 
 
 class Subprocesses:
@@ -49,8 +50,10 @@ class Subprocesses:
         with self._lock:
             self.stopped = True
             process = self._running
-        if process and process.poll() is None:
-            process.send_signal(signal.SIGINT)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(KILL_SECONDS)
+        if process:
+            for _ in range(INTERRUPTS):  # Python drops one that comes at a bad moment, such as in a callback
+                process.send_signal(signal.SIGINT)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(INTERRUPT_SECONDS)
+                    return
             process.kill()

@@ -54,6 +54,7 @@ class Ownership:
     def __init__(self, database: Database, seconds: float = BEAT_SECONDS) -> None:
         self.owner = Owner(uuid.uuid4().hex, _machine(), os.getpid(), 0)
         self.lost = asyncio.Event()
+        self._leaving = asyncio.Event()
         self._database = database
         self._seconds = seconds
 
@@ -70,8 +71,8 @@ class Ownership:
         try:
             yield ownership
         finally:
-            beating.cancel()
-            await asyncio.wait([beating])
+            ownership._leaving.set()
+            await beating
             with suppress(Exception):  # the next start sees that this process has ended
                 await ownership._release()
 
@@ -112,8 +113,7 @@ class Ownership:
             return replaced.rowcount == 1
 
     async def _beat(self) -> None:
-        while True:
-            await asyncio.sleep(self._seconds)
+        while not await self._pause():
             try:
                 async with self._database.begin() as connection:
                     mine = update(owner_table).where(OWNER.id == self.owner.id)
@@ -123,6 +123,13 @@ class Ownership:
             if not kept:
                 logger.critical("another process has taken this database, since this one did not answer: it ends")
                 return self.lost.set()
+
+    async def _pause(self) -> bool:
+        """Wait until the next beat is due. Returns whether there is none, since this process leaves."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._seconds):
+                return await self._leaving.wait()
+        return False
 
     async def _release(self) -> None:
         async with self._database.begin() as connection:

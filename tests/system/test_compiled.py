@@ -66,10 +66,10 @@ def test_a_killed_server_leaves_nothing_of_its_program_either(tmp_path: Path) ->
 
 def test_a_stop_during_the_compilation_ends_with_0_and_leaves_no_unfinished_program(tmp_path: Path) -> None:
     cache = user_cache_path("parley") / "compiled"
-    before = programs()
+    before, unfinished = programs(), set(cache.glob("unfinished-program-*"))
     with launched(tmp_path, "compiled", compile=True, context=300) as server:  # a context of its own is a program too
         server.signal(signal.SIGTERM)
         assert server.exit_code() == 0
         assert "not compiled" not in server.log.text
     assert programs() == before
-    assert list(cache.glob("unfinished-program-*")) == []
+    assert set(cache.glob("unfinished-program-*")) <= unfinished
