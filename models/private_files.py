@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 from models.errors import UntrustedPathError
+
+logger = logging.getLogger("parley")
 
 OTHERS = stat.S_IRWXG | stat.S_IRWXO
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
@@ -15,10 +19,11 @@ OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 def make_private_folder(folder: Path) -> None:
     """Make a folder that only its owner can enter, or close an existing one to others.
 
-    Raises OSError, and UntrustedPathError if it belongs to another user.
+    Raises OSError, and UntrustedPathError if it belongs to another user. What the administrator has made may be read
+    by others, but not written.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _close_to_others(folder, 0o700)
+    _close_to_others(folder, OTHERS_WRITE)
 
 
 def make_private_file(file: Path) -> None:
@@ -26,25 +31,44 @@ def make_private_file(file: Path) -> None:
 
     Raises OSError, and UntrustedPathError if it belongs to another user.
     """
-    os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))
-    _close_to_others(file, 0o600)
+    with suppress(FileExistsError):
+        os.close(
+            os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        )  # EXCL: not where another user's link leads
+    _close_to_others(file, OTHERS)
+
+
+def check_owners(folder: Path) -> None:
+    """Check that no other user has written a folder or a file in it. Raises UntrustedPathError."""
+    for path in [folder, *folder.rglob("*")]:
+        _check_owner(path)
 
 
 def check_program(program: Path) -> None:
     """Check a library, or all files of a folder, before their code runs. Raises UntrustedPathError."""
     for path in [program, *program.rglob("*")]:
         _check_owner(path)
-        if path.stat().st_mode & OTHERS_WRITE and _has_owners():
+        if others_can_write(path):
             raise UntrustedPathError(path, "can be written by other users")
 
 
-def _close_to_others(path: Path, mode: int) -> None:
+def others_can_write(path: Path) -> bool:
+    """Whether the mode of a file or folder lets other users write."""
+    return bool(path.stat().st_mode & OTHERS_WRITE) and _has_owners()
+
+
+def _close_to_others(path: Path, harmful: int) -> None:
+    """Take all rights from others; if that is not allowed, they must not have `harmful` ones."""
     _check_owner(path)
-    if path.stat().st_mode & OTHERS and _has_owners():
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & OTHERS and _has_owners():
         try:
-            path.chmod(mode)
+            path.chmod(mode & ~OTHERS)
         except OSError as error:
-            raise UntrustedPathError(path, "can be used by other users") from error
+            if mode & harmful:
+                raise UntrustedPathError(path, "can be used by other users") from error
+        else:
+            logger.warning("%s was open to other users and is closed to them now", path)
 
 
 def _check_owner(path: Path) -> None:

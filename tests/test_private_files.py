@@ -1,16 +1,20 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from models.errors import UntrustedPathError
-from models.private_files import check_program, make_private_file, make_private_folder
+from models.private_files import check_owners, check_program, make_private_file, make_private_folder
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
 NOBODY = 65534
+ROOT = Path(__file__).parent.parent
 
 
 def mode_of(path: Path) -> int:
@@ -37,13 +41,30 @@ def test_a_new_file_is_closed_to_others_and_empty(tmp_path: Path) -> None:
     assert (mode_of(tmp_path / "file"), (tmp_path / "file").read_bytes()) == (0o600, b"")
 
 
-def test_what_is_open_to_others_is_closed_and_keeps_its_content(tmp_path: Path) -> None:
+def test_what_is_open_to_others_is_closed_with_a_warning_and_keeps_its_content(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder, file = a_folder(tmp_path / "folder"), a_file(tmp_path / "file")
     folder.chmod(0o777)
     file.chmod(0o644)
-    make_private_folder(folder)
+    for _ in range(2):
+        make_private_folder(folder)
+        make_private_file(file)
+        assert (mode_of(folder), mode_of(file), file.read_text()) == (0o700, 0o600, "x")
+    closed = "was open to other users and is closed to them now"
+    assert caplog.messages == [f"{folder} {closed}", f"{file} {closed}"]
+
+
+def test_a_file_that_even_its_owner_cannot_write_stays_so(tmp_path: Path) -> None:
+    file = a_file(tmp_path / "file")
+    file.chmod(0o440)
     make_private_file(file)
-    assert (mode_of(folder), mode_of(file), file.read_text()) == (0o700, 0o600, "x")
+    assert mode_of(file) == 0o400
+
+
+def test_a_folder_in_place_of_a_file_can_still_be_entered(tmp_path: Path) -> None:
+    make_private_file(a_folder(tmp_path / "folder"))
+    assert mode_of(tmp_path / "folder") == 0o700
 
 
 @as_root
@@ -51,6 +72,7 @@ def test_what_is_open_to_others_is_closed_and_keeps_its_content(tmp_path: Path) 
     ("make", "use"),
     [
         (a_folder, make_private_folder),
+        (a_folder, check_owners),
         (a_file, make_private_file),
         (a_folder, check_program),
         (a_file, check_program),
@@ -73,6 +95,55 @@ def test_a_link_of_another_user_is_refused(tmp_path: Path) -> None:
     os.chown(link, NOBODY, NOBODY, follow_symlinks=False)
     with pytest.raises(UntrustedPathError, match="link belongs to another user"):
         make_private_folder(link)
+
+
+@as_root
+def test_a_file_is_not_made_where_the_link_of_another_user_leads(tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "target")
+    os.chown(link, NOBODY, NOBODY, follow_symlinks=False)
+    with pytest.raises((UntrustedPathError, FileNotFoundError)):
+        make_private_file(link)
+    assert not (tmp_path / "target").exists()
+
+
+AS_NOBODY = """
+import os, sys
+from pathlib import Path
+from models.errors import UntrustedPathError
+from models import private_files
+
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)
+try:
+    getattr(private_files, sys.argv[1])(Path(sys.argv[2]))
+    print("accepted")
+except UntrustedPathError:
+    print("refused")
+"""
+
+
+@as_root
+@pytest.mark.parametrize(
+    ("function", "mode", "answer"),
+    [
+        ("make_private_folder", 0o755, "accepted"),
+        ("make_private_folder", 0o775, "refused"),
+        ("make_private_folder", 0o757, "refused"),
+        ("make_private_file", 0o644, "refused"),
+    ],
+)
+def test_what_the_administrator_made_for_all_is_safe_if_nobody_else_can_write_or_it_is_no_secret(
+    function: str, mode: int, answer: str
+) -> None:
+    with tempfile.TemporaryDirectory() as temporary:  # pytest's folder is closed to others
+        os.chmod(temporary, 0o755)
+        path = Path(temporary) / "made"
+        make = {"make_private_folder": a_folder, "make_private_file": a_file}[function]
+        make(path).chmod(mode)
+        command = [sys.executable, "-c", AS_NOBODY, function, str(path)]
+        assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout == f"{answer}\n"
 
 
 def test_a_program_that_only_its_owner_can_write_is_accepted(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ class Subprocesses:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 env=environment,
+                umask=0o077,  # what it writes is code that will run, so nobody else may change it
             )
         with self._running as process:
             _, stderr = process.communicate(input)

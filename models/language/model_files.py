@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from models.errors import ModelError, one_line
-from models.private_files import make_private_folder
+from models.private_files import check_owners, make_private_folder
 from models.scratch import scratch_folder
 from models.settings import EMBEDDED, Settings
 
@@ -51,6 +51,7 @@ def _converted(cache: Path, name: str, dtype: torch.dtype, gguf: Path | None) ->
     try:
         make_private_folder(cache)
         if folder.is_dir():
+            check_owners(folder)
             return folder
         with scratch_folder(cache, "model") as scratch:
             if not folder.is_dir():  # else another process has just made it

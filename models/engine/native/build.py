@@ -12,7 +12,7 @@ from torch import Tensor
 
 from models.engine.subprocesses import Subprocesses
 from models.errors import KernelsUnavailableError, one_line
-from models.private_files import check_program, make_private_folder
+from models.private_files import check_program, make_private_folder, others_can_write
 from models.scratch import scratch_folder
 
 KERNELS = Path(__file__).with_name("kernels.cpp")
@@ -30,15 +30,18 @@ def library_path(cache: Path, source: Path = KERNELS) -> Path:
 
 
 def build_library(cache: Path, source: Path = KERNELS, subprocesses: Subprocesses | None = None) -> Path:
-    """The library of a source, compiled (in ten seconds) unless `cache` has it. Raises KernelsUnavailableError."""
+    """The library of a source, compiled (in ten seconds) unless `cache` has it.
+
+    One that others can write is compiled again. Raises KernelsUnavailableError and UntrustedPathError.
+    """
     path = library_path(cache, source)
-    if path.is_file():
+    if _is_built(path):
         return path
     compiler = os.environ.get("CXX", "g++")
     if not shutil.which(compiler):
         raise KernelsUnavailableError(f"there is no C++ compiler {compiler} (on Debian: apt-get install g++)")
     with scratch_folder(cache, "kernels") as folder:
-        if path.is_file():  # another process has just made it
+        if _is_built(path):  # another process has just made it
             return path
         unfinished = folder / path.name
         torch_home = Path(torch.__file__).parent
@@ -49,6 +52,10 @@ def build_library(cache: Path, source: Path = KERNELS, subprocesses: Subprocesse
             raise KernelsUnavailableError(f"{compiler} failed: {_reason(stderr)}")
         unfinished.rename(path)  # atomic, since another process may load it at any time
     return path
+
+
+def _is_built(path: Path) -> bool:
+    return path.is_file() and not others_can_write(path)
 
 
 def _reason(stderr: str) -> str:

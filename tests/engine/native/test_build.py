@@ -82,8 +82,35 @@ def test_the_library_is_compiled_once_and_then_taken_from_the_cache(
 def test_a_cached_library_needs_no_compiler(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.mkdir(parents=True)
     build.library_path(cache).write_text("compiled on another day")
+    build.library_path(cache).chmod(0o644)
     monkeypatch.setenv("CXX", "/nowhere/c++")
     assert build.build_library(cache).read_text() == "compiled on another day"
+
+
+def test_a_library_that_others_can_write_is_compiled_again(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = set_compiler(tmp_path, WORKS, monkeypatch)
+    cache.mkdir(parents=True)
+    library = build.library_path(cache)
+    library.write_text("by whom?")
+    library.chmod(0o775)
+    for _ in range(2):
+        assert build.build_library(cache).read_text() == f"{tmp_path}\n"
+    assert calls.read_text() == "call\n"
+
+
+@pytest.mark.compiler
+def test_a_library_is_closed_to_others_whatever_the_umask(cache: Path, tmp_path: Path) -> None:
+    source = tmp_path / "sums.cpp"
+    source.write_text("int one() { return 1; }")
+    before = os.umask(0o002)  # the usual one where each user has a group
+    try:
+        library = build.build_library(cache, source)
+    finally:
+        os.umask(before)
+    build.load_library(library)
+    assert library.stat().st_mode & 0o077 == 0
 
 
 def test_the_library_of_another_source_is_not_used(
