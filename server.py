@@ -245,7 +245,7 @@ def main(context: click.Context, host: str, port: int) -> None:
 def serve(host: str, port: int, app: Starlette) -> None:
     """Serve an app until a signal; exit with 1 if it cannot start."""
     listener = listen(host, port)
-    app.state.url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/"
+    app.state.url = page_url(host, *listener.getsockname()[:2])
     config = uvicorn.Config(app, ws_max_size=UVICORN_FRAME_BYTES, ws_per_message_deflate=False, access_log=False)
     config.timeout_graceful_shutdown = SHUTDOWN_SECONDS
     config.timeout_keep_alive = KEEP_ALIVE_SECONDS
@@ -271,6 +271,12 @@ def listen(host: str, port: int) -> socket.socket:
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux drops a client that takes no bytes for a minute; ASGI cannot
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 60_000)
     return PacedListener.of(listener)
+
+
+def page_url(host: str, address: str, port: int) -> str:
+    """Where a browser on this machine opens the page of a listener; no browser opens the address that means all."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, host)
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from pathlib import Path
 
@@ -19,7 +20,7 @@ def read_env_file(path: Path) -> dict[str, str]:
 
     Other lines are logged and ignored, as is a folder of this name. Raises SettingsError if the file cannot be read.
     """
-    if not path.exists():
+    if not os.path.lexists(path):  # a link to nowhere is an error, or all settings would vanish
         return {}
     if path.is_dir():
         logger.warning("%s is a folder, so no settings are read from it", path)

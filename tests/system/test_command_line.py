@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import runpy
 import socket
+from ipaddress import ip_address
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from click.testing import CliRunner, Result
 
-from server import listen
+from server import listen, page_url
 from tests.support.breakable import SERVER
 from tests.support.process import COMMANDS, Child
 
@@ -63,6 +65,18 @@ def test_commands_read_settings_from_a_dot_env_file() -> None:
     Path(".env").write_text("PARLEY_DATA=fourth\n", encoding="utf-16")
     with pytest.raises(SystemExit, match=r"^\.env cannot be read: it is not UTF-8; save it again as UTF-8$"):
         run("users", "list")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "0.0.0.0", "0", "::", "0::0"])
+def test_the_printed_url_leads_to_the_listener(host: str) -> None:
+    with listen(host, 0) as listener:
+        url = urlsplit(page_url(host, *listener.getsockname()[:2]))
+        assert ip_address(url.hostname or "").is_loopback
+        socket.create_connection((url.hostname, url.port)).close()
+
+
+def test_a_name_is_printed_as_it_was_given() -> None:
+    assert page_url("localhost", "127.0.0.1", 80) == "http://localhost:80/"
 
 
 def test_the_ipv6_wildcard_answers_ipv4_too() -> None:
