@@ -31,7 +31,7 @@ from models.language.chat import Chat
 from models.ops.file_limit import raise_file_limit
 from models.ops.logs import log, logging_configured
 from models.ops.metrics import Metrics
-from models.ops.shutdown import Shutdown, interruptible
+from models.ops.shutdown import Shutdown, interruptible, terminable
 from models.settings import PREFIX, Settings
 from models.store.conversations import Conversations
 from models.store.database import open_database
@@ -74,6 +74,7 @@ async def lifespan(app: Starlette) -> AsyncIterator[dict[str, object]]:
     try:
         async with AsyncExitStack() as stack:
             stack.enter_context(logging_configured(settings.log))
+            stack.enter_context(terminable())
             state.open_connections = OpenConnections.within(raise_file_limit(), settings.proxies)
             database = await stack.enter_async_context(open_database(settings))
             state.users = Users.open(settings, database)

@@ -32,6 +32,20 @@ def interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Make SIGTERM count as SIGINT: uvicorn ends normally at that, but lets SIGTERM kill it in the end."""
+    interrupt = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(interrupt):
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda _, frame: interrupt(signal.SIGINT, frame))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 class Shutdown:
     """The first signal drains, then calls uvicorn's handler. The second ends all replies at once.
 

@@ -7,6 +7,7 @@ import gc
 import os
 import resource
 import runpy
+import signal
 import sys
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -68,6 +69,22 @@ def crowded() -> Starlette:
     """The same, with few descriptors."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
     return scripted()
+
+
+# A scripted app that is stopped while it starts
+
+
+@asynccontextmanager
+async def opens_stopped(app: Starlette) -> AsyncIterator[Any]:
+    for _ in range(app.state.settings.slots):
+        signal.raise_signal(signal.SIGTERM)
+    async with ScriptedChat().opened(app) as chat:
+        yield chat
+
+
+def stopped() -> Starlette:
+    """An app that gets as many SIGTERM as it has slots, when its model has just been loaded."""
+    return create_app(open_chat=opens_stopped)
 
 
 # A scripted app with a clock that jumps

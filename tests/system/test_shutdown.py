@@ -14,7 +14,7 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 from websockets.frames import Frame, Opcode
 
-from tests.support.process import COMMANDS, PATIENCE, RESTARTS, Server, launched, stored, until
+from tests.support.process import COMMANDS, COMPLAINT, PATIENCE, RESTARTS, Child, Server, launched, stored, until
 
 pytestmark = pytest.mark.slow
 
@@ -157,6 +157,18 @@ def test_an_idle_server_closes_its_connections_and_exits(tmp_path: Path, command
         server.signal(signal.SIGTERM)
         assert client.wait_for_close() == RESTARTS
         assert server.exit_code() == 0
+
+
+@by_each_command
+def test_a_stop_between_the_model_and_the_first_request_ends_with_0(tmp_path: Path, command: str) -> None:
+    with Child.running("stopped", command, data=tmp_path, slots=1) as child:
+        assert child.exit_code() == 0
+        assert not COMPLAINT.search(child.log.whole())
+
+
+def test_two_stops_between_the_model_and_the_first_request_end_with_the_code_of_a_forced_stop(tmp_path: Path) -> None:
+    with Child.running("stopped", COMMANDS[0], data=tmp_path, slots=2) as child:
+        assert child.exit_code() == 130
 
 
 def silent_client(server: Server, *frames: bytes) -> socket.socket:
