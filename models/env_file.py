@@ -41,7 +41,8 @@ def _parse(path: Path, text: str) -> dict[str, str]:
     for number, line in enumerate(map(str.strip, text.split("\n")), start=1):
         if match := LINE.fullmatch(line):
             name, value = match.groups()
-            values[name] = QUOTED.sub(r"\2", value) if QUOTED.fullmatch(value) else value
+            quoted = QUOTED.fullmatch(value)
+            values[name] = quoted[2] if quoted else value
         elif line and not line.startswith("#"):
             logger.warning("%s, line %d has no effect: it is not NAME=value", path, number)
     return values

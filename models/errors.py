@@ -96,8 +96,8 @@ class UntrustedPathError(StartError):
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(
-            f"{path} {reason}, so it is not safe to use: remove it or change its owner; or set PARLEY_DATA, or for the "
-            "cache XDG_CACHE_HOME, to a folder of your own"
+            f"{path} {reason}, so it is not safe to use: close it to others (chmod go-rwx), or remove it; or set "
+            "PARLEY_DATA, PARLEY_DATABASE_URL, or for the cache XDG_CACHE_HOME, to a place of your own"
         )
 
 

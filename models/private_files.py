@@ -32,9 +32,8 @@ def make_private_file(file: Path) -> None:
     Raises OSError, and UntrustedPathError if it belongs to another user.
     """
     with suppress(FileExistsError):
-        os.close(
-            os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        )  # EXCL: not where another user's link leads
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)  # EXCL: not where a link leads
+        os.close(descriptor)
     _close_to_others(file, OTHERS)
 
 
@@ -61,6 +60,8 @@ def _close_to_others(path: Path, harmful: int) -> None:
     """Take all rights from others; if that is not allowed, they must not have `harmful` ones."""
     _check_owner(path)
     mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & stat.S_ISVTX and mode & OTHERS_WRITE:
+        raise UntrustedPathError(path, "is a folder for all users, such as /tmp")
     if mode & OTHERS and _has_owners():
         try:
             path.chmod(mode & ~OTHERS)

@@ -168,3 +168,11 @@ def test_a_file_of_another_user_inside_of_a_program_is_refused(tmp_path: Path) -
     os.chown(a_file(program / "code.so"), NOBODY, NOBODY)
     with pytest.raises(UntrustedPathError, match=r"code\.so belongs to another user"):
         check_program(program)
+
+
+def test_a_folder_for_all_users_is_refused_and_stays_open(tmp_path: Path) -> None:
+    shared = a_folder(tmp_path / "shared")
+    shared.chmod(0o1777)
+    with pytest.raises(UntrustedPathError, match="is a folder for all users"):
+        make_private_folder(shared)
+    assert shared.stat().st_mode & 0o7777 == 0o1777

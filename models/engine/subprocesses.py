@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from typing import IO
 
 from models.errors import CompilationError
 
@@ -26,20 +28,32 @@ class Subprocesses:
         self, command: Sequence[str], input: bytes = b"", environment: Mapping[str, str] | None = None
     ) -> tuple[int, str]:
         """Run a program to its end. Returns its exit code and what it wrote to stderr. Raises CompilationError."""
+        with tempfile.TemporaryFile() as stderr:  # a pipe would stay open until the program's own programs end
+            code = self._run(command, input, environment, stderr)
+            self.check()
+            stderr.seek(0)
+            return code, stderr.read().decode(errors="replace")
+
+    def _run(
+        self, command: Sequence[str], input: bytes, environment: Mapping[str, str] | None, stderr: IO[bytes]
+    ) -> int:
         with self._lock:
             self.check()
-            self._running = subprocess.Popen(
+            self._running = process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
+                stderr=stderr,
                 env=environment,
                 umask=0o077,  # what it writes is code that will run, so nobody else may change it
             )
-        with self._running as process:
-            _, stderr = process.communicate(input)
-        self.check()
-        return process.returncode, stderr.decode(errors="replace")
+        with process:
+            try:
+                process.communicate(input)
+            except BaseException:
+                process.kill()
+                raise
+        return process.returncode
 
     def check(self) -> None:
         """Raise CompilationError after `stop`."""

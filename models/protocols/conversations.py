@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Annotated
 
@@ -19,10 +17,13 @@ MAX_TITLE = MAX_QUERY = 256  # characters
 TITLE = f"text of 1 to {MAX_TITLE} characters"
 
 
+Limit = Annotated[str, Meta(pattern=r"\A([1-9][0-9]?|100)\Z", description="a whole number from 1 to 100")]
+
+
 class _ListingQuery(Struct):
     """The query parameters of a listing."""
 
-    limit: Annotated[str, Meta(pattern=r"\A([1-9][0-9]?|100)\Z", description="a whole number from 1 to 100")] = "50"
+    limit: Limit = "50"
     after: str | None = None
     query: Annotated[str, Meta(max_length=MAX_QUERY, description=f"at most {MAX_QUERY} characters")] = ""
 
@@ -30,7 +31,7 @@ class _ListingQuery(Struct):
 class _PageQuery(Struct):
     """The query parameters of a page of items."""
 
-    limit: Annotated[str, Meta(pattern=r"\A([1-9][0-9]?|100)\Z", description="a whole number from 1 to 100")] = "100"
+    limit: Limit = "100"
     before: str | None = None
 
 
@@ -82,70 +83,3 @@ def render_item(item: Item) -> Json:
         "sequence_number": item.sequence_number,
         "decode_seconds": item.decode_seconds,
     }
-
-
-class Document(ABC):
-    """A conversation as a file for download, made in pieces so that it is never whole in memory."""
-
-    suffix: str
-    media_type: str
-
-    def __init__(self, conversation: Conversation) -> None:
-        self._conversation = conversation
-        self.name = f"{conversation.id}.{self.suffix}"
-
-    @abstractmethod
-    def beginning(self) -> str:
-        """What comes before the items."""
-
-    @abstractmethod
-    def piece(self, items: Sequence[Item], is_first: bool) -> str:
-        """Some items."""
-
-    @abstractmethod
-    def end(self) -> str:
-        """What comes after the items."""
-
-
-class MarkdownDocument(Document):
-    """A heading, and the messages below each other."""
-
-    suffix = "md"
-    media_type = "text/markdown"
-
-    def beginning(self) -> str:
-        return f"# {self._conversation.title}"
-
-    def piece(self, items: Sequence[Item], is_first: bool) -> str:
-        return "".join(f"\n\n**{item.role.capitalize()}**\n\n{item.content}" for item in items)
-
-    def end(self) -> str:
-        return "\n"
-
-
-class JSONDocument(Document):
-    """The object that the REST API has, with all items."""
-
-    suffix = "json"
-    media_type = "application/json"
-
-    def beginning(self) -> str:
-        fields = json.dumps(render_conversation(self._conversation), ensure_ascii=False, indent=2)
-        return fields.removesuffix("\n}") + ',\n  "items": ['
-
-    def piece(self, items: Sequence[Item], is_first: bool) -> str:
-        lines = [f"\n    {json.dumps(render_item(item), ensure_ascii=False)}" for item in items]
-        return ("" if is_first else ",") + ",".join(lines)
-
-    def end(self) -> str:
-        return "\n  ]\n}\n"
-
-
-DOCUMENTS: Mapping[str, type[Document]] = {"markdown": MarkdownDocument, "json": JSONDocument}
-
-
-def create_document(conversation: Conversation, format: str) -> Document:
-    """The document of a conversation as `markdown` or `json`. Raises InvalidValueError."""
-    if format not in DOCUMENTS:
-        raise InvalidValueError("format must be markdown or json", "format")
-    return DOCUMENTS[format](conversation)

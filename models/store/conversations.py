@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import (
     ColumnElement,
+    Select,
     and_,
     bindparam,
     delete,
@@ -37,7 +38,7 @@ from models.errors import (
 )
 from models.store.database import Database, conversations_table, instructions_table, items_table
 from models.store.item import Item, Status, title_of
-from models.store.storage_limits import EXPORTED_ITEMS, MAX_CONVERSATION_BYTES, MAX_ITEMS, PAGE_BYTES, StorageLimits
+from models.store.storage_limits import MAX_CONVERSATION_BYTES, MAX_ITEMS, MAX_PAGE, PAGE_BYTES, StorageLimits
 
 
 @dataclass(frozen=True)
@@ -128,17 +129,17 @@ class Conversations:
             return [_item(row) for row in await connection.execute(chosen)]
 
     async def pages(self, user: str, id: str) -> AsyncIterator[list[Item]]:
-        """All items of a conversation, in order, some at a time."""
+        """All items of a conversation, in order, a page at a time."""
         after = -1
         while True:
-            chosen = select(ITEM.position, *ITEM_COLUMNS).select_from(JOINED).where(_owned(user, id))
-            chosen = chosen.where(ITEM.position > after).order_by(ITEM.position).limit(EXPORTED_ITEMS)
             async with self._browsing, self._database.connect() as connection:
-                rows = (await connection.execute(chosen)).all()
-            if not rows:
+                later = _sizes(user, id).where(ITEM.position > after).order_by(ITEM.position)
+                places = await _places(connection, later, MAX_PAGE)
+                page = await _page(connection, user, id, places)
+            if not page:
                 return
-            after = rows[-1][0]
-            yield [_item(row[1:]) for row in rows]
+            after = places[-1]
+            yield page
 
     async def read_page(self, user: str, id: str, limit: int, before: str | None = None) -> ItemPage:
         """The last items of a conversation, or those before the item `before`: at most `limit`, and PAGE_BYTES.
@@ -146,19 +147,14 @@ class Conversations:
         Raises ItemNotFoundError.
         """
         async with self._browsing, self._database.connect() as connection:
-            mine = select(ITEM.position, ITEM.bytes + func.coalesce(INSTRUCTIONS.bytes, 0))
-            mine = mine.select_from(JOINED).where(_owned(user, id))
+            mine = _sizes(user, id)
             if before is not None:
                 at = (await connection.execute(mine.where(ITEM.id == before))).one_or_none()
                 if at is None:
                     raise ItemNotFoundError(param="before")
                 mine = mine.where(ITEM.position < at[0])
-            newest = (await connection.execute(mine.order_by(ITEM.position.desc()).limit(limit))).all()
-            count = max(1, sum(size <= PAGE_BYTES for size in accumulate(size for _, size in newest)))
-            places = [place for place, _ in newest[:count]]
-            chosen = select(*ITEM_COLUMNS).select_from(JOINED).where(_owned(user, id), ITEM.position.in_(places))
-            items = [_item(row) for row in await connection.execute(chosen.order_by(ITEM.position))]
-        return ItemPage(items, min(places, default=0))
+            places = await _places(connection, mine.order_by(ITEM.position.desc()), limit)
+            return ItemPage(await _page(connection, user, id, places), min(places, default=0))
 
     async def find_reply(self, user: str, id: str) -> tuple[str, Item] | None:
         """A reply, with the id of its conversation."""
@@ -214,6 +210,8 @@ class Conversations:
             if (await connection.execute(select(ITEM.id).where(ITEM.conversation_id == id, other))).first():
                 raise ConversationBusyError
         await connection.execute(delete(items_table).where(ITEM.conversation_id == id, ITEM.position >= position))
+        used = exists().where(ITEM.conversation_id == id, ITEM.instructions == INSTRUCTIONS.id)
+        await connection.execute(delete(instructions_table).where(INSTRUCTIONS.conversation_id == id, ~used))
 
     async def _insert(self, connection: AsyncConnection, id: str, position: int, new: Sequence[Item]) -> None:
         """Insert items, and instructions that the conversation has not had yet; count the bytes."""
@@ -254,6 +252,13 @@ class Conversations:
                 mine = and_(ITEM.id == bindparam("reply"), ITEM.owner == self._owner)
                 await connection.execute(update(items_table).where(mine), rows)
 
+    async def fail_replies(self, ids: Sequence[str]) -> None:
+        """Mark as failed the replies of this process that are in progress and have these ids."""
+        running = and_(ITEM.id.in_(ids), ITEM.status == Status.IN_PROGRESS, ITEM.owner == self._owner)
+        failed = {"status": Status.FAILED, "reason": "server_error"}
+        async with self._writing, self._database.begin() as connection:
+            await connection.execute(update(items_table).where(running).values(failed))
+
     async def fail_unfinished(self) -> int:
         """Mark as failed the replies that earlier processes left unfinished. Returns how many there were.
 
@@ -263,6 +268,25 @@ class Conversations:
         failed = {"status": Status.FAILED, "reason": "server_error", "owner": None}
         async with self._writing, self._database.begin() as connection:
             return int((await connection.execute(update(items_table).where(left).values(failed))).rowcount)
+
+
+def _sizes(user: str, id: str) -> Select[Any]:
+    """The places and the sizes of the items of a conversation."""
+    size = ITEM.bytes + func.coalesce(INSTRUCTIONS.bytes, 0)
+    return select(ITEM.position, size).select_from(JOINED).where(_owned(user, id))
+
+
+async def _places(connection: AsyncConnection, sizes: Select[Any], limit: int) -> list[int]:
+    """The places of the first items: at most `limit`, and PAGE_BYTES, but two at least: a question and its reply."""
+    found = (await connection.execute(sizes.limit(limit))).all()
+    count = max(2, sum(size <= PAGE_BYTES for size in accumulate(size for _, size in found)))
+    return [place for place, _ in found[:count]]
+
+
+async def _page(connection: AsyncConnection, user: str, id: str, places: list[int]) -> list[Item]:
+    """The items at some places, in order."""
+    chosen = select(*ITEM_COLUMNS).select_from(JOINED).where(_owned(user, id), ITEM.position.in_(places))
+    return [_item(row) for row in await connection.execute(chosen.order_by(ITEM.position))]
 
 
 async def _insert_instructions(connection: AsyncConnection, conversation: str, text: str) -> str:

@@ -8,8 +8,7 @@ from models.settings import Settings
 
 MAX_ITEMS = 10_000  # of a conversation: each request reads all of them
 MAX_CONVERSATION_BYTES = 2**24
-EXPORTED_ITEMS = 20  # that are read and encoded at once
-PAGE_BYTES = 2**20  # of items in one answer; encoding more would delay everybody's stream
+MAX_PAGE, PAGE_BYTES = 100, 2**20  # of items that are read and encoded at once; more would delay everybody's stream
 
 
 @dataclass(frozen=True)

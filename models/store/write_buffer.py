@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from itertools import chain
+from contextlib import contextmanager
 from typing import Any
 
 from models.errors import APIError, ConversationNotFoundError, DatabaseUnavailableError, NotStoredError, one_line
@@ -22,7 +21,7 @@ PATIENCE = 1.0  # seconds; a busy disk takes some tenths
 class WriteBuffer:
     """Stores replies in the database. Replies that cannot be written wait in memory, in up to `max_bytes`.
 
-    Nobody waits longer than `patience` seconds for the database. Reads through the buffer include what waits. `trouble`
+    No reply waits longer than `patience` seconds for a write. Reads through the buffer include what waits. `trouble`
     says why nothing can be written at the moment.
     """
 
@@ -32,6 +31,7 @@ class WriteBuffer:
         self._buffered = BufferedReplies(max_bytes)
         self._patience = patience
         self._writing = asyncio.Lock()  # one write at a time, so that an old state never replaces a newer one
+        self._lost: list[str] = []  # the ids of replies that were dropped: in the database, they must not seem to run
         self._begun: set[asyncio.Task[bool]] = set()  # writes that go on, also if nobody waits for them any more
 
     @property
@@ -137,17 +137,31 @@ class WriteBuffer:
             return True
 
     async def _write(self, waiting: Sequence[BufferedReply], growing: Iterable[Item]) -> None:
+        if lost := self._lost:
+            await self._conversations.fail_replies(lost)
+            self._lost = self._lost[len(lost) :]
+        # Replies in the database come first, since a conversation has one reply in progress.
+        await self._conversations.update_replies(one.reply for one in waiting if one.position is None)
         for buffered in waiting:
             if buffered.position is not None:
-                with suppress(ConversationNotFoundError):  # deleted meanwhile
-                    await buffered.write_to(self._conversations, accepted=True)
-        await self._conversations.update_replies(chain((buffered.reply for buffered in waiting), growing))
+                await self._write_accepted(buffered)
+        await self._conversations.update_replies(growing)
         for buffered in waiting:
             self._buffered.drop_written(buffered)
+
+    async def _write_accepted(self, buffered: BufferedReply) -> None:
+        """Put a turn that was accepted before into its conversation. One that does not fit does not stop the others."""
+        try:
+            await buffered.write_to(self._conversations, accepted=True)
+        except ConversationNotFoundError:  # deleted meanwhile
+            pass
+        except APIError as error:
+            logger.error("%s cannot be stored: %s", buffered.reply.id, one_line(error))
 
     def _keep(self, reply: BufferedReply) -> None:
         if lost := self._buffered.keep(reply):
             logger.error("PARLEY_REPLAY_BYTES is too small for the replies that wait to be stored: lost %s", lost)
+            self._lost = [*self._lost, *lost]
 
     def _note_trouble(self, error: Exception) -> None:
         if not self.trouble:

@@ -8,7 +8,8 @@ from starlette.endpoints import HTTPEndpoint
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from models.protocols.conversations import create_document, parse_listing, parse_page, parse_title, render_conversation
+from models.protocols.conversations import parse_listing, parse_page, parse_title, render_conversation
+from models.protocols.documents import create_document
 from models.web.request_body import read_body
 
 

@@ -9,8 +9,6 @@ from models.errors import InvalidJSONError, InvalidValueError, MissingFieldError
 from models.protocols.conversations import (
     MAX_QUERY,
     MAX_TITLE,
-    Document,
-    create_document,
     parse_listing,
     parse_page,
     parse_title,
@@ -167,33 +165,3 @@ def test_a_conversation_has_its_items_where_they_are_given() -> None:
     whole = {**RENDERED_CONVERSATION, "items": [RENDERED_MESSAGE, RENDERED_REPLY], "earlier": 7}
     assert json.dumps(render_conversation(CONVERSATION, ItemPage([MESSAGE, REPLY], 7))) == json.dumps(whole)
     assert render_conversation(CONVERSATION, ItemPage([], 0))["items"] == []
-
-
-def text_of(document: Document, *pieces: list[Item]) -> str:
-    """The whole document, with its items in pieces."""
-    parts = [document.piece(items, number == 0) for number, items in enumerate(pieces)]
-    return "".join([document.beginning(), *parts, document.end()])
-
-
-@pytest.mark.parametrize("pieces", [[[MESSAGE, REPLY]], [[MESSAGE], [REPLY]]], ids=["one piece", "two pieces"])
-def test_a_json_document_is_the_conversation_with_its_items(pieces: list[list[Item]]) -> None:
-    document = create_document(CONVERSATION, "json")
-    assert (document.name, document.media_type) == ("conv_1.json", "application/json")
-    text = text_of(document, *pieces)
-    assert json.loads(text) == RENDERED_CONVERSATION | {"items": [RENDERED_MESSAGE, RENDERED_REPLY]}
-    assert "广州" in text
-    assert json.loads(text_of(document))["items"] == []
-
-
-@pytest.mark.parametrize("pieces", [[[MESSAGE, REPLY]], [[MESSAGE], [REPLY]]], ids=["one piece", "two pieces"])
-def test_a_markdown_document_has_a_paragraph_for_each_message(pieces: list[list[Item]]) -> None:
-    document = create_document(CONVERSATION, "markdown")
-    assert (document.name, document.media_type) == ("conv_1.md", "text/markdown")
-    assert text_of(document, *pieces) == "# A *title*\n\n**User**\n\n广州?\n\n**Assistant**\n\nHi\n"
-
-
-@pytest.mark.parametrize("format", ["", "pdf", "JSON"])
-def test_another_document_format_is_refused(format: str) -> None:
-    with pytest.raises(InvalidValueError) as raised:
-        create_document(CONVERSATION, format)
-    assert (raised.value.code, raised.value.param) == ("invalid_value", "format")

@@ -20,7 +20,7 @@ from models.protocols.conversations import MAX_QUERY
 from models.store.conversations import Conversation, Conversations, ItemPage, Listing
 from models.store.database import conversations_table, instructions_table, items_table
 from models.store.item import Item, Status
-from models.store.storage_limits import EXPORTED_ITEMS, MAX_CONVERSATION_BYTES, MAX_ITEMS, PAGE_BYTES, StorageLimits
+from models.store.storage_limits import MAX_CONVERSATION_BYTES, MAX_ITEMS, MAX_PAGE, PAGE_BYTES, StorageLimits
 
 pytestmark = pytest.mark.anyio
 
@@ -403,6 +403,26 @@ async def test_long_instructions_are_stored_once_for_a_conversation(empty_tables
     assert size == 1000 + 5 * (2 + ANSWER.bytes)
 
 
+async def test_instructions_that_no_reply_has_any_more_are_deleted(empty_tables: AsyncEngine) -> None:
+    store = Conversations(empty_tables)
+    for number in range(3):
+        reply = replace(ANSWER, id=f"resp_{number}", options={"instructions": f"{number}" * 1000})
+        await store.put_items("ann", "conv_1", 0, [message(f"item_{number}", "Hi"), reply])
+    async with empty_tables.connect() as connection:
+        assert (await connection.execute(select(func.count()).select_from(instructions_table))).scalar() == 1
+        assert (await connection.execute(select(conversations_table.c.bytes))).scalar() == 1000 + 2 + ANSWER.bytes
+
+
+async def test_replies_that_were_lost_are_marked_as_failed_and_keep_their_text(anns_store: Conversations) -> None:
+    half = replace(GROWING, content="I am", cuts="2 2")
+    await anns_store.put_items("ann", "conv_1", 3, [half])
+    await Conversations(anns_store._database, "other").fail_replies([half.id])
+    assert (await anns_store.items("ann", "conv_1"))[3] == half
+    await anns_store.fail_replies([half.id, ANSWER.id, "unknown"])
+    failed = replace(half, status=Status.FAILED, reason="server_error")
+    assert await anns_store.items("ann", "conv_1") == [SYSTEM, QUESTION, ANSWER, failed]
+
+
 async def test_a_user_has_at_most_some_conversations(empty_tables: AsyncEngine) -> None:
     store = Conversations(empty_tables, limits=StorageLimits(conversations=2))
     for id in ("conv_1", "conv_2"):
@@ -459,7 +479,7 @@ async def test_items_are_read_in_pages_from_the_last_one(empty_tables: AsyncEngi
         assert raised.value.param == "before"
 
 
-async def test_a_page_has_at_most_some_bytes_but_at_least_one_item(empty_tables: AsyncEngine) -> None:
+async def test_a_page_has_at_most_some_bytes_but_at_least_a_question_and_its_reply(empty_tables: AsyncEngine) -> None:
     store = Conversations(empty_tables)
     items = [message(str(number), "x" * (PAGE_BYTES // 3 + 1)) for number in range(4)]
     await store.put_items("ann", "conv_1", 0, [message("large", "x" * (PAGE_BYTES + 1)), *items])
@@ -473,15 +493,16 @@ async def test_a_page_counts_the_bytes_of_instructions(empty_tables: AsyncEngine
     options = {"instructions": "x" * (PAGE_BYTES // 2)}
     await store.put_items("ann", "conv_1", 0, [replace(ANSWER, id=str(number), options=options) for number in range(4)])
     page = await store.read_page("ann", "conv_1", 100)
-    assert ([item.id for item in page.items], page.earlier) == (["3"], 3)
+    assert ([item.id for item in page.items], page.earlier) == (["2", "3"], 2)
 
 
 async def test_all_items_are_read_some_at_a_time(empty_tables: AsyncEngine) -> None:
     store = Conversations(empty_tables)
-    items = [message(str(number), "Hi") for number in range(2 * EXPORTED_ITEMS + 1)]
+    short = [message(str(number), "Hi") for number in range(2 * MAX_PAGE)]
+    items = [*short, *(message(f"long {number}", "x" * (PAGE_BYTES // 3)) for number in range(4))]
     await store.put_items("ann", "conv_1", 0, items)
     pages = [page async for page in store.pages("ann", "conv_1")]
-    assert [len(page) for page in pages] == [EXPORTED_ITEMS, EXPORTED_ITEMS, 1]
+    assert [len(page) for page in pages] == [MAX_PAGE, MAX_PAGE, 3, 1]
     assert [item for page in pages for item in page] == items
     assert [page async for page in store.pages("bob", "conv_1")] == []
 

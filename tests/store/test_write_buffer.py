@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings as hypothesis_settings, strategies
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from models.errors import ConversationNotFoundError, DatabaseUnavailableError, NotStoredError
+from models.errors import ConversationBusyError, ConversationNotFoundError, DatabaseUnavailableError, NotStoredError
 from models.settings import Settings
 from models.store.buffered_replies import BufferedReply
 from models.store.conversations import Conversations
@@ -276,6 +276,32 @@ async def test_to_delete_a_conversation_drops_its_waiting_turns(
     assert (await stored(conversations), await stored(conversations, "other")) == ([], ["q2", ""])
 
 
+@pytest.mark.anyio
+async def test_the_end_of_a_reply_is_stored_before_the_next_turn_begins(
+    buffer: WriteBuffer, conversations: AwayConversations
+) -> None:
+    await buffer.begin(new_reply("1", 0))
+    conversations.broken = True
+    await buffer.finish(finished_reply("1"))
+    await buffer.begin(new_reply("2", 2))
+    conversations.broken = False
+    assert await buffer.write([])
+    assert await stored(conversations) == ["q1", "a1", "q2", ""]
+    assert await buffer.begin(new_reply("3", 0, "other"))
+
+
+@pytest.mark.anyio
+async def test_a_lost_reply_does_not_block_its_conversation(conversations: AwayConversations) -> None:
+    buffer = WriteBuffer(conversations, 0)
+    await buffer.begin(new_reply("1", 0))
+    conversations.broken = True
+    await buffer.finish(finished_reply("1"))
+    conversations.broken = False
+    assert await buffer.write([])
+    assert (await conversations.items("ann", "conv"))[1].status is Status.FAILED
+    assert await buffer.begin(new_reply("2", 2))
+
+
 # A database that does not answer
 
 
@@ -380,6 +406,8 @@ class FailingStore:
             if id not in self.rows and position:
                 raise ConversationNotFoundError
             before = {place: item for place, item in self.rows.get(id, {}).items() if place < position}
+            if any(item.status is Status.IN_PROGRESS for item in before.values()):
+                raise ConversationBusyError
             self.rows[id] = before | dict(enumerate(new, position))
             await self._work()  # it may be done although the answer is lost
 
@@ -390,6 +418,9 @@ class FailingStore:
             for rows in self.rows.values():
                 rows.update({place: replace(states[row.id]) for place, row in rows.items() if row.id in states})
             await self._work()
+
+    async def fail_replies(self, ids: Sequence[str]) -> None:
+        raise AssertionError("none is lost")
 
     async def items(self, user: str, id: str) -> list[Item]:
         await self._work()

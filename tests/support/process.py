@@ -112,8 +112,10 @@ class Child:
     @classmethod
     @contextmanager
     def running(cls, app: str, command: str, **settings: object) -> Iterator[Child]:
-        """Run an app by a command, with some settings in its environment."""
-        environment = {f"PARLEY_{name.upper()}": str(value) for name, value in settings.items()}
+        """Run an app by a command, with some settings in its environment. A name in capitals is any variable."""
+        environment = {
+            name if name.isupper() else f"PARLEY_{name.upper()}": str(value) for name, value in settings.items()
+        }
         stdin, commands = processes.Pipe(duplex=False)
         lines, output = processes.Pipe(duplex=False)
         process = fork(run, app, command, environment, stdin, output)
