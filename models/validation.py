@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import islice
 from typing import Annotated, Any, NoReturn, TypeVar
 
 import msgspec
@@ -23,6 +24,8 @@ Json = dict[str, Any]
 
 SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 NO_SURROGATE = r"\A[^\ud800-\udfff]*\Z"  # JSON can have a lone surrogate, which cannot be sent or stored as UTF-8
+
+MAX_COPIED = 10_000  # values
 
 ERROR = re.compile(  # of msgspec; names and values from clients may look like the end of its message
     r"(?P<reason>Object (?P<kind>missing required|contains unknown) field `(?P<field>.*?)`|.*?)"
@@ -89,7 +92,21 @@ def _convert(value: Any, type: type[T]) -> T:
     """The value as an object of a type. Works around msgspec, which fails if it has to encode a lone surrogate."""
     with suppress(UnicodeEncodeError):
         return msgspec.convert(value, type)
+    if sum(1 for _ in islice(_parts_of(value), MAX_COPIED)) == MAX_COPIED:  # to copy so much would take too long
+        raise InvalidValueError("a text has a lone surrogate", "")
     return msgspec.convert(_without_surrogates(value), type)  # raises: text is in a place where no text is allowed
+
+
+def _parts_of(value: Any) -> Iterator[Any]:
+    """All values in a value, however deep."""
+    waiting = [value]
+    while waiting:
+        part = waiting.pop()
+        yield part
+        if isinstance(part, list | tuple):
+            waiting += part
+        elif isinstance(part, dict):
+            waiting += part.values()
 
 
 def _without_surrogates(value: Any) -> Any:

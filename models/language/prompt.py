@@ -56,8 +56,9 @@ class PromptBuilder:
         if turns and not keep_all and (first or len(ids) > limit):
             first += self._first_kept(turns[first:], len(ids), limit)
             ids = self._render(system, turns[first:])
+            more = 1
             while len(ids) > limit and first < len(turns) - 1:  # the counts of single messages are not exact
-                first += 1
+                first, more = min(first + more, len(turns) - 1), 2 * more
                 ids = self._render(system, turns[first:])
         if len(ids) >= self._context:
             raise self._too_long(len(ids), f"{len(ids)} tokens")

@@ -142,7 +142,7 @@ class ChatCompletionRequest:
         for name in sorted(UNSUPPORTED.keys() & values.keys()):
             _check_neutral(name, values.pop(name))
         chosen = {name: values.pop(name) for name in OPTION_BY_PARAMETER if name in values}
-        if isinstance(values.get("messages"), list):
+        if isinstance(values.get("messages"), list) and len(values["messages"]) <= MAX_MESSAGES:
             values["messages"] = [_without_neutral(message) for message in values["messages"]]
         parsed = _convert(values)
         messages = [message.as_message(f"messages[{index}]") for index, message in enumerate(parsed.messages)]

@@ -7,6 +7,7 @@ import hashlib
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -33,10 +34,11 @@ from models.errors import (
     ConversationBusyError,
     ConversationFullError,
     ConversationNotFoundError,
+    DatabaseUnavailableError,
     ItemNotFoundError,
     StorageFullError,
 )
-from models.store.database import Database, conversations_table, instructions_table, items_table
+from models.store.database import Database, conversations_table, instructions_table, items_table, owner_table
 from models.store.item import Item, Status, title_of
 from models.store.storage_limits import MAX_CONVERSATION_BYTES, MAX_ITEMS, MAX_PAGE, PAGE_BYTES, StorageLimits
 
@@ -88,6 +90,7 @@ class Conversations:
         self._owner = owner
         self._limits = limits or StorageLimits()
         self._browsing = asyncio.Semaphore(4)  # so that reads leave database connections for replies
+        self._searching = asyncio.Semaphore(2)  # a search reads all that a user has stored
         # SQLite has one writer at a time; others would ask every few milliseconds whether it has finished.
         self._writing = asyncio.Semaphore(1 if database.dialect.name == "sqlite" else 4)
 
@@ -107,10 +110,11 @@ class Conversations:
             place = tuple_(CONVERSATION.updated, CONVERSATION.id)
             chosen = chosen.where(place < tuple_(last.updated, last.id))
         if listing.query:
-            said = exists().where(ITEM.conversation_id == CONVERSATION.id, _has(ITEM.content, listing.query))
-            chosen = chosen.where(or_(_has(CONVERSATION.title, listing.query), said))
+            said = exists().where(ITEM.conversation_id == CONVERSATION.id, self._has(ITEM.content, listing.query))
+            chosen = chosen.where(or_(self._has(CONVERSATION.title, listing.query), said))
         chosen = chosen.order_by(CONVERSATION.updated.desc(), CONVERSATION.id.desc()).limit(listing.limit + 1)
-        async with self._browsing, self._database.connect() as connection:
+        turn = self._searching if listing.query else self._browsing
+        async with turn, self._database.connect() as connection:
             found = [Conversation(*row) for row in await connection.execute(chosen)]
         return found[: listing.limit], len(found) > listing.limit
 
@@ -166,13 +170,13 @@ class Conversations:
 
     async def rename(self, user: str, id: str, title: str) -> Conversation:
         """Change the title of a conversation. Raises ConversationNotFoundError."""
-        async with self._writing, self._database.begin() as connection:
+        async with self._transaction() as connection:
             await connection.execute(update(conversations_table).where(_owned(user, id)).values(title=title))
         return await self.find(user, id)
 
     async def delete(self, user: str, id: str) -> None:
         """Delete a conversation with its items. Raises ConversationNotFoundError."""
-        async with self._writing, self._database.begin() as connection:
+        async with self._transaction() as connection:
             if not (await connection.execute(delete(conversations_table).where(_owned(user, id)))).rowcount:
                 raise ConversationNotFoundError
             await connection.execute(delete(items_table).where(ITEM.conversation_id == id))
@@ -186,7 +190,7 @@ class Conversations:
         """
         now = time.time()
         try:
-            async with self._writing, self._database.begin() as connection:
+            async with self._transaction() as connection:
                 touch = update(conversations_table).where(_owned(user, id)).values(updated=now)
                 if (await connection.execute(touch)).rowcount:
                     await self._make_room(connection, id, position, new, accepted)
@@ -200,6 +204,25 @@ class Conversations:
                     await self._check_limits(connection, user, id)
         except IntegrityError:  # another process has begun the conversation, or a reply in it
             raise ConversationBusyError from None
+
+    def _has(self, column: ColumnElement[str], words: str) -> ColumnElement[bool]:
+        """Whether a text has some words, in capitals or not. LIKE takes seconds for some patterns in long texts."""
+        find = func.instr if self._database.dialect.name == "sqlite" else func.strpos
+        return find(func.lower(column), func.lower(literal(words, column.type))) > 0
+
+    @asynccontextmanager
+    async def _transaction(self) -> AsyncIterator[AsyncConnection]:
+        """A transaction that writes. It is rolled back if another process has taken the database.
+
+        A process that was stopped for a while must not replace what its successor has stored. Raises
+        DatabaseUnavailableError.
+        """
+        async with self._writing, self._database.begin() as connection:
+            yield connection
+            # At the end, since by now the writes hold the lock that a successor needs.
+            owner = (await connection.execute(select(owner_table.c.id).with_for_update(read=True))).scalar()
+            if owner not in (None, self._owner):
+                raise DatabaseUnavailableError("another process has taken the database")
 
     async def _make_room(
         self, connection: AsyncConnection, id: str, position: int, new: Sequence[Item], accepted: bool
@@ -246,7 +269,7 @@ class Conversations:
 
     async def update_replies(self, replies: Iterable[Item]) -> None:
         """Store the current state of replies, unless they were deleted or are another process's now."""
-        async with self._writing, self._database.begin() as connection:
+        async with self._transaction() as connection:
             rows = [{"reply": reply.id} | {name: getattr(reply, name) for name in GROWING_COLUMNS} for reply in replies]
             if rows:
                 mine = and_(ITEM.id == bindparam("reply"), ITEM.owner == self._owner)
@@ -256,7 +279,7 @@ class Conversations:
         """Mark as failed the replies of this process that are in progress and have these ids."""
         running = and_(ITEM.id.in_(ids), ITEM.status == Status.IN_PROGRESS, ITEM.owner == self._owner)
         failed = {"status": Status.FAILED, "reason": "server_error"}
-        async with self._writing, self._database.begin() as connection:
+        async with self._transaction() as connection:
             await connection.execute(update(items_table).where(running).values(failed))
 
     async def fail_unfinished(self) -> int:
@@ -266,7 +289,7 @@ class Conversations:
         """
         left = and_(ITEM.status == Status.IN_PROGRESS, func.coalesce(ITEM.owner, "") != self._owner)
         failed = {"status": Status.FAILED, "reason": "server_error", "owner": None}
-        async with self._writing, self._database.begin() as connection:
+        async with self._transaction() as connection:
             return int((await connection.execute(update(items_table).where(left).values(failed))).rowcount)
 
 
@@ -311,7 +334,3 @@ def _item(row: Sequence[Any]) -> Item:
 
 def _owned(user: str, id: str) -> ColumnElement[bool]:
     return and_(CONVERSATION.id == id, CONVERSATION.user_id == user)
-
-
-def _has(column: ColumnElement[str], words: str) -> ColumnElement[bool]:
-    return column.icontains(words, autoescape=True)

@@ -141,7 +141,8 @@ class WriteBuffer:
             await self._conversations.fail_replies(lost)
             self._lost = self._lost[len(lost) :]
         # Replies in the database come first, since a conversation has one reply in progress.
-        await self._conversations.update_replies(one.reply for one in waiting if one.position is None)
+        if stored := [buffered.reply for buffered in waiting if buffered.position is None]:
+            await self._conversations.update_replies(stored)
         for buffered in waiting:
             if buffered.position is not None:
                 await self._write_accepted(buffered)

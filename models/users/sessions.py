@@ -10,7 +10,7 @@ import time
 from dataclasses import astuple, dataclass
 
 from itsdangerous import BadSignature, URLSafeTimedSerializer
-from sqlalchemy import and_, delete, insert, select
+from sqlalchemy import and_, delete, func, insert, or_, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from models.errors import one_line
@@ -19,7 +19,8 @@ from models.store.database import Database, ended_sessions_table
 logger = logging.getLogger("parley")
 
 SESSION_SECONDS = 14 * 24 * 3600
-ENDED_PER_USER = 1000  # how many ended sessions of a user are kept: more logouts forget those that expire first
+ENDED_PER_USER = 1000  # how many ended sessions of a user are kept one by one
+ALL = "all:"  # begins the id of a row that ends all sessions of a user up to the one that expires then
 
 ENDED = ended_sessions_table.c
 
@@ -45,6 +46,7 @@ class Sessions:
         # The label keeps an old word, tickets: a new label would end all sessions.
         self._serializer = URLSafeTimedSerializer(hmac.digest(key, b"tickets", "sha256"))
         self._stored: set[str] = set()  # ended sessions, as of the last read of the database
+        self._all_until: dict[str, float] = {}  # by user: all sessions that expire until then have ended
         self._unseen: dict[str, Session] = {}  # those that ended here, and that no read has shown yet
         self._unsaved: dict[str, Session] = {}
         self._saving = asyncio.Lock()
@@ -62,9 +64,10 @@ class Sessions:
             )
         except (BadSignature, ValueError):  # ValueError: the first release signed no id
             return None
-        if id in self._unseen or id in self._stored:
+        session = Session(id, user_id, created.timestamp() + SESSION_SECONDS)
+        if id in self._unseen or id in self._stored or session.expires <= self._all_until.get(user_id, 0):
             return None
-        return Session(id, user_id, created.timestamp() + SESSION_SECONDS), fingerprint
+        return session, fingerprint
 
     async def end(self, session: Session) -> None:
         """End a session, and store that."""
@@ -94,14 +97,21 @@ class Sessions:
         """Replace what the last read found; returns the sessions that other processes have ended since then."""
         new = [session for session in ended if session.id not in self._stored and session.id not in self._unseen]
         self._stored = {session.id for session in ended}
+        self._all_until = {session.user_id: session.expires for session in ended if session.id.startswith(ALL)}
         unseen = (session for id, session in self._unseen.items() if id not in self._stored)
         self._unseen = {session.id: session for session in unseen if session.expires > time.time()}
         return new
 
     async def _store(self, connection: AsyncConnection, session: Session) -> None:
-        own = ENDED.user_id == session.user_id
+        """Store that a session has ended. Of too many ones of a user, the oldest become one row that ends them all."""
+        own = and_(ENDED.user_id == session.user_id, ENDED.id.not_like(f"{ALL}%"))
         kept = select(ENDED.id).where(own).order_by(ENDED.expires.desc(), ENDED.id).limit(ENDED_PER_USER)
+        await connection.execute(delete(ended_sessions_table).where(ENDED.expires <= time.time()))
         await connection.execute(delete(ended_sessions_table).where(ENDED.id == session.id))  # if it was stored before
         await connection.execute(insert(ended_sessions_table).values(astuple(session)))
-        await connection.execute(delete(ended_sessions_table).where(and_(own, ENDED.id.not_in(kept))))
-        await connection.execute(delete(ended_sessions_table).where(ENDED.expires <= time.time()))
+        oldest = and_(own, ENDED.id.not_in(kept))
+        until = (await connection.execute(select(func.max(ENDED.expires)).where(oldest))).scalar()
+        if until is not None:
+            all_until = Session(f"{ALL}{session.user_id}", session.user_id, until)
+            await connection.execute(delete(ended_sessions_table).where(or_(oldest, ENDED.id == all_until.id)))
+            await connection.execute(insert(ended_sessions_table).values(astuple(all_until)))

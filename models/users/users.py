@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 from sqlalchemy import delete, insert, select
 from sqlalchemy.exc import IntegrityError
@@ -29,6 +30,7 @@ from models.errors import (
 from models.private_files import make_private_file
 from models.settings import USER_ID, Settings
 from models.store.database import Database, make_data_folder, users_table
+from models.users.addresses import counted
 from models.users.devices import Devices
 from models.users.login_limiter import Guesser, LoginLimiter
 from models.users.sessions import Session, Sessions
@@ -57,6 +59,7 @@ class Users:
     def __init__(self, database: Database, key: bytes, configured: Mapping[str, str]) -> None:
         self._database = database
         self._login_limiter = LoginLimiter()
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # of logins, by address
         self._key = key
         self._sessions = Sessions(key, database)
         self._devices = Devices(key)
@@ -114,14 +117,17 @@ class Users:
         """
         known = self._user_of_device(device)
         guesser = Guesser(address, user_id, known.id if known else None)
+        async with self._turns.setdefault(counted(address), asyncio.Lock()):  # else a burst is over before it counts
+            return await self._log_in(secret, guesser)
+
+    async def _log_in(self, secret: str, guesser: Guesser) -> User:
         wanted = self._wanted(guesser)
         try:
             user = await self.find(secret, wanted)
             refusal: APIError = WrongCredentialsError()
         except DatabaseUnavailableError as error:  # counts as a failed login: the secret matched no known user
             user, refusal = None, error
-        wanted = self._wanted(guesser)  # again, so that no other login comes between check and count
-        if user is None or wanted not in (None, user.id):
+        if user is None:
             self._login_limiter.count_failure(guesser)
             raise refusal
         return user

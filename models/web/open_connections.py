@@ -54,7 +54,8 @@ class OpenConnection:
 
 
 class OpenConnections:
-    """Counts open connections. If a stranger is one too many, the stranger that has been silent for longest is closed.
+    """Counts open connections. If a stranger is one too many, the one of the same address, or of the address with
+    most strangers, that has been silent for longest is closed.
 
     So a newcomer gets in, whoever else holds connections. There are at most `per_address` strangers of an address, and
     `strangers` of them in all; with those of users, there are at most `limit` connections.
@@ -120,9 +121,17 @@ class OpenConnections:
         if address is not None and len(self._of_address[address]) > per_address:
             self._evict(next(iter(self._of_address[address])), "of one address")
         elif len(self._strangers) > strangers:
-            self._evict(next(iter(self._strangers)), "of strangers")
+            self._evict(self._oldest_of_most(), "of strangers")
         elif len(self) > limit:
-            self._evict(next(iter(self._strangers)), "for the limit of files: raise `ulimit -n`")
+            self._evict(self._oldest_of_most(), "for the limit of files: raise `ulimit -n`")
+
+    def _oldest_of_most(self) -> OpenConnection:
+        """Of the addresses with most strangers, the stranger that has been silent for longest.
+
+        So an address with many does not close the connections of the others.
+        """
+        most = max(map(len, self._of_address.values()))
+        return next(one for one in self._strangers if len(self._of_address[one.address]) == most)
 
     def _evict(self, connection: OpenConnection, which: str) -> None:
         self.forget(connection)  # not later, so that it makes room only once

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.staticfiles import StaticFiles
@@ -34,7 +35,9 @@ async def login(request: Request) -> Response:
     """Log in with a secret: set the session cookie, or show the form with an error."""
     try:
         check_origin(request)
-        async with request.form(max_files=0, max_fields=4, max_part_size=4096) as form:
+        if not request.headers.get("content-type", "").startswith("application/x-www-form-urlencoded"):
+            raise HTTPException(400, "a login is application/x-www-form-urlencoded")  # other parsers can fail
+        async with request.form(max_fields=4) as form:
             secret = str(form.get("secret", ""))
         user = (await log_in(request, secret.strip())).user
     except APIError as error:

@@ -181,6 +181,15 @@ def test_each_message_of_a_long_conversation_is_encoded_at_most_three_times() ->
     assert tokenizer.encoded <= 3 * sum(len(message["content"]) for message in messages)
 
 
+def test_turns_of_different_shapes_are_rendered_only_some_times() -> None:
+    tokenizer: Any = CountingTokenizer()
+    notes: list[Message] = [{"role": "system", "content": "x"} for _ in range(400)]
+    messages = [*(user("a") for _ in range(400)), *notes, user("b")]
+    with pytest.raises(ContextLengthExceededError):
+        build(tokenizer, messages)
+    assert tokenizer.encoded <= 15 * len(messages)
+
+
 def test_a_long_text_of_few_tokens_is_encoded() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["supercalifragil"])

@@ -13,12 +13,13 @@ from models.errors import (
     ConversationBusyError,
     ConversationFullError,
     ConversationNotFoundError,
+    DatabaseUnavailableError,
     ItemNotFoundError,
     StorageFullError,
 )
 from models.protocols.conversations import MAX_QUERY
 from models.store.conversations import Conversation, Conversations, ItemPage, Listing
-from models.store.database import conversations_table, instructions_table, items_table
+from models.store.database import conversations_table, instructions_table, items_table, owner_table
 from models.store.item import Item, Status
 from models.store.storage_limits import MAX_CONVERSATION_BYTES, MAX_ITEMS, MAX_PAGE, PAGE_BYTES, StorageLimits
 
@@ -365,6 +366,27 @@ async def test_a_conversation_has_one_reply_in_progress(anns_store: Conversation
     await anns_store.update_replies([replace(GROWING, status=Status.COMPLETED)])
     await other_process.put_items("ann", "conv_1", 5, [message("item_3", "Now me"), second_reply()])
     assert len(await anns_store.items("ann", "conv_1")) == 7
+
+
+async def test_a_process_that_has_lost_the_database_changes_nothing(anns_store: Conversations) -> None:
+    own = Conversations(anns_store._database, "own")
+    await own.put_items("ann", "conv_1", 3, [GROWING])
+    async with anns_store._database.begin() as connection:
+        await connection.execute(owner_table.insert().values(place=1, id="new", machine="m", pid=1, beats=0))
+    before = await whole(anns_store, "ann", "conv_1")
+    for write in (
+        own.put_items("ann", "conv_1", 0, [message("item_9", "Mine")], accepted=True),
+        own.put_items("ann", "conv_9", 0, [message("item_9", "Mine")]),
+        own.update_replies([replace(GROWING, content="Mine")]),
+        own.fail_replies([GROWING.id]),
+        own.rename("ann", "conv_1", "Mine"),
+        own.delete("ann", "conv_1"),
+    ):
+        with pytest.raises(DatabaseUnavailableError, match="another process has taken the database"):
+            await write
+    assert await whole(anns_store, "ann", "conv_1") == before
+    assert await listed_ids(anns_store) == ["conv_1"]
+    await Conversations(anns_store._database, "new").rename("ann", "conv_1", "Ours")
 
 
 async def test_two_processes_cannot_begin_one_conversation(empty_tables: AsyncEngine) -> None:

@@ -143,7 +143,9 @@ def keeping_in(kind: type[Conversations], open_chat: Any) -> Any:
 
     @asynccontextmanager
     async def opened(app: Starlette) -> AsyncIterator[Any]:
-        app.state.conversations = kind(app.state.conversations._database)
+        own = kind(app.state.conversations._database)
+        own._owner = app.state.conversations._owner
+        app.state.conversations = own
         async with open_chat(app) as chat:
             yield chat
 

@@ -15,13 +15,14 @@ class SlowConversations(Conversations):
     """A store whose writes wait or fail.
 
     Items are put while `may_put` is set, and replies are updated while `may_update` is set. `put_asked` is set by each
-    call that puts items, `updated` when replies have been updated. While `broken` is True, both calls raise.
+    call that puts items, `updated` when replies were updated, or put late. While `broken` is True, both calls raise.
     """
 
     def __init__(self, database: AsyncEngine) -> None:
         super().__init__(database)
         self.may_put, self.put_asked = asyncio.Event(), asyncio.Event()
         self.may_update, self.updated = asyncio.Event(), asyncio.Event()
+        self.put_late = False
         self.may_put.set()
         self.may_update.set()
         self.broken = False
@@ -32,6 +33,7 @@ class SlowConversations(Conversations):
         if self.broken:
             raise OSError("the disk is full")
         await super().put_items(user, id, position, new, accepted)
+        self.put_late = self.put_late or accepted
 
     async def update_replies(self, replies: Iterable[Item]) -> None:
         await self.may_update.wait()
@@ -39,7 +41,8 @@ class SlowConversations(Conversations):
             raise OSError("the disk is full")
         replies = list(replies)
         await super().update_replies(replies)
-        if replies:
+        if replies or self.put_late:
+            self.put_late = False
             self.updated.set()
 
 

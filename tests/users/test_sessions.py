@@ -148,6 +148,23 @@ async def test_a_user_cannot_fill_the_table(here: Sessions, database: BreakableD
         await connection.execute(ended_sessions_table.insert(), rows)
     await here.end(Session("bob's", "bob", time.time() + 1))
     await here.end(Session("last", "ann", time.time() + 10_000))
-    assert len(await stored(database)) == ENDED_PER_USER + 1
-    assert {"bob's", "last"} <= await stored(database)
+    assert len(await stored(database)) == ENDED_PER_USER + 2
+    assert {"bob's", "last", "all:ann"} <= await stored(database)
     assert "s0" not in await stored(database)
+
+
+async def test_a_session_that_ended_stays_ended_whatever_ends_after_it(
+    here: Sessions, database: BreakableDatabase
+) -> None:
+    token, bobs = here.token("ann", "print"), here.token("bob", "print")
+    session, _ = here.read(token) or pytest.fail("no session")
+    await here.end(session)
+    async with database.database.begin() as connection:
+        rows = [{"id": f"s{n}", "user_id": "ann", "expires": session.expires + 1 + n} for n in range(ENDED_PER_USER)]
+        await connection.execute(ended_sessions_table.insert(), rows)
+    await here.end(Session("last", "ann", session.expires + 10_000))
+    assert session.id not in await stored(database)
+    later = Sessions(KEY, database)  # type: ignore[arg-type]
+    async with database.database.connect() as connection:
+        later.learn(await later.fetch_ended(connection))
+    assert (later.read(token), bool(later.read(bobs))) == (None, True)

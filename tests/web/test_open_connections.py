@@ -107,3 +107,12 @@ def test_descriptors_are_kept_back_for_the_database(files: int, connections: int
     for number in range(2 * files):
         open_connections.open(f"10.0.{number // 250}.{number % 250}", lambda: None).welcome()
     assert len(open_connections) == connections
+
+
+def test_an_address_with_many_strangers_does_not_keep_out_others() -> None:
+    crowd = Crowd(strangers=5)
+    crowd.open("newcomer", "10.0.0.2")
+    for number in range(100):
+        crowd.open(str(number), "10.0.0.1")
+    assert "newcomer" not in crowd.closed
+    assert crowd.closed == [str(number) for number in range(96)]
