@@ -35,8 +35,9 @@ def interruptible() -> Iterator[None]:
 @contextmanager
 def terminable() -> Iterator[None]:
     """Make SIGTERM count as SIGINT: uvicorn ends normally at that, but lets SIGTERM kill it in the end."""
-    interrupt = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(interrupt):
+    interrupt, terminate = map(signal.getsignal, (signal.SIGINT, signal.SIGTERM))
+    is_main = threading.current_thread() is threading.main_thread()
+    if not (is_main and callable(interrupt) and callable(terminate)):  # else it is not uvicorn
         yield
         return
     before = signal.signal(signal.SIGTERM, lambda _, frame: interrupt(signal.SIGINT, frame))
