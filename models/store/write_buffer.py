@@ -121,8 +121,7 @@ class WriteBuffer:
             except Exception as error:
                 self._note_trouble(error)
                 return False
-            self._note_success()
-            return True
+            return True  # trouble that came meanwhile ends with a write of all that waits
 
     async def _try_write(self, growing: Iterable[Item], in_trouble: bool = False) -> bool:
         async with self._writing:
@@ -133,8 +132,10 @@ class WriteBuffer:
             except Exception as error:
                 self._note_trouble(error)
                 return False
-            self._note_success()
-            return True
+        if self.trouble:
+            self.trouble = None
+            logger.warning("messages can be stored again")
+        return True
 
     async def _write(self, waiting: Sequence[BufferedReply], growing: Iterable[Item]) -> None:
         if lost := self._lost:
@@ -168,11 +169,6 @@ class WriteBuffer:
         if not self.trouble:
             self.trouble = NotStoredError.message
             logger.error("messages cannot be stored, and wait in memory: %s", one_line(error))
-
-    def _note_success(self) -> None:
-        if self.trouble:
-            self.trouble = None
-            logger.warning("messages can be stored again")
 
 
 @contextmanager

@@ -7,13 +7,14 @@ import resource
 import signal
 import socket
 import sqlite3
+import time
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
 import pytest
 
 from tests.support.databases import PostgreSQL
-from tests.support.process import COMMANDS, RESTARTS, Child, Client, Server, launched, stored, until
+from tests.support.process import COMMANDS, PATIENCE, RESTARTS, Child, Client, Server, launched, stored, until
 
 pytestmark = [
     pytest.mark.slow,
@@ -149,12 +150,17 @@ def test_while_another_process_locks_sqlite_replies_start_and_end_and_are_stored
         first = client.start("wait zero")
         with closing(sqlite3.connect(tmp_path / "parley.db", isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
-            replies = [client.start(f"say {number}", conversation="new") for number in range(12)]
+            deadline = time.monotonic() + PATIENCE  # for all of them together: five seconds for each would be a minute
+            asked = [f"say {number}" for number in range(12)]
+            for input in asked:  # all at once, since none may wait for another one's write
+                client.ask(input, conversation="new")
+            replies = [client.wait_for("response.created", event_id=input)["response"] for input in asked]
             outcomes = [client.outcome(reply["id"]) for reply in replies]
             assert outcomes == [("completed", "stop", str(number)) for number in range(12)]
             server.release()
             assert client.outcome(first["id"]) == ("completed", "stop", "zero")
             assert len(client.find("error", code="not_kept")) == 13
+            assert time.monotonic() < deadline, "the replies waited for the lock, one after the other"
             assert other.execute("SELECT count(*) FROM items").fetchone() == (2,), "the lock was held all the time"
             other.execute("ROLLBACK")
         expect_recovery(server)
