@@ -44,7 +44,11 @@ def check_owners(folder: Path) -> None:
 
 
 def check_program(program: Path) -> None:
-    """Check a library, or all files of a folder, before their code runs. Raises UntrustedPathError."""
+    """Check a library, or all files of a folder, before their code runs. Raises OSError or UntrustedPathError.
+
+    The folder around it is closed to others, who could else replace it after the check.
+    """
+    make_private_folder(program.parent)
     for path in [program, *program.rglob("*")]:
         _check_owner(path)
         if others_can_write(path):

@@ -25,7 +25,7 @@ Json = dict[str, Any]
 SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 NO_SURROGATE = r"\A[^\ud800-\udfff]*\Z"  # JSON can have a lone surrogate, which cannot be sent or stored as UTF-8
 
-MAX_COPIED = 10_000  # values
+MAX_COPIED = 10_000  # values in a value with a lone surrogate
 
 ERROR = re.compile(  # of msgspec; names and values from clients may look like the end of its message
     r"(?P<reason>Object (?P<kind>missing required|contains unknown) field `(?P<field>.*?)`|.*?)"
@@ -92,21 +92,21 @@ def _convert(value: Any, type: type[T]) -> T:
     """The value as an object of a type. Works around msgspec, which fails if it has to encode a lone surrogate."""
     with suppress(UnicodeEncodeError):
         return msgspec.convert(value, type)
-    if sum(1 for _ in islice(_parts_of(value), MAX_COPIED)) == MAX_COPIED:  # to copy so much would take too long
+    if sum(1 for _ in islice(_values_in(value), MAX_COPIED)) == MAX_COPIED:  # to copy so much would take too long
         raise InvalidValueError("a text has a lone surrogate", "")
     return msgspec.convert(_without_surrogates(value), type)  # raises: text is in a place where no text is allowed
 
 
-def _parts_of(value: Any) -> Iterator[Any]:
-    """All values in a value, however deep."""
+def _values_in(value: Any) -> Iterator[Any]:
+    """A value and all values in it, however deep."""
     waiting = [value]
     while waiting:
-        part = waiting.pop()
-        yield part
-        if isinstance(part, list | tuple):
-            waiting += part
-        elif isinstance(part, dict):
-            waiting += part.values()
+        one = waiting.pop()
+        yield one
+        if isinstance(one, list | tuple):
+            waiting += one
+        elif isinstance(one, dict):
+            waiting += one.values()
 
 
 def _without_surrogates(value: Any) -> Any:

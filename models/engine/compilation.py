@@ -25,7 +25,7 @@ from models.engine import attention
 from models.engine.native import build
 from models.engine.subprocesses import Subprocesses
 from models.errors import CompilationError
-from models.private_files import check_program, make_private_folder
+from models.private_files import check_program
 from models.scratch import scratch_folder
 
 SOURCE = build.KERNELS.with_name("program.cpp")
@@ -55,7 +55,6 @@ def compile_program(
     if not build.loaded_library(SOURCE):
         build.load_library(build.build_library(cache, SOURCE, subprocesses))
     subprocesses.check()
-    make_private_folder(cache)
     check_program(package)
     try:
         program, tensors = torch.classes.parley.Program(str(package)), _tensors(module)

@@ -11,15 +11,15 @@ from typing import NamedTuple
 MIN_PREFIX = 16  # tokens; a shorter prefix is computed as fast as it is copied
 
 
-class CachedTokens(NamedTuple):
-    """The tokens whose keys and values a slot holds, in order. The first `public` ones are no secret of the owner."""
+class OwnedTokens(NamedTuple):
+    """The tokens of a slot or of a prompt, in order. The first `public` ones are no secret of the owner."""
 
     tokens: list[int]
     owner: str = ""
     public: int = 0
 
-    def shared_with(self, prompt: CachedTokens) -> int:
-        """How many tokens a prompt may reuse."""
+    def shared_with(self, prompt: OwnedTokens) -> int:
+        """How many of these tokens a prompt may reuse."""
         length = min(len(self.tokens), len(prompt.tokens))
         if self.owner != prompt.owner:
             length = min(length, self.public, prompt.public)  # before any comparison: its time would tell too
@@ -30,11 +30,11 @@ class PrefixCache:
     """The tokens that each slot holds, and which slot was used last."""
 
     def __init__(self, slots: int) -> None:
-        self.cached: list[CachedTokens] = [CachedTokens([]) for _ in range(slots)]
+        self.cached: list[OwnedTokens] = [OwnedTokens([]) for _ in range(slots)]
         self._used: list[int] = [0] * slots
         self._clock = 0
 
-    def find(self, prompt: CachedTokens) -> tuple[int, int]:
+    def find(self, prompt: OwnedTokens) -> tuple[int, int]:
         """The slot that shares the longest prefix with the prompt, and its length.
 
         The length is less than the prompt's, since the last token has to be computed for its logits.
@@ -51,7 +51,7 @@ class PrefixCache:
             return source
         return min(free, key=lambda slot: self._used[slot])
 
-    def record(self, slot: int, cached: CachedTokens) -> None:
+    def record(self, slot: int, cached: OwnedTokens) -> None:
         """Note which tokens a slot holds now."""
         self._clock += 1
         self._used[slot] = self._clock

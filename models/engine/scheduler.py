@@ -73,8 +73,8 @@ class Scheduler:
         free = [slot for slot, running in enumerate(self.slots) if running is None]
         assert free
         for running in self.running:
-            self.prefixes.record(running.slot, running.cached_tokens)
-        source, length = self.prefixes.find(sequence.beginning(len(sequence.prompt)))
+            self.prefixes.record(running.slot, running.owned(running.cached))
+        source, length = self.prefixes.find(sequence.owned(len(sequence.prompt)))
         slot = self.prefixes.choose(free, source, length, sequence.owner)
         return Placement(slot, source, length, stale=len(self.prefixes.cached[slot].tokens))
 
@@ -87,14 +87,14 @@ class Scheduler:
     def start(self, sequence: Sequence, placement: Placement) -> None:
         """Let a sequence run in its slot, which holds the prefix by now."""
         sequence.slot, sequence.cached, sequence.reused = placement.slot, placement.length, placement.length
-        self.prefixes.record(placement.slot, sequence.cached_tokens)
+        self.prefixes.record(placement.slot, sequence.owned(sequence.cached))
         self.slots[placement.slot] = sequence
         self.running.append(sequence)
 
     def release(self, sequence: Sequence) -> None:
         """Free the slot of a sequence; does nothing if it has no slot."""
         if sequence.slot >= 0:
-            self.prefixes.record(sequence.slot, sequence.cached_tokens)
+            self.prefixes.record(sequence.slot, sequence.owned(sequence.cached))
             self.slots[sequence.slot] = None
             self.running.remove(sequence)
             sequence.slot = -1

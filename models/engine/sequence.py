@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from models.engine.prefix_cache import CachedTokens
+from models.engine.prefix_cache import OwnedTokens
 from models.engine.sampling_params import SamplingParams
 from models.messages import FinishReason
 
@@ -45,14 +45,9 @@ class Sequence:
     def generated(self) -> int:
         return len(self.tokens) - len(self.prompt)
 
-    @property
-    def cached_tokens(self) -> CachedTokens:
-        """The tokens whose keys and values are in the slot."""
-        return self.beginning(self.cached)
-
-    def beginning(self, length: int) -> CachedTokens:
-        """The first tokens, as the prefix cache keeps them."""
-        return CachedTokens(self.tokens[:length], self.owner, self.public)
+    def owned(self, length: int) -> OwnedTokens:
+        """The first tokens, with their owner, for the prefix cache."""
+        return OwnedTokens(self.tokens[:length], self.owner, self.public)
 
     def append(self, token_id: int) -> None:
         """Append a generated token and draw the random number of the next one."""

@@ -39,7 +39,7 @@ class PromptBuilder:
         self._tokenizer = tokenizer
         self._context = context
         self._instructions = instructions
-        self._beginnings: dict[bool, list[int]] = {}  # by whether the operator's instructions are in it
+        self._beginnings: dict[bool, list[int]] = {}  # by whether the instructions are the operator's
 
     def build(self, messages: list[Message], options: Options, keep_all: bool) -> Prompt:
         """The prompt of the messages. Unless `keep_all` is set, the oldest turns that do not fit are left out.
@@ -47,7 +47,7 @@ class PromptBuilder:
         Raises MessagesRejectedError or ContextLengthExceededError.
         """
         system, turns = _split_turns(messages)
-        own = not system and options.instructions == self._instructions
+        by_operator = not system and options.instructions == self._instructions
         if options.instructions and not system:
             system = [{"role": "system", "content": options.instructions}]
         first = self._first_possible(system, turns, keep_all)
@@ -62,7 +62,7 @@ class PromptBuilder:
                 ids = self._render(system, turns[first:])
         if len(ids) >= self._context:
             raise self._too_long(len(ids), f"{len(ids)} tokens")
-        return Prompt(ids, sum(map(len, turns[:first])), self._count_public(ids, own))
+        return Prompt(ids, sum(map(len, turns[:first])), self._count_public(ids, by_operator))
 
     def _first_possible(self, system: list[Message], turns: list[list[Message]], keep_all: bool) -> int:
         """The first turn that may fit by its bytes, so that nothing longer is ever encoded."""
@@ -84,17 +84,17 @@ class PromptBuilder:
         enough = (sizes[-1] + limit) // 2
         return next((first for first, size in enumerate(sizes) if size <= enough), len(turns) - 1)
 
-    def _count_public(self, ids: list[int], own: bool) -> int:
-        """How many of the first tokens do not depend on the user. `own`: the instructions are the operator's."""
-        beginning = self._beginnings.get(own)
+    def _count_public(self, ids: list[int], by_operator: bool) -> int:
+        """How many of the first tokens do not depend on the user; the instructions are the operator's or the user's."""
+        beginning = self._beginnings.get(by_operator)
         if beginning is None or ids[: len(beginning)] != beginning:  # a template may write the date
-            beginning = self._beginnings[own] = self._beginning(own)
+            beginning = self._beginnings[by_operator] = self._beginning(by_operator)
         return common_prefix(ids, beginning)
 
-    def _beginning(self, own: bool) -> list[int]:
+    def _beginning(self, by_operator: bool) -> list[int]:
         """The tokens at the beginning of all prompts with the operator's instructions, or with those of users."""
         given = [_message("system", self._instructions)] if self._instructions else []
-        two = [[*given, _message("user", text)] if own else [_message("system", text)] for text in ("a", "b")]
+        two = [[*given, _message("user", text)] if by_operator else [_message("system", text)] for text in ("a", "b")]
         try:
             first, second = (self._render([], [messages]) for messages in two)
         except MessagesRejectedError:  # the template has no system messages

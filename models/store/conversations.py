@@ -73,6 +73,7 @@ CONVERSATION, ITEM, INSTRUCTIONS = conversations_table.c, items_table.c, instruc
 SUMMARY_COLUMNS = [CONVERSATION[field.name] for field in fields(Conversation)]
 GROWING_COLUMNS = ("content", "status", "reason", "usage", "cuts", "decode_seconds", "bytes")
 ITEM_COLUMNS = [*(ITEM[field.name] for field in fields(Item)), INSTRUCTIONS.text]
+FAILED = {"status": Status.FAILED, "reason": "server_error"}
 JOINED = items_table.join(conversations_table, CONVERSATION.id == ITEM.conversation_id).outerjoin(
     instructions_table,
     and_(INSTRUCTIONS.conversation_id == ITEM.conversation_id, INSTRUCTIONS.id == ITEM.instructions),
@@ -201,9 +202,33 @@ class Conversations:
                     await connection.execute(insert(conversations_table).values(summary | {"bytes": 0}))
                 await self._insert(connection, id, position, new)
                 if not accepted:
-                    await self._check_limits(connection, user, id)
+                    await self._check_limits(connection, user, id, position + len(new))
         except IntegrityError:  # another process has begun the conversation, or a reply in it
             raise ConversationBusyError from None
+
+    async def update_replies(self, replies: Iterable[Item]) -> None:
+        """Store the current state of replies, unless they were deleted or are another process's now."""
+        async with self._transaction() as connection:
+            rows = [{"reply": reply.id} | {name: getattr(reply, name) for name in GROWING_COLUMNS} for reply in replies]
+            if rows:
+                mine = and_(ITEM.id == bindparam("reply"), ITEM.owner == self._owner)
+                await connection.execute(update(items_table).where(mine), rows)
+
+    async def fail_replies(self, ids: Sequence[str]) -> None:
+        """Mark as failed the replies of this process that are in progress and have these ids."""
+        running = and_(ITEM.id.in_(ids), ITEM.status == Status.IN_PROGRESS, ITEM.owner == self._owner)
+        async with self._transaction() as connection:
+            await connection.execute(update(items_table).where(running).values(FAILED))
+
+    async def fail_unfinished(self) -> int:
+        """Mark as failed the replies that earlier processes left unfinished. Returns how many there were.
+
+        From then on, those processes cannot write them any more.
+        """
+        left = and_(ITEM.status == Status.IN_PROGRESS, func.coalesce(ITEM.owner, "") != self._owner)
+        failed = FAILED | {"owner": None}
+        async with self._transaction() as connection:
+            return int((await connection.execute(update(items_table).where(left).values(failed))).rowcount)
 
     def _has(self, column: ColumnElement[str], words: str) -> ColumnElement[bool]:
         """Whether a text has some words, in capitals or not. LIKE takes seconds for some patterns in long texts."""
@@ -241,12 +266,12 @@ class Conversations:
         rows = []
         for place, item in enumerate(new, position):
             options = dict(item.options or {})
-            if text := options.pop("instructions", None):
-                options_id = await _insert_instructions(connection, id, text)
+            text = options.pop("instructions", None)
             rows.append(
                 asdict(item)
                 | {"conversation_id": id, "position": place, "bytes": item.bytes}
-                | {"options": item.options and options, "instructions": options_id if text else None}
+                | {"options": item.options and options}
+                | {"instructions": await _insert_instructions(connection, id, text) if text else None}
                 | {"owner": self._owner if item.status else None}
             )
         await connection.execute(insert(items_table), rows)
@@ -256,41 +281,15 @@ class Conversations:
         ]
         await connection.execute(update(conversations_table).where(CONVERSATION.id == id).values(bytes=sum(sums)))
 
-    async def _check_limits(self, connection: AsyncConnection, user: str, id: str) -> None:
+    async def _check_limits(self, connection: AsyncConnection, user: str, id: str, items: int) -> None:
         """Raise ConversationFullError or StorageFullError if there is more than allowed."""
-        count = select(func.count()).where(ITEM.conversation_id == id).scalar_subquery()
-        items, size = (await connection.execute(select(count, CONVERSATION.bytes).where(CONVERSATION.id == id))).one()
+        size = (await connection.execute(select(CONVERSATION.bytes).where(CONVERSATION.id == id))).scalar_one()
         if items > MAX_ITEMS or size > MAX_CONVERSATION_BYTES:
             raise ConversationFullError
         total = select(func.count(), func.sum(CONVERSATION.bytes)).where(CONVERSATION.user_id == user)
         number, size = (await connection.execute(total)).one()
         if number > self._limits.conversations or size > self._limits.bytes:
             raise StorageFullError
-
-    async def update_replies(self, replies: Iterable[Item]) -> None:
-        """Store the current state of replies, unless they were deleted or are another process's now."""
-        async with self._transaction() as connection:
-            rows = [{"reply": reply.id} | {name: getattr(reply, name) for name in GROWING_COLUMNS} for reply in replies]
-            if rows:
-                mine = and_(ITEM.id == bindparam("reply"), ITEM.owner == self._owner)
-                await connection.execute(update(items_table).where(mine), rows)
-
-    async def fail_replies(self, ids: Sequence[str]) -> None:
-        """Mark as failed the replies of this process that are in progress and have these ids."""
-        running = and_(ITEM.id.in_(ids), ITEM.status == Status.IN_PROGRESS, ITEM.owner == self._owner)
-        failed = {"status": Status.FAILED, "reason": "server_error"}
-        async with self._transaction() as connection:
-            await connection.execute(update(items_table).where(running).values(failed))
-
-    async def fail_unfinished(self) -> int:
-        """Mark as failed the replies that earlier processes left unfinished. Returns how many there were.
-
-        From then on, those processes cannot write them any more.
-        """
-        left = and_(ITEM.status == Status.IN_PROGRESS, func.coalesce(ITEM.owner, "") != self._owner)
-        failed = {"status": Status.FAILED, "reason": "server_error", "owner": None}
-        async with self._transaction() as connection:
-            return int((await connection.execute(update(items_table).where(left).values(failed))).rowcount)
 
 
 def _sizes(user: str, id: str) -> Select[Any]:

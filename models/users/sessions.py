@@ -104,14 +104,15 @@ class Sessions:
 
     async def _store(self, connection: AsyncConnection, session: Session) -> None:
         """Store that a session has ended. Of too many ones of a user, the oldest become one row that ends them all."""
-        own = and_(ENDED.user_id == session.user_id, ENDED.id.not_like(f"{ALL}%"))
+        all_id = f"{ALL}{session.user_id}"
+        own = and_(ENDED.user_id == session.user_id, ENDED.id != all_id)
         kept = select(ENDED.id).where(own).order_by(ENDED.expires.desc(), ENDED.id).limit(ENDED_PER_USER)
         await connection.execute(delete(ended_sessions_table).where(ENDED.expires <= time.time()))
         await connection.execute(delete(ended_sessions_table).where(ENDED.id == session.id))  # if it was stored before
         await connection.execute(insert(ended_sessions_table).values(astuple(session)))
-        oldest = and_(own, ENDED.id.not_in(kept))
-        until = (await connection.execute(select(func.max(ENDED.expires)).where(oldest))).scalar()
+        replaced = or_(ENDED.id == all_id, and_(own, ENDED.id.not_in(kept)))  # with the row, so that it never goes back
+        until = (await connection.execute(select(func.max(ENDED.expires)).where(replaced))).scalar()
         if until is not None:
-            all_until = Session(f"{ALL}{session.user_id}", session.user_id, until)
-            await connection.execute(delete(ended_sessions_table).where(or_(oldest, ENDED.id == all_until.id)))
+            await connection.execute(delete(ended_sessions_table).where(replaced))
+            all_until = Session(all_id, session.user_id, until)
             await connection.execute(insert(ended_sessions_table).values(astuple(all_until)))

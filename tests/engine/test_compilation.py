@@ -88,12 +88,18 @@ def test_a_module_that_cannot_be_compiled_says_why_and_leaves_no_file(tmp_path: 
     assert list(tmp_path.iterdir()) == []
 
 
+def copied_library(programs: Path, folder: Path) -> Path:
+    """The library of a program that is copied to another folder."""
+    (package,) = programs.glob("step-*")
+    shutil.copytree(package, folder / package.name)
+    (library,) = (folder / package.name).rglob("*.so")
+    return library
+
+
 @pytest.mark.compiler
 @pytest.mark.slow
 def test_a_damaged_program_is_refused(programs: Path, tmp_path: Path) -> None:
-    (package,) = programs.glob("step-*")
-    shutil.copytree(package, tmp_path / package.name)
-    (library,) = (tmp_path / package.name).rglob("*.so")
+    library = copied_library(programs, tmp_path)
     library.write_bytes(b"cut off")
     with pytest.raises(CompilationError, match=library.name):
         compile_program(Scaled(2), INPUTS, SIZES, "two", tmp_path)
@@ -102,9 +108,7 @@ def test_a_damaged_program_is_refused(programs: Path, tmp_path: Path) -> None:
 @pytest.mark.compiler
 @pytest.mark.slow
 def test_a_program_that_others_could_have_written_is_never_loaded(programs: Path, tmp_path: Path) -> None:
-    (package,) = programs.glob("step-*")
-    shutil.copytree(package, tmp_path / package.name)
-    (library,) = (tmp_path / package.name).rglob("*.so")
+    library = copied_library(programs, tmp_path)
     library.chmod(0o666)
     with pytest.raises(UntrustedPathError, match="can be written by other users"):
         compile_program(Scaled(2), INPUTS, SIZES, "two", tmp_path)

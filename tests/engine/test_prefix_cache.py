@@ -2,20 +2,20 @@ from __future__ import annotations
 
 import pytest
 
-from models.engine.prefix_cache import MIN_PREFIX, CachedTokens, PrefixCache
+from models.engine.prefix_cache import MIN_PREFIX, OwnedTokens, PrefixCache
 
 
 def cache_of(*slots: list[int]) -> PrefixCache:
     """A cache with these tokens in its slots, recorded in this order."""
     cache = PrefixCache(len(slots))
     for slot, tokens in enumerate(slots):
-        cache.record(slot, CachedTokens(tokens))
+        cache.record(slot, OwnedTokens(tokens))
     return cache
 
 
 def find(cache: PrefixCache, prompt: list[int]) -> tuple[int, int]:
     """What a prompt of the same owner finds."""
-    return cache.find(CachedTokens(prompt))
+    return cache.find(OwnedTokens(prompt))
 
 
 def tokens_from(start: int, count: int) -> list[int]:
@@ -59,7 +59,7 @@ def test_a_prefix_below_the_minimum_is_not_reused() -> None:
 def test_of_equally_long_prefixes_the_last_used_one_is_found() -> None:
     cache = cache_of(tokens_from(0, 40), tokens_from(0, 40), tokens_from(0, 40))
     assert find(cache, tokens_from(0, 60)) == (2, 40)
-    cache.record(0, CachedTokens(tokens_from(0, 40)))
+    cache.record(0, OwnedTokens(tokens_from(0, 40)))
     assert find(cache, tokens_from(0, 60)) == (0, 40)
 
 
@@ -76,8 +76,8 @@ def test_a_slot_that_would_lose_more_than_half_is_not_chosen() -> None:
 
 def test_a_slot_of_another_owner_is_not_chosen_before_older_ones() -> None:
     cache = PrefixCache(2)
-    cache.record(0, CachedTokens(tokens_from(500, 10), owner="ann"))
-    cache.record(1, CachedTokens(tokens_from(0, 60), owner="ann", public=60))
+    cache.record(0, OwnedTokens(tokens_from(500, 10), owner="ann"))
+    cache.record(1, OwnedTokens(tokens_from(0, 60), owner="ann", public=60))
     assert cache.choose([0, 1], source=1, length=60, owner="bob") == 0
     assert cache.choose([0, 1], source=1, length=60, owner="ann") == 1
 
@@ -89,21 +89,21 @@ def test_a_slot_in_use_is_not_chosen() -> None:
 
 def test_the_least_recently_used_slot_is_chosen() -> None:
     cache = cache_of(tokens_from(0, 50), tokens_from(100, 50), tokens_from(200, 50))
-    cache.record(0, CachedTokens(tokens_from(0, 55)))
+    cache.record(0, OwnedTokens(tokens_from(0, 55)))
     assert cache.choose([0, 1, 2], source=0, length=0) == 1
     assert cache.choose([0, 2], source=0, length=0) == 2
 
 
 def test_an_unused_slot_is_chosen_before_a_used_one() -> None:
     cache = PrefixCache(3)
-    cache.record(0, CachedTokens(tokens_from(0, 50)))
-    cache.record(2, CachedTokens(tokens_from(100, 50)))
+    cache.record(0, OwnedTokens(tokens_from(0, 50)))
+    cache.record(2, OwnedTokens(tokens_from(100, 50)))
     assert cache.choose([0, 1, 2], source=2, length=20) == 1
 
 
 def test_a_record_replaces_the_tokens_of_its_slot() -> None:
     cache = cache_of(tokens_from(0, 50))
-    cache.record(0, CachedTokens(tokens_from(500, 50)))
+    cache.record(0, OwnedTokens(tokens_from(500, 50)))
     assert find(cache, tokens_from(0, 60))[1] == 0
     assert find(cache, tokens_from(500, 60)) == (0, 50)
 
@@ -111,13 +111,13 @@ def test_a_record_replaces_the_tokens_of_its_slot() -> None:
 def test_another_owner_finds_only_what_is_public_for_both() -> None:
     tokens = tokens_from(0, 60)
     cache = PrefixCache(1)
-    cache.record(0, CachedTokens(tokens, owner="ann", public=30))
-    assert cache.find(CachedTokens([*tokens, 1], owner="ann")) == (0, 60)
-    assert cache.find(CachedTokens([*tokens, 1], owner="bob", public=40)) == (0, 30)
-    assert cache.find(CachedTokens([*tokens, 1], owner="bob", public=20)) == (0, 20)
-    assert cache.find(CachedTokens([*tokens, 1], owner="bob"))[1] == 0
-    cache.record(0, CachedTokens(tokens, owner="ann"))
-    assert cache.find(CachedTokens([*tokens, 1], owner="bob", public=40))[1] == 0
+    cache.record(0, OwnedTokens(tokens, owner="ann", public=30))
+    assert cache.find(OwnedTokens([*tokens, 1], owner="ann")) == (0, 60)
+    assert cache.find(OwnedTokens([*tokens, 1], owner="bob", public=40)) == (0, 30)
+    assert cache.find(OwnedTokens([*tokens, 1], owner="bob", public=20)) == (0, 20)
+    assert cache.find(OwnedTokens([*tokens, 1], owner="bob"))[1] == 0
+    cache.record(0, OwnedTokens(tokens, owner="ann"))
+    assert cache.find(OwnedTokens([*tokens, 1], owner="bob", public=40))[1] == 0
 
 
 def test_tokens_that_are_not_public_are_not_even_compared() -> None:
@@ -128,7 +128,7 @@ def test_tokens_that_are_not_public_are_not_even_compared() -> None:
         __hash__ = int.__hash__
 
     secret = [*tokens_from(0, 20), *map(Secret, range(20, 60))]
-    cached = CachedTokens(secret, owner="ann", public=20)
-    assert cached.shared_with(CachedTokens(tokens_from(0, 60), owner="bob", public=20)) == 20
+    cached = OwnedTokens(secret, owner="ann", public=20)
+    assert cached.shared_with(OwnedTokens(tokens_from(0, 60), owner="bob", public=20)) == 20
     with pytest.raises(AssertionError, match="compared"):
-        cached.shared_with(CachedTokens(tokens_from(0, 60), owner="ann", public=20))
+        cached.shared_with(OwnedTokens(tokens_from(0, 60), owner="ann", public=20))

@@ -168,3 +168,17 @@ async def test_a_session_that_ended_stays_ended_whatever_ends_after_it(
     async with database.database.connect() as connection:
         later.learn(await later.fetch_ended(connection))
     assert (later.read(token), bool(later.read(bobs))) == (None, True)
+
+
+async def test_a_late_logout_of_an_old_session_brings_no_other_one_back(
+    here: Sessions, database: BreakableDatabase
+) -> None:
+    async with database.database.begin() as connection:
+        rows = [{"id": f"s{n}", "user_id": "ann", "expires": time.time() + 60 + n} for n in range(ENDED_PER_USER)]
+        await connection.execute(ended_sessions_table.insert(), rows)
+    await here.end(Session("last", "ann", time.time() + 10_000))
+    async with database.database.connect() as connection:
+        (before,) = [one for one in await here.fetch_ended(connection) if one.id == "all:ann"]
+    await here.end(Session("older", "ann", time.time() + 10))
+    async with database.database.connect() as connection:
+        assert before in await here.fetch_ended(connection)

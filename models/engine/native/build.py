@@ -12,7 +12,7 @@ from torch import Tensor
 
 from models.engine.subprocesses import Subprocesses
 from models.errors import KernelsUnavailableError, one_line
-from models.private_files import check_program, make_private_folder, others_can_write
+from models.private_files import check_program, others_can_write
 from models.scratch import scratch_folder
 
 KERNELS = Path(__file__).with_name("kernels.cpp")
@@ -79,7 +79,6 @@ def load_kernels(path: Path) -> None:
 def load_library(path: Path) -> None:
     """Load a compiled library, unless others could have written it. Raises the errors of `load_kernels`."""
     try:
-        make_private_folder(path.parent)
         check_program(path)
         torch.ops.load_library(path)  # type: ignore[no-untyped-call]
     except OSError as error:
