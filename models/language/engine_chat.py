@@ -19,6 +19,7 @@ from models.engine.model_runner import ModelRunner
 from models.engine.sampling_params import SamplingParams
 from models.engine.sequence import Sequence
 from models.errors import MessagesRejectedError
+from models.language.chat_template import ChatTemplate
 from models.language.detokenizer import Detokenizer
 from models.language.events import Done, Event, TextPiece
 from models.language.model_config import context_length, default_options, stop_token_ids
@@ -45,8 +46,9 @@ class EngineChat:
         self.context = context_length(model, settings)
         self.defaults = default_options(model, settings)
         self._tokenizer = tokenizer
-        self._prompts = PromptBuilder(tokenizer, self.context, self.defaults.instructions)
-        self._stop_ids = stop_token_ids(tokenizer, model)
+        template = ChatTemplate.of(tokenizer, self.defaults.instructions)
+        self._prompts = PromptBuilder(template, self.context, self.defaults.instructions)
+        self._stop_ids = stop_token_ids(template, model)
         self._engine = Engine(ModelRunner(model, settings.slots, self.context))
         self._async_engine = AsyncEngine(self._engine, on_shrink, on_step)
         if settings.compile and self._engine.runner.native:

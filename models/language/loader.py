@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from models.engine import quantization
 from models.engine.native import build
 from models.errors import KernelsUnavailableError, ModelError, one_line
+from models.language.chat_template import read_chat_template
+from models.language.load_errors import why_not_loaded
 from models.language.model_files import find_model, model_label, print_progress
 from models.settings import Settings
 
@@ -38,25 +40,23 @@ def load(settings: Settings, cache: Path | None = None) -> tuple[PreTrainedToken
 def _load(settings: Settings, cache: Path) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     dtype = _dtype(settings)
     folder = find_model(settings, dtype, cache)
-    hub = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+    code = settings.trust_remote_code
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **hub)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=code)
+        read_chat_template(tokenizer, settings)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, device_map=settings.device, output_loading_info=True, **hub
+            folder, dtype=dtype, device_map=settings.device, output_loading_info=True, trust_remote_code=code
         )
         model, loading = loaded
-    except Exception as error:  # transformers, the Hub's client and safetensors raise many types of errors
-        advice = ""
-        if Path(folder).parent == cache:
-            advice = f"; delete {folder} to convert the model again"
-        elif not Path(folder).is_dir():
-            advice = "; check the id and the network, or set PARLEY_MODEL to a folder"
-        raise ModelError(f"{model_label(settings)} cannot be loaded: {one_line(error)}{advice}") from error
+    except ModelError:
+        raise
+    except Exception as error:  # transformers and safetensors raise many types of errors
+        advice = f"; delete {folder} to convert the model again" if Path(folder).parent == cache else ""
+        raise ModelError(f"{model_label(settings)} cannot be loaded: {why_not_loaded(error)}{advice}") from error
     if missing := loading["missing_keys"]:
         raise ModelError(
             f"{model_label(settings)} is incomplete: {len(missing)} weights are missing, first {min(missing)}"
         )
-    _set_chat_template(tokenizer, settings)
     return tokenizer, model.eval()
 
 
@@ -104,21 +104,3 @@ def _dtype(settings: Settings) -> torch.dtype:
 
 def _on_cpu(settings: Settings) -> bool:
     return settings.device == "cpu" or (settings.device == "auto" and not torch.accelerator.is_available())
-
-
-def _set_chat_template(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> None:
-    """Set the settings' chat template, if any, and try it."""
-    if settings.chat_template is not None:
-        try:
-            tokenizer.chat_template = settings.chat_template.read_text(encoding="utf-8")
-        except (OSError, UnicodeError) as error:
-            raise ModelError(f"PARLEY_CHAT_TEMPLATE cannot be read: {one_line(error)}") from error
-    if not tokenizer.chat_template:
-        raise ModelError(
-            f"{model_label(settings)} has no chat template, so it may not be a chat model: choose an instruction-tuned "
-            "one, or set PARLEY_CHAT_TEMPLATE to a Jinja file"
-        )
-    try:
-        tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], add_generation_prompt=True)
-    except Exception as error:  # Jinja's own errors, and any error that a template's expressions raise
-        raise ModelError(f"the chat template of {model_label(settings)} fails: {one_line(error)}") from error

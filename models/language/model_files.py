@@ -14,6 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from models.errors import ModelError, one_line
+from models.language.hub import fetch_model
+from models.language.model_paths import check_file, check_folder
 from models.private_files import check_owners, make_private_folder
 from models.scratch import scratch_folder
 from models.settings import EMBEDDED, Settings
@@ -25,21 +27,24 @@ WHEEL_BYTES = 200_000_000  # the wheel and the file in it
 
 
 def find_model(settings: Settings, dtype: torch.dtype, cache: Path) -> str:
-    """The folder or the Hub id that transformers can load. Raises ModelError."""
+    """The folder that transformers can load. Raises ModelError."""
     if settings.model is None:
         return str(_converted(cache, f"{EMBEDDED}-{WHEEL_SHA256[:12]}", dtype, None))
     path = Path(settings.model).expanduser()
-    if path.suffix == ".gguf" and path.is_file():
+    if path.is_file():
+        check_file(path)
         status = path.stat()
         mark = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
         return str(_converted(cache, f"{path.stem}-{hashlib.sha256(mark.encode()).hexdigest()[:12]}", dtype, path))
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"PARLEY_MODEL={settings.model}: the folder holds no model, config.json is missing")
+        check_folder(path)
         return str(path)
     if path.suffix == ".gguf" or path.is_absolute() or settings.model.startswith((".", "~")):
         raise ModelError(f"PARLEY_MODEL={settings.model}: there is no such file or folder")
-    return settings.model
+    try:
+        return str(fetch_model(settings.model, settings.revision))
+    except ModelError as error:
+        raise ModelError(f"{model_label(settings)}: {error}") from error
 
 
 def _converted(cache: Path, name: str, dtype: torch.dtype, gguf: Path | None) -> Path:
