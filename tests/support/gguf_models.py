@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -113,7 +114,31 @@ def _settings(model: PreTrainedModel, architecture: str) -> dict[str, Any]:
         "rope.dimension_count": round(rope.get("partial_rotary_factor", 1.0) * head_dim) if rope else None,
         **eps,
     }
-    return values | _of_architecture(config, architecture)
+    return values | _scaling(rope, architecture) | _of_architecture(config, architecture)
+
+
+def _scaling(rope: dict[str, Any], architecture: str) -> dict[str, Any]:
+    """How positions are scaled; what Llama 3.1 and long contexts need is in tensors."""
+    kind = rope.get("rope_type", "default")
+    if kind == "linear":
+        return {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
+    if kind == "longrope":
+        return {
+            "rope.scaling.original_context_length": rope["original_max_position_embeddings"],
+            "rope.scaling.attn_factor": rope.get("attention_factor"),
+        }
+    if kind != "yarn":
+        return {}
+    return {
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": float(rope["factor"]),
+        "rope.scaling.original_context_length": rope["original_max_position_embeddings"],
+        "rope.scaling.yarn_attn_factor": rope.get("attention_factor"),
+        "rope.scaling.yarn_beta_fast": rope.get("beta_fast"),
+        "rope.scaling.yarn_beta_slow": rope.get("beta_slow"),
+        "rope.scaling.yarn_log_multiplier": rope.get("mscale_all_dim"),
+        "attention.temperature_scale": rope.get("llama_4_scaling_beta"),
+    }
 
 
 def _of_architecture(config: Any, architecture: str) -> dict[str, Any]:
@@ -146,7 +171,7 @@ def _of_architecture(config: Any, architecture: str) -> dict[str, Any]:
         "qwen2moe": experts,
         "qwen3moe": experts,
         "olmoe": experts,
-        "phimoe": experts | {"attention.sliding_window": 0, "rope.scaling.original_context_length": 128},
+        "phimoe": experts | {"attention.sliding_window": 0},
         "dots1": deepseek,
         "glm4moe": deepseek,
         "granite": scales,
@@ -218,12 +243,33 @@ def _tensors(model: PreTrainedModel, architecture: str) -> Iterator[tuple[str, T
             stored = names.get_name(part, (".weight", ".bias"))
             assert stored, f"{part} has no name in a GGUF file of {architecture}"
             yield stored, values
+    yield from _rope_tensors(config)
     if architecture == "stablelm" and config.qk_layernorm:
         for layer in range(config.num_hidden_layers):
             attention = model.get_submodule(f"model.layers.{layer}.self_attn")
             for letter in "qk":
                 norms = attention.get_submodule(f"{letter}_layernorm.norms").state_dict()
                 yield f"blk.{layer}.attn_{letter}_norm.weight", torch.stack(list(norms.values()))
+
+
+def _rope_tensors(config: Any) -> Iterator[tuple[str, Tensor]]:
+    """The factors that divide the inverse frequencies."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        yield "rope_factors_long.weight", torch.tensor(rope["long_factor"])
+        yield "rope_factors_short.weight", torch.tensor(rope["short_factor"])
+    if rope.get("rope_type") != "llama3":
+        return
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
+    context = rope["original_max_position_embeddings"]
+    factors = []
+    for frequency in 1.0 / rope["rope_theta"] ** (torch.arange(0, width, 2, dtype=torch.float32) / width):
+        wavelength = 2 * math.pi / float(frequency)
+        smooth = (context / wavelength - low) / (high - low)
+        between = 1 / ((1 - smooth) / factor + smooth)
+        factors.append(1.0 if wavelength < context / high else factor if wavelength > context / low else between)
+    yield "rope_freqs.weight", torch.tensor(factors)
 
 
 def _convert(name: str, tensor: Tensor, config: Any, architecture: str) -> list[tuple[str, Tensor]]:

@@ -19,6 +19,14 @@ FOUR = {"num_hidden_layers": 4}
 PARTIAL = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}}
 SLIDING = ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"]
 
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}  # fmt: skip
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 32, "factor": 4.0,
+        "short_factor": [1.0, 1.1, 1.3, 1.4, 1.6, 1.7, 1.9, 2.0], "long_factor": [float(n) for n in range(1, 9)],
+        "attention_factor": 1.19}  # fmt: skip
+
 # architecture of the file, transformers' type, its configuration, further metadata
 CASES: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
     ("llama", "llama", DIM16, {}),
@@ -26,7 +34,14 @@ CASES: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
     ("llama", "llama", {"tie_word_embeddings": True}, {}),
     ("llama", "mixtral", EXPERTS | DIM16, {"rope.dimension_count": 16}),
     ("llama", "qwen2", {}, {}),
+    ("llama", "llama", {"rope_parameters": LLAMA3}, {}),
+    ("llama", "llama", {"rope_parameters": LINEAR}, {}),
+    ("llama", "llama", {"rope_parameters": YARN}, {}),
+    ("llama", "llama", {"rope_parameters": YARN | {"attention_factor": 1.3, "beta_fast": 16.0, "beta_slow": 2.0}}, {}),
     ("mistral3", "llama", DIM16, {}),
+    ("mistral3", "ministral3", DIM16 | {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0,
+                                                                   "llama_4_scaling_beta": 0.1,
+                                                                   "original_max_position_embeddings": 8}}, {}),
     ("qwen2", "qwen2", {}, {}),
     ("qwen2moe", "qwen2_moe", EXPERTS | {"shared_expert_intermediate_size": 48}, {}),
     ("qwen3", "qwen3", {"head_dim": 32}, {}),
@@ -36,9 +51,13 @@ CASES: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
                                  "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}, {}),
     ("gemma3", "gemma3_text", {"head_dim": 32, "sliding_window": 6, "query_pre_attn_scalar": 32, "num_hidden_layers": 7,
                                "tie_word_embeddings": True}, {}),
+    ("gemma3", "gemma3_text", {"head_dim": 16, "query_pre_attn_scalar": 16, "tie_word_embeddings": True, "rope_parameters": {
+        "full_attention": LINEAR, "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0}},
+        "layer_types": ["sliding_attention", "full_attention"]}, {"attention.sliding_window_pattern": [True, False]}),
     ("phi2", "phi", PARTIAL | {"num_key_value_heads": 4}, {}),
     ("phi3", "phi3", {"original_max_position_embeddings": 128}, {}),
     ("phi3", "phi3", {"original_max_position_embeddings": 128, "sliding_window": 6}, {}),
+    ("phi3", "phi3", {"original_max_position_embeddings": 32, "rope_parameters": LONG}, {}),
     ("phimoe", "phimoe", EXPERTS | {"attention_bias": True, "lm_head_bias": True}, {}),
     ("starcoder2", "starcoder2", {}, {}),
     ("gpt2", "gpt2", {"tie_word_embeddings": True}, {}),
@@ -57,6 +76,7 @@ CASES: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
     ("command-r", "cohere", {"logit_scale": 0.3, "use_qk_norm": True, "tie_word_embeddings": True}, {}),
     ("cohere2", "cohere2", FOUR | {"logit_scale": 0.3, "sliding_window": 6, "tie_word_embeddings": True}, {}),
     ("gpt-oss", "gpt_oss", DIM16 | EXPERTS | {"sliding_window": 6, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, {}),
+    ("gpt-oss", "gpt_oss", DIM16 | EXPERTS | {"rope_parameters": YARN | {"truncate": False}}, {}),
     ("lfm2", "lfm2", {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}, {}),
     ("glm4", "glm4", PARTIAL | DIM16, {}),
     ("chatglm", "glm", PARTIAL | DIM16, {}),
@@ -64,6 +84,8 @@ CASES: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
     ("olmo", "olmo", {"clip_qkv": 0.3}, {}),
     ("olmo2", "olmo2", {}, {}),
     ("olmo2", "olmo3", FOUR | {"sliding_window": 6, "layer_types": SLIDING}, {}),
+    ("olmo2", "olmo3", FOUR | {"sliding_window": 6, "layer_types": SLIDING, "rope_parameters": {
+        "full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}}, {}),
     ("olmoe", "olmoe", EXPERTS, {}),
     ("exaone", "llama", DIM16, {}),
     ("exaone4", "exaone4", FOUR | {"sliding_window": 6, "layer_types": SLIDING}, {}),
@@ -75,6 +97,7 @@ CASES: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
     ("granitemoe", "granitemoe", EXPERTS | {"attention_multiplier": 0.2, "logits_scaling": 2.0, "intermediate_size": 32}, {}),
     ("granitemoe", "granitemoeshared", EXPERTS | {"attention_multiplier": 0.2, "intermediate_size": 32,
                                                   "shared_intermediate_size": 48}, {"expert_shared_feed_forward_length": 48}),
+    ("minicpm", "granite", {"attention_multiplier": 0.25, "rope_parameters": LONG}, {}),
     ("minicpm", "granite", {"attention_multiplier": 0.25, "embedding_multiplier": 12.0, "residual_multiplier": 0.9,
                             "logits_scaling": 2.0}, {}),
     ("ernie4_5", "ernie4_5", DIM16, {}),
