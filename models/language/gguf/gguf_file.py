@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from models.errors import ModelError
-from models.language.gguf import architectures, tokenizer
+from models.language.gguf import tokenizer
+from models.language.gguf.architectures import ARCHITECTURES, Kind
+from models.language.gguf.configuration import make_config
 from models.language.gguf.header import Header, read_header
+from models.language.gguf.parameters import find_sources
+from models.language.gguf.settings import ModelSettings
 from models.language.gguf.tensors import Source, StoredTensor
 
 PART_NAME = re.compile(r"(?P<name>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
@@ -28,7 +31,8 @@ class GGUFFile:
         self.metadata: Mapping[str, Any] = parts[0].metadata
         self.tensors: Mapping[str, StoredTensor] = {name: part.tensors[name] for part in parts for name in part.tensors}
         self._parts = parts
-        self._architecture = architectures.find(self.path, self.metadata, self.tensors)
+        self._kind = _find_kind(self.path, self.metadata.get("general.architecture"))
+        self._settings = ModelSettings(self.path, self.metadata, self.tensors)
 
     @property
     def size(self) -> int:
@@ -42,7 +46,7 @@ class GGUFFile:
 
     def config(self) -> PreTrainedConfig:
         """The configuration of the causal language model. Raises ModelError."""
-        return self._config
+        return make_config(self._kind, self._settings)
 
     def sources(self, model: PreTrainedModel) -> dict[str, Source]:
         """Where each parameter and buffer of a model of this configuration comes from, by its name in `state_dict`.
@@ -50,7 +54,7 @@ class GGUFFile:
         Tied weights appear once, under the name of the embedding: call the model's `tie_weights` when it is filled. The
         model may be on the meta device. Raises ModelError if tensors are missing, or left over.
         """
-        return self._architecture.sources(model)
+        return find_sources(self._kind, self._settings, model)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, with its chat template. Raises ModelError."""
@@ -60,9 +64,15 @@ class GGUFFile:
         """The tokens that end a reply: of a turn, of a message, of the text."""
         return tokenizer.stop_token_ids(self.metadata)
 
-    @cached_property
-    def _config(self) -> PreTrainedConfig:
-        return self._architecture.config()
+
+def _find_kind(path: Path, architecture: str | None) -> Kind:
+    """What the architecture of a file needs. Raises ModelError if it is unknown."""
+    if architecture not in ARCHITECTURES:
+        raise ModelError(
+            f"{path}: Parley cannot run the architecture {architecture} from a GGUF file: use a folder of the model with "
+            "safetensors"
+        )
+    return ARCHITECTURES[architecture]
 
 
 def _read_parts(path: Path) -> list[Header]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy
@@ -75,11 +75,15 @@ class Source:
     Without a `change`, the parameter can be kept quantized: blocks never span two rows.
     """
 
-    parts: tuple[StoredTensor, ...]  # joined along `dim`
+    parts: tuple[StoredTensor, ...]  # joined along `dim`; none if `change` makes the values from nothing
     dim: int = 0
     rows: Tensor | None = None  # the rows of the joined matrix to take, in this order (dimension -2; of a vector, 0)
     transposed: bool = False  # the parameter is a matrix, or matrices, of (in, out); the file has (out, in)
     change: Callable[[Tensor], Tensor] | None = None  # on float32 values
+
+    def take(self, rows: Tensor) -> Source:
+        """The same, with its rows in another order, or fewer of them."""
+        return replace(self, rows=rows if self.rows is None else self.rows[rows])
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -100,7 +104,7 @@ class Source:
     def values(self) -> Tensor:
         """The parameter: float32, of its final shape. Raises ModelError."""
         parts = [part.values() for part in self.parts]
-        values = parts[0] if len(parts) == 1 else torch.cat(parts, self.dim)
+        values = parts[0] if len(parts) == 1 else torch.cat(parts, self.dim) if parts else torch.empty(0)
         if self.rows is not None:
             values = values.index_select(-2 if values.ndim > 1 else 0, self.rows)
         if self.transposed:
