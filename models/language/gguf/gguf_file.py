@@ -10,13 +10,14 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from models.errors import ModelError
-from models.language.gguf import tokenizer
 from models.language.gguf.architectures import ARCHITECTURES, Kind
 from models.language.gguf.configuration import make_config
 from models.language.gguf.header import Header, read_header
 from models.language.gguf.parameters import find_sources
 from models.language.gguf.settings import ModelSettings
+from models.language.gguf.stop_tokens import stop_token_ids
 from models.language.gguf.tensors import Source, StoredTensor
+from models.language.gguf.tokenizer import build_tokenizer
 
 PART_NAME = re.compile(r"(?P<name>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
@@ -58,11 +59,11 @@ class GGUFFile:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, with its chat template. Raises ModelError."""
-        return tokenizer.build(self.path, self.metadata)
+        return build_tokenizer(self.path, self.metadata)
 
     def stop_token_ids(self) -> set[int]:
         """The tokens that end a reply: of a turn, of a message, of the text."""
-        return tokenizer.stop_token_ids(self.metadata)
+        return stop_token_ids(self.metadata)
 
 
 def _find_kind(path: Path, architecture: str | None) -> Kind:
