@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from models.engine import quantization
 from models.engine.native import build
 from models.errors import KernelsUnavailableError, ModelError, one_line
+from models.language.adapter import Adapter
 from models.language.chat_template import read_chat_template
 from models.language.load_errors import why_not_loaded
 from models.language.model_files import find_model, model_label, print_progress
@@ -39,24 +40,31 @@ def load(settings: Settings, cache: Path | None = None) -> tuple[PreTrainedToken
 
 def _load(settings: Settings, cache: Path) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     dtype = _dtype(settings)
-    folder = find_model(settings, dtype, cache)
+    folder = Path(find_model(settings, dtype, cache))
+    adapter = Adapter.of(folder)
+    base = adapter.find_base() if adapter else folder
     code = settings.trust_remote_code
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=code)
+        if adapter:
+            tokenizer = adapter.load_tokenizer(base, trust_remote_code=code)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=code)
         read_chat_template(tokenizer, settings)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, device_map=settings.device, output_loading_info=True, trust_remote_code=code
+            base, dtype=dtype, device_map=settings.device, output_loading_info=True, trust_remote_code=code
         )
         model, loading = loaded
     except ModelError:
         raise
     except Exception as error:  # transformers and safetensors raise many types of errors
-        advice = f"; delete {folder} to convert the model again" if Path(folder).parent == cache else ""
+        advice = f"; delete {folder} to convert the model again" if folder.parent == cache else ""
         raise ModelError(f"{model_label(settings)} cannot be loaded: {why_not_loaded(error)}{advice}") from error
     if missing := loading["missing_keys"]:
         raise ModelError(
             f"{model_label(settings)} is incomplete: {len(missing)} weights are missing, first {min(missing)}"
         )
+    if adapter:
+        adapter.merge(model)
     return tokenizer, model.eval()
 
 
