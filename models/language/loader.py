@@ -15,6 +15,7 @@ from models.engine.joined_linears import join_linears
 from models.engine.native import build
 from models.engine.quantized_weight import Format
 from models.errors import KernelsUnavailableError, ModelError, one_line
+from models.language.adapter import Adapter
 from models.language.chat_template import read_chat_template
 from models.language.gguf.gguf_file import GGUFFile
 from models.language.load_errors import why_not_loaded
@@ -51,11 +52,16 @@ def load(settings: Settings, cache: Path | None = None) -> tuple[PreTrainedToken
 def _load_folder(
     folder: Path, settings: Settings, compiling: Future[Path] | None
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
+    adapter = Adapter.of(folder)
+    base = adapter.find_base() if adapter else folder
+    code = settings.trust_remote_code
+    if adapter:
+        tokenizer = adapter.load_tokenizer(base, trust_remote_code=code)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=code)
     read_chat_template(tokenizer, settings)
     format = _format(settings, compiling)
-    model = load_folder(folder, format, _dtype(settings), settings.device, settings.trust_remote_code)
-    return tokenizer, _joined(model)
+    return tokenizer, _joined(load_folder(base, adapter, format, _dtype(settings), settings.device, code))
 
 
 def _load_file(

@@ -17,6 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from models.engine.quantization import Place, put_quantized, quantizable
 from models.engine.quantized_weight import BLOCK_TYPES, Format, QuantizedWeight
 from models.errors import ModelError
+from models.language.adapter import Adapter
 from models.language.gguf.gguf_file import GGUFFile
 from models.language.gguf.tensors import PLAIN, Source
 
@@ -26,22 +27,29 @@ Quantize = Callable[[str, Place, Tensor], QuantizedWeight]
 
 
 def load_folder(
-    folder: Path, format: Format | None, dtype: torch.dtype, device: str, trust_remote_code: bool
+    folder: Path,
+    adapter: Adapter | None,
+    format: Format | None,
+    dtype: torch.dtype,
+    device: str,
+    trust_remote_code: bool,
 ) -> PreTrainedModel:
-    """The model in a folder. `format` is that of quantized weights; None quantizes none.
+    """The model in a folder, with an adapter merged. `format` is that of quantized weights; None quantizes none.
 
-    Raises the errors of transformers, and KeyError with the names of weights that are missing.
+    Raises ModelError and the errors of transformers.
     """
-    quantization = None if format is None else ParleyConfig(_round_to(format))
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,
         device_map=device,
         trust_remote_code=trust_remote_code,
-        quantization_config=quantization,
+        quantization_config=None if format is None else ParleyConfig(_round_to(format, adapter)),
         output_loading_info=True,
     )
-    return _complete(*loaded)
+    model = _complete(*loaded)
+    if adapter:
+        adapter.merge(model)
+    return model
 
 
 def load_gguf(file: GGUFFile, format: Format | None, dtype: torch.dtype, device: str) -> PreTrainedModel:
@@ -156,10 +164,11 @@ class _Quantization(ConversionOps):
         return {}
 
 
-def _round_to(format: Format) -> Quantize:
+def _round_to(format: Format, adapter: Adapter | None = None) -> Quantize:
     """Rounds numbers to a format, but those of heads and embeddings to 8 bits: replies suffer most from theirs."""
 
     def quantize(name: str, place: Place, tensor: Tensor) -> QuantizedWeight:
+        tensor = adapter.changed(name, tensor) if adapter else tensor
         return QuantizedWeight.of_numbers(
             place.oriented(tensor).contiguous(), Format.Q8_0 if place.is_outer else format
         )
