@@ -18,6 +18,7 @@ from models.language.adapter import Adapter
 from models.language.chat_template import read_chat_template
 from models.language.load_errors import why_not_loaded
 from models.language.model_files import find_model, model_label, print_progress
+from models.language.packed.loading import is_packed, load_packed
 from models.settings import Settings
 
 logger = logging.getLogger("parley")
@@ -50,7 +51,8 @@ def _load(settings: Settings, cache: Path) -> tuple[PreTrainedTokenizerBase, Pre
         else:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=code)
         read_chat_template(tokenizer, settings)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        load = load_packed if is_packed(base) else AutoModelForCausalLM.from_pretrained
+        loaded: Any = load(
             base, dtype=dtype, device_map=settings.device, output_loading_info=True, trust_remote_code=code
         )
         model, loading = loaded
