@@ -93,7 +93,7 @@ def correction_matrix(name: str, source: Source | None, settings: ModelSettings)
     """The correction of the experts' scores is a vector; in Ernie, it is a matrix of one row."""
     if source is None or not name.endswith("e_score_correction_bias"):
         return source
-    return replace(source, change=lambda values: values.unsqueeze(0))
+    return replace(source, change=lambda values: values.view(1, -1))
 
 
 def xielu(name: str, source: Source | None, settings: ModelSettings) -> Source | None:
