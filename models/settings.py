@@ -172,7 +172,7 @@ RULES: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "trust_remote_code": ("true or false", _switch),
     "device": ("auto, cpu, cuda, cuda:N, mps or xpu", _choice(r"auto|cpu|(cuda|xpu)(:\d+)?|mps")),
     "dtype": ("auto, float32, bfloat16 or float16", _choice("auto|float32|bfloat16|float16")),
-    "quantize": ("auto, none or int8", _choice("auto|none|int8")),
+    "quantize": ("auto, none, int8 or int4", _choice("auto|none|int8|int4")),
     "compile": ("true or false", _switch),
     "chat_template": ("the path of a Jinja file", _path),
     "context": _integer(16, 2**24),

@@ -59,7 +59,9 @@ def write_model(path: Path, model: PreTrainedModel, architecture: str, **metadat
     return path
 
 
-def write_gguf(path: Path, metadata: dict[str, Any], tensors: dict[str, Any], kinds: dict[str, Any] | None = None) -> Path:
+def write_gguf(
+    path: Path, metadata: dict[str, Any], tensors: dict[str, Any], kinds: dict[str, Any] | None = None
+) -> Path:
     """Write a file of these values; None is not written. Arrays of the kinds given are bytes."""
     writer = GGUFWriter(path, metadata["general.architecture"])
     for key, value in metadata.items():
@@ -302,7 +304,11 @@ def _convert(name: str, tensor: Tensor, config: Any, architecture: str) -> list[
         return [(name.replace("block_sparse_moe", "mlp") + ".weight", tensor)]
     if name.endswith("shared_mlp.input_linear.weight"):
         layer = name.split(".")[2]
-        return list(zip((f"blk.{layer}.ffn_gate_shexp.weight", f"blk.{layer}.ffn_up_shexp.weight"), tensor.chunk(2), strict=True))
+        return list(
+            zip(
+                (f"blk.{layer}.ffn_gate_shexp.weight", f"blk.{layer}.ffn_up_shexp.weight"), tensor.chunk(2), strict=True
+            )
+        )
     if architecture.startswith("granitemoe") and "router" in name:
         return [(name.replace("router", "router.layer"), tensor)]
     if name.endswith("e_score_correction_bias"):

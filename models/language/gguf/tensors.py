@@ -101,6 +101,12 @@ class Source:
         """Bytes in the file."""
         return sum(part.size for part in self.parts)
 
+    def blocks(self) -> Tensor:
+        """The bytes of the rows, uint8, (..., out, bytes), if all parts are of one kind. Raises ModelError."""
+        parts = [part.read() for part in self.parts]
+        blocks = parts[0] if len(parts) == 1 else torch.cat(parts, self.dim)
+        return blocks if self.rows is None else blocks.index_select(-2, self.rows)
+
     def values(self) -> Tensor:
         """The parameter: float32, of its final shape. Raises ModelError."""
         parts = [part.values() for part in self.parts]

@@ -134,7 +134,9 @@ def read_back(path: Path) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "model_type", "config", "metadata"), CASES, ids=lambda value: value if isinstance(value, str) else ""
+    ("architecture", "model_type", "config", "metadata"),
+    CASES,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_model_of_each_architecture_gives_the_logits_of_the_original(
     tmp_path: Path, architecture: str, model_type: str, config: dict[str, Any], metadata: dict[str, Any]
