@@ -1,4 +1,4 @@
-"""Writes tiny models of transformers as llama.cpp's converter would: its names, its settings, its changes of tensors."""
+"""Writes tiny models of transformers as llama.cpp's converter would: its names, its settings, its changes."""
 
 from __future__ import annotations
 
@@ -27,9 +27,19 @@ SHAPE: dict[str, Any] = {
     "eos_token_id": 2,
 }
 PAIRS = {  # whose queries and keys the converter brings into pairs
-    "arcee", "baichuan", "deci", "granite", "granitemoe", "internlm2", "llama", "minicpm", "mistral3", "olmo", "smollm3",
+    "arcee",
+    "baichuan",
+    "deci",
+    "granite",
+    "granitemoe",
+    "internlm2",
+    "llama",
+    "minicpm",
+    "mistral3",
+    "olmo",
+    "smollm3",
     "xverse",
-}  # fmt: skip
+}
 
 
 def tiny_model(model_type: str, **settings: Any) -> PreTrainedModel:
@@ -52,8 +62,10 @@ def write_model(path: Path, model: PreTrainedModel, architecture: str, **metadat
         "tokenizer.ggml.eos_token_id": 2,
         **{f"{architecture}.{name}": value for name, value in _settings(model, architecture).items()},
     }
-    values |= {name if "." in name and name.split(".")[0] in ("xielu", "split") else f"{architecture}.{name}": value
-               for name, value in metadata.items()}  # fmt: skip
+    values |= {
+        name if "." in name and name.split(".")[0] in ("xielu", "split") else f"{architecture}.{name}": value
+        for name, value in metadata.items()
+    }
     tensors = {name: tensor.float().contiguous().numpy() for name, tensor in _tensors(model, architecture)}
     write_gguf(path, values, tensors)
     return path
@@ -99,9 +111,14 @@ def _settings(model: PreTrainedModel, architecture: str) -> dict[str, Any]:
     eps = {
         "attention.layer_norm_rms_epsilon": getattr(config, "rms_norm_eps", None),
         "attention.layer_norm_epsilon": next(
-            (getattr(config, name) for name in ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
-             if getattr(config, name, None)), None),
-    }  # fmt: skip
+            (
+                getattr(config, name)
+                for name in ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
+                if getattr(config, name, None)
+            ),
+            None,
+        ),
+    }
     values = {
         "block_count": config.num_hidden_layers,
         "context_length": getattr(config, "max_position_embeddings", 128),
@@ -179,7 +196,8 @@ def _of_architecture(config: Any, architecture: str) -> dict[str, Any]:
         "granite": scales,
         "granitemoe": scales | experts,
         "minicpm": {key: value for key, value in scales.items() if key != "attention.scale"},
-        "gemma2": window | {
+        "gemma2": window
+        | {
             "attn_logit_softcapping": getattr(config, "attn_logit_softcapping", None),
             "final_logit_softcapping": getattr(config, "final_logit_softcapping", None),
         },
@@ -190,16 +208,27 @@ def _of_architecture(config: Any, architecture: str) -> dict[str, Any]:
         "olmo2": window | {"attention.sliding_window_pattern": pattern if any(pattern) else None},
         "phi3": {"attention.sliding_window": getattr(config, "sliding_window", None) or 0},
         "gpt-oss": window | experts | {"expert_feed_forward_length": config.intermediate_size}
-        if architecture == "gpt-oss" else {},
+        if architecture == "gpt-oss"
+        else {},
         "bloom": {"feed_forward_length": 4 * config.hidden_size, "attention.head_count_kv": heads},
         "gpt2": {"feed_forward_length": 4 * config.hidden_size, "attention.head_count_kv": None},
         "gptneox": {"use_parallel_residual": getattr(config, "use_parallel_residual", None)},
-        "falcon": {"attention.head_count_kv": getattr(config, "num_kv_heads", None), "rope.dimension_count": None,
-                   "feed_forward_length": 4 * config.hidden_size},
-        "olmo": {"attention.clamp_kqv": getattr(config, "clip_qkv", None), "attention.layer_norm_epsilon": 1e-5,
-                 "attention.layer_norm_rms_epsilon": None},
-        "mpt": {"feed_forward_length": 4 * config.hidden_size, "attention.head_count_kv": None,
-                "attention.max_alibi_bias": 8.0, "context_length": getattr(config, "max_seq_len", None)},
+        "falcon": {
+            "attention.head_count_kv": getattr(config, "num_kv_heads", None),
+            "rope.dimension_count": None,
+            "feed_forward_length": 4 * config.hidden_size,
+        },
+        "olmo": {
+            "attention.clamp_kqv": getattr(config, "clip_qkv", None),
+            "attention.layer_norm_epsilon": 1e-5,
+            "attention.layer_norm_rms_epsilon": None,
+        },
+        "mpt": {
+            "feed_forward_length": 4 * config.hidden_size,
+            "attention.head_count_kv": None,
+            "attention.max_alibi_bias": 8.0,
+            "context_length": getattr(config, "max_seq_len", None),
+        },
         "ernie4_5-moe": {
             "expert_count": getattr(config, "moe_num_experts", None),
             "expert_used_count": getattr(config, "moe_k", None),
@@ -214,7 +243,8 @@ def _of_architecture(config: Any, architecture: str) -> dict[str, Any]:
             "expert_shared_count": 1,
         },
         "mamba": {
-            "attention.head_count": 0, "feed_forward_length": 0,
+            "attention.head_count": 0,
+            "feed_forward_length": 0,
             "attention.layer_norm_rms_epsilon": getattr(config, "layer_norm_epsilon", None),
             "attention.layer_norm_epsilon": None,
             "ssm.inner_size": getattr(config, "intermediate_size", None),
@@ -223,12 +253,16 @@ def _of_architecture(config: Any, architecture: str) -> dict[str, Any]:
             "ssm.time_step_rank": getattr(config, "time_step_rank", None),
         },
         "lfm2": {
-            "attention.head_count_kv": [config.num_key_value_heads if kind == "full_attention" else 0
-                                        for kind in getattr(config, "layer_types", None) or []],
+            "attention.head_count_kv": [
+                config.num_key_value_heads if kind == "full_attention" else 0
+                for kind in getattr(config, "layer_types", None) or []
+            ],
             "attention.layer_norm_rms_epsilon": getattr(config, "norm_eps", None),
             "shortconv.l_cache": getattr(config, "conv_L_cache", None),
-        } if architecture == "lfm2" else {},
-    }  # fmt: skip
+        }
+        if architecture == "lfm2"
+        else {},
+    }
     return table.get(architecture, {})
 
 
@@ -326,9 +360,11 @@ def _gpt_oss(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
     if name.endswith("sinks"):
         return [(f"{name}.weight", tensor)]
     if "down_proj" in name:
-        return [(name.replace("down_proj_bias", "down_proj.bias"), tensor)] if name.endswith("_bias") else [
-            (f"{name}.weight", tensor.transpose(-1, -2))
-        ]  # fmt: skip
+        return (
+            [(name.replace("down_proj_bias", "down_proj.bias"), tensor)]
+            if name.endswith("_bias")
+            else [(f"{name}.weight", tensor.transpose(-1, -2))]
+        )
     if "gate_up_proj" in name:
         ending = "bias" if name.endswith("_bias") else "weight"
         parent = name.removesuffix("_bias").removesuffix("gate_up_proj")

@@ -1,7 +1,7 @@
 """The table of architectures: what transformers' configuration must say, and how the tensors differ.
 
-The facts are those of llama.cpp, which writes the files: its converter changes tensors, and what is the same in all models of
-an architecture is in its code only.
+The facts are those of llama.cpp, which writes the files: its converter changes tensors, and what all models of an
+architecture have in common is in its code only.
 """
 
 from __future__ import annotations
@@ -193,7 +193,11 @@ def _falcon(settings: ModelSettings) -> dict[str, Any]:
 
 
 def _mpt(settings: ModelSettings) -> dict[str, Any]:
-    if settings.has("attn_q_norm.weight") or "position_embd.weight" in settings.tensors or settings.has("attn_qkv.bias"):
+    if (
+        settings.has("attn_q_norm.weight")
+        or "position_embd.weight" in settings.tensors
+        or settings.has("attn_qkv.bias")
+    ):
         raise settings.unsupported("it is a variant of MPT")
     heads = settings.need("attention.head_count")
     if settings.get("attention.head_count_kv", heads) != heads:

@@ -1,7 +1,7 @@
 """What llama.cpp's converter does to tensors, reverted: each function knows one kind of change.
 
-A `Change` gets the name of a parameter in the model, its source by name (None if the file has no tensor of that name), and
-the settings. It returns the source that gives the model's values.
+A `Change` gets the name of a parameter in the model, its source by name (None if the file has no tensor of that name),
+and the settings. It returns the source that gives the model's values.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Change = Callable[[str, Source | None, ModelSettings], Source | None]
 
 
 def pairs(name: str, source: Source | None, settings: ModelSettings) -> Source | None:
-    """Rows of queries and keys lie in the pairs that are rotated together: (0, half), (1, half + 1) ... of each head."""
+    """Rows of queries and keys lie in the pairs that are rotated together: (0, half), (1, half + 1) ... of a head."""
     if source is None or not name.endswith(("q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias")):
         return source
     order = torch.arange(source.shape[0]).view(-1, settings.head_dim // 2, 2)
@@ -34,12 +34,12 @@ def by_head(name: str, source: Source | None, settings: ModelSettings) -> Source
 
 
 def by_group(name: str, source: Source | None, settings: ModelSettings) -> Source | None:
-    """All queries, then all keys, then all values; the model has them together for each group of heads that share keys."""
+    """All queries, all keys, all values; the model has them together for each group of heads that share keys."""
     if source is None or ".query_key_value." not in name:
         return source
     heads, groups = settings.need("attention.head_count"), settings.get("attention.head_count_kv", 1)
-    queries, keys, values = torch.arange(source.shape[0]).view(-1, settings.head_dim).split([heads, groups, groups])
-    parts = [part.view(groups, -1, settings.head_dim) for part in (queries, keys, values)]
+    rows = torch.arange(source.shape[0]).view(-1, settings.head_dim)
+    parts = [part.reshape(groups, -1, settings.head_dim) for part in torch.split(rows, [heads, groups, groups])]
     return source.take(torch.cat(parts, 1).flatten())
 
 
@@ -93,7 +93,7 @@ def correction_matrix(name: str, source: Source | None, settings: ModelSettings)
     """The correction of the experts' scores is a vector; in Ernie, it is a matrix of one row."""
     if source is None or not name.endswith("e_score_correction_bias"):
         return source
-    return replace(source, change=lambda values: values.unsqueeze(0))
+    return replace(source, change=lambda values: values.view(1, -1))
 
 
 def xielu(name: str, source: Source | None, settings: ModelSettings) -> Source | None:

@@ -70,8 +70,8 @@ def _find_kind(path: Path, architecture: str | None) -> Kind:
     """What the architecture of a file needs. Raises ModelError if it is unknown."""
     if architecture not in ARCHITECTURES:
         raise ModelError(
-            f"{path}: Parley cannot run the architecture {architecture} from a GGUF file: use a folder of the model with "
-            "safetensors"
+            f"{path}: Parley cannot run the architecture {architecture} from a GGUF file: use a folder of the model "
+            "with safetensors"
         )
     return ARCHITECTURES[architecture]
 

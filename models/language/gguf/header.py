@@ -1,10 +1,9 @@
-"""Reads the header of one GGUF file: its metadata, and where its tensors are. About the format: GGUF versions 2 and 3."""
+"""Reads the header of one GGUF file: its metadata, and where its tensors are; of versions 2 and 3."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import struct
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -73,7 +72,9 @@ def _read(path: Path, file: BinaryIO) -> Header:
     if reader.take(4) != b"GGUF":
         raise ModelError(f"{path} is not a GGUF file")
     if (version := reader.integer(4)) not in VERSIONS:
-        raise ModelError(f"{path} is of GGUF version {version}, and Parley reads 2 and 3: get a newer file of the model")
+        raise ModelError(
+            f"{path} is of GGUF version {version}, and Parley reads 2 and 3: get a newer file of the model"
+        )
     tensors, entries = reader.integer(8), reader.integer(8)
     metadata = {}
     for _ in range(entries):

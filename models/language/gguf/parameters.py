@@ -88,16 +88,16 @@ def _fused(stored: tuple[str, ...], settings: ModelSettings) -> Source | None:
         return None
     heads = settings.need("attention.head_count")
     groups = settings.get("attention.head_count_kv", heads)
-    rows = torch.arange(whole.shape[0]).split([count * settings.head_dim for count in (heads, groups, groups)])
-    return Source((whole,), rows=rows["qkv".index(letter)])
+    sizes = [count * settings.head_dim for count in (heads, groups, groups)]
+    return Source((whole,), rows=torch.split(torch.arange(whole.shape[0]), sizes)["qkv".index(letter)])
 
 
 def _check(sources: dict[str, Source], missing: list[str], settings: ModelSettings) -> None:
     """Raise ModelError if tensors are missing or left over."""
     if missing:
         raise ModelError(
-            f"{settings.path} is incomplete: {len(missing)} tensors are missing, first {missing[0]}; download all of it "
-            "again, with all its parts"
+            f"{settings.path} is incomplete: {len(missing)} tensors are missing, first {missing[0]}; download all "
+            "of it again, with all its parts"
         )
     used = {part.name for source in sources.values() for part in source.parts}
     further = re.compile(rf"blk\.({'|'.join(map(str, range(settings.layers, settings.need('block_count'))))})\..*")

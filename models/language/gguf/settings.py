@@ -42,7 +42,9 @@ class ModelSettings:
     def need(self, name: str) -> Any:
         """A setting that must be there. Raises ModelError."""
         if (value := self.get(name)) is None:
-            raise ModelError(f"{self.path} is incomplete: {self.architecture}.{name} is missing; get another file of it")
+            raise ModelError(
+                f"{self.path} is incomplete: {self.architecture}.{name} is missing; get another file of it"
+            )
         return value
 
     def each(self, name: str) -> list[Any] | None:

@@ -26,7 +26,7 @@ ENDS = {  # of a turn, of a message or call, of a text; llama.cpp knows these na
     "[EOT]",
     "[EOS]",
     "[e~[",
-    "<｜end▁of▁sentence｜>",
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",
     # a file that the model writes ends here: repositories of code, and padding between their parts
     "<|fim_pad|>",
     "<fim-pad>",

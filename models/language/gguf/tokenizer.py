@@ -93,7 +93,9 @@ def build_tokenizer(path: Path, metadata: Mapping[str, Any]) -> PreTrainedTokeni
 def chat_template(metadata: Mapping[str, Any]) -> str | dict[str, str] | None:
     """The chat template; if there are several, by their names, of which transformers knows `default` and `tool_use`."""
     default = metadata.get("tokenizer.chat_template")
-    further = {name: metadata.get(f"tokenizer.chat_template.{name}") for name in metadata.get("tokenizer.chat_templates", ())}
+    further = {
+        name: metadata.get(f"tokenizer.chat_template.{name}") for name in metadata.get("tokenizer.chat_templates", ())
+    }
     templates = {name: template for name, template in further.items() if template}
     if default and templates.keys() - {"default"}:
         return {"default": default} | templates
@@ -149,7 +151,7 @@ def _from_scores(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
 
 
 def _of_characters(tokenizer: Tokenizer, vocabulary: Vocabulary, merges: list[tuple[str, str]], prefix: bool) -> None:
-    """Make a tokenizer of characters: a space is a sign of its own, and bytes stand for characters that are no tokens."""
+    """Make a tokenizer of characters: a space is a sign of its own, and bytes stand for characters without a token."""
     unknown = vocabulary.named("unknown")
     tokenizer.model = models.BPE(vocabulary.ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     first, steps = [normalizers.Prepend(SPACE)], [decoders.Strip(" ", 1, 0)]  # a space before the first word

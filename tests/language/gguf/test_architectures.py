@@ -19,13 +19,25 @@ FOUR = {"num_hidden_layers": 4}
 PARTIAL = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}}
 SLIDING = ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"]
 
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 64}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
-LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 32, "factor": 4.0,
-        "short_factor": [1.0, 1.1, 1.3, 1.4, 1.6, 1.7, 1.9, 2.0], "long_factor": [float(n) for n in range(1, 9)],
-        "attention_factor": 1.19}  # fmt: skip
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "original_max_position_embeddings": 32,
+    "factor": 4.0,
+    "short_factor": [1.0, 1.1, 1.3, 1.4, 1.6, 1.7, 1.9, 2.0],
+    "long_factor": [float(n) for n in range(1, 9)],
+    "attention_factor": 1.19,
+}
 
 # architecture of the file, transformers' type, its configuration, further metadata
 CASES: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
@@ -39,21 +51,62 @@ CASES: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
     ("llama", "llama", {"rope_parameters": YARN}, {}),
     ("llama", "llama", {"rope_parameters": YARN | {"attention_factor": 1.3, "beta_fast": 16.0, "beta_slow": 2.0}}, {}),
     ("mistral3", "llama", DIM16, {}),
-    ("mistral3", "ministral3", DIM16 | {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0,
-                                                                   "llama_4_scaling_beta": 0.1,
-                                                                   "original_max_position_embeddings": 8}}, {}),
+    (
+        "mistral3",
+        "ministral3",
+        DIM16
+        | {
+            "rope_parameters": YARN
+            | {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 8}
+        },
+        {},
+    ),
     ("qwen2", "qwen2", {}, {}),
     ("qwen2moe", "qwen2_moe", EXPERTS | {"shared_expert_intermediate_size": 48}, {}),
     ("qwen3", "qwen3", {"head_dim": 32}, {}),
     ("qwen3moe", "qwen3_moe", EXPERTS | DIM16 | {"norm_topk_prob": True}, {}),
     ("gemma", "gemma", DIM16 | {"tie_word_embeddings": True}, {}),
-    ("gemma2", "gemma2", FOUR | {"head_dim": 32, "sliding_window": 6, "query_pre_attn_scalar": 32, "tie_word_embeddings": True,
-                                 "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}, {}),
-    ("gemma3", "gemma3_text", {"head_dim": 32, "sliding_window": 6, "query_pre_attn_scalar": 32, "num_hidden_layers": 7,
-                               "tie_word_embeddings": True}, {}),
-    ("gemma3", "gemma3_text", {"head_dim": 16, "query_pre_attn_scalar": 16, "tie_word_embeddings": True, "rope_parameters": {
-        "full_attention": LINEAR, "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0}},
-        "layer_types": ["sliding_attention", "full_attention"]}, {"attention.sliding_window_pattern": [True, False]}),
+    (
+        "gemma2",
+        "gemma2",
+        FOUR
+        | {
+            "head_dim": 32,
+            "sliding_window": 6,
+            "query_pre_attn_scalar": 32,
+            "tie_word_embeddings": True,
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 3.0,
+        },
+        {},
+    ),
+    (
+        "gemma3",
+        "gemma3_text",
+        {
+            "head_dim": 32,
+            "sliding_window": 6,
+            "query_pre_attn_scalar": 32,
+            "num_hidden_layers": 7,
+            "tie_word_embeddings": True,
+        },
+        {},
+    ),
+    (
+        "gemma3",
+        "gemma3_text",
+        {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 16,
+            "tie_word_embeddings": True,
+            "rope_parameters": {
+                "full_attention": LINEAR,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+            },
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+        {"attention.sliding_window_pattern": [True, False]},
+    ),
     ("phi2", "phi", PARTIAL | {"num_key_value_heads": 4}, {}),
     ("phi3", "phi3", {"original_max_position_embeddings": 128}, {}),
     ("phi3", "phi3", {"original_max_position_embeddings": 128, "sliding_window": 6}, {}),
@@ -71,11 +124,21 @@ CASES: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
     ("stablelm", "stablelm", PARTIAL, {}),
     ("stablelm", "stablelm", PARTIAL | {"use_qkv_bias": True, "use_parallel_residual": True, "qk_layernorm": True}, {}),
     ("nemotron", "nemotron", PARTIAL | DIM16, {}),
-    ("mamba", "mamba", {"intermediate_size": 128, "state_size": 8, "time_step_rank": 4, "tie_word_embeddings": True}, {}),
+    (
+        "mamba",
+        "mamba",
+        {"intermediate_size": 128, "state_size": 8, "time_step_rank": 4, "tie_word_embeddings": True},
+        {},
+    ),
     ("command-r", "cohere", {"logit_scale": 0.3, "tie_word_embeddings": True}, {}),
     ("command-r", "cohere", {"logit_scale": 0.3, "use_qk_norm": True, "tie_word_embeddings": True}, {}),
     ("cohere2", "cohere2", FOUR | {"logit_scale": 0.3, "sliding_window": 6, "tie_word_embeddings": True}, {}),
-    ("gpt-oss", "gpt_oss", DIM16 | EXPERTS | {"sliding_window": 6, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, {}),
+    (
+        "gpt-oss",
+        "gpt_oss",
+        DIM16 | EXPERTS | {"sliding_window": 6, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+        {},
+    ),
     ("gpt-oss", "gpt_oss", DIM16 | EXPERTS | {"rope_parameters": YARN | {"truncate": False}}, {}),
     ("lfm2", "lfm2", {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}, {}),
     ("glm4", "glm4", PARTIAL | DIM16, {}),
@@ -84,37 +147,106 @@ CASES: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
     ("olmo", "olmo", {"clip_qkv": 0.3}, {}),
     ("olmo2", "olmo2", {}, {}),
     ("olmo2", "olmo3", FOUR | {"sliding_window": 6, "layer_types": SLIDING}, {}),
-    ("olmo2", "olmo3", FOUR | {"sliding_window": 6, "layer_types": SLIDING, "rope_parameters": {
-        "full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}}, {}),
+    (
+        "olmo2",
+        "olmo3",
+        FOUR
+        | {
+            "sliding_window": 6,
+            "layer_types": SLIDING,
+            "rope_parameters": {
+                "full_attention": YARN,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        },
+        {},
+    ),
     ("olmoe", "olmoe", EXPERTS, {}),
     ("exaone", "llama", DIM16, {}),
     ("exaone4", "exaone4", FOUR | {"sliding_window": 6, "layer_types": SLIDING}, {}),
     ("exaone4", "exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 2}, {}),
     ("hunyuan-dense", "hunyuan_v1_dense", DIM16, {}),
     ("hunyuan-moe", "hunyuan_v1_moe", DIM16 | {"num_experts": 4, "moe_topk": 2}, {}),
-    ("granite", "granite", {"attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.4,
-                            "logits_scaling": 2.0}, {}),
-    ("granitemoe", "granitemoe", EXPERTS | {"attention_multiplier": 0.2, "logits_scaling": 2.0, "intermediate_size": 32}, {}),
-    ("granitemoe", "granitemoeshared", EXPERTS | {"attention_multiplier": 0.2, "intermediate_size": 32,
-                                                  "shared_intermediate_size": 48}, {"expert_shared_feed_forward_length": 48}),
+    (
+        "granite",
+        "granite",
+        {"attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.4, "logits_scaling": 2.0},
+        {},
+    ),
+    (
+        "granitemoe",
+        "granitemoe",
+        EXPERTS | {"attention_multiplier": 0.2, "logits_scaling": 2.0, "intermediate_size": 32},
+        {},
+    ),
+    (
+        "granitemoe",
+        "granitemoeshared",
+        EXPERTS | {"attention_multiplier": 0.2, "intermediate_size": 32, "shared_intermediate_size": 48},
+        {"expert_shared_feed_forward_length": 48},
+    ),
     ("minicpm", "granite", {"attention_multiplier": 0.25, "rope_parameters": LONG}, {}),
-    ("minicpm", "granite", {"attention_multiplier": 0.25, "embedding_multiplier": 12.0, "residual_multiplier": 0.9,
-                            "logits_scaling": 2.0}, {}),
+    (
+        "minicpm",
+        "granite",
+        {"attention_multiplier": 0.25, "embedding_multiplier": 12.0, "residual_multiplier": 0.9, "logits_scaling": 2.0},
+        {},
+    ),
     ("ernie4_5", "ernie4_5", DIM16, {}),
-    ("ernie4_5-moe", "ernie4_5_moe", {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32, "moe_num_shared_experts": 2,
-                                      "moe_layer_start_index": 1}, {}),
+    (
+        "ernie4_5-moe",
+        "ernie4_5_moe",
+        {
+            "moe_num_experts": 4,
+            "moe_k": 2,
+            "moe_intermediate_size": 32,
+            "moe_num_shared_experts": 2,
+            "moe_layer_start_index": 1,
+        },
+        {},
+    ),
     ("seed_oss", "seed_oss", DIM16 | {"attention_out_bias": False}, {}),
-    ("apertus", "apertus", {}, {"xielu.alpha_p": [0.2, 0.3], "xielu.alpha_n": [0.4, 0.5], "xielu.beta": 0.5, "xielu.eps": -1e-6}),
+    (
+        "apertus",
+        "apertus",
+        {},
+        {"xielu.alpha_p": [0.2, 0.3], "xielu.alpha_n": [0.4, 0.5], "xielu.beta": 0.5, "xielu.eps": -1e-6},
+    ),
     ("arcee", "arcee", DIM16, {}),
-    ("dots1", "dots1", EXPERTS | {"n_routed_experts": 4, "n_shared_experts": 2, "first_k_dense_replace": 1, "norm_topk_prob": True,
-                                  "routed_scaling_factor": 2.5, "layer_types": ["full_attention"] * 2}, {}),
-    ("glm4moe", "glm4_moe", PARTIAL | DIM16 | EXPERTS | {"n_routed_experts": 4, "first_k_dense_replace": 1, "use_qk_norm": True,
-                                                         "attention_bias": True, "routed_scaling_factor": 1.5}, {}),
+    (
+        "dots1",
+        "dots1",
+        EXPERTS
+        | {
+            "n_routed_experts": 4,
+            "n_shared_experts": 2,
+            "first_k_dense_replace": 1,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 2.5,
+            "layer_types": ["full_attention"] * 2,
+        },
+        {},
+    ),
+    (
+        "glm4moe",
+        "glm4_moe",
+        PARTIAL
+        | DIM16
+        | EXPERTS
+        | {
+            "n_routed_experts": 4,
+            "first_k_dense_replace": 1,
+            "use_qk_norm": True,
+            "attention_bias": True,
+            "routed_scaling_factor": 1.5,
+        },
+        {},
+    ),
     ("baichuan", "llama", {"num_hidden_layers": 32, "num_key_value_heads": 4}, {}),
     ("internlm2", "llama", {}, {}),
     ("xverse", "llama", {}, {}),
     ("deci", "llama", {}, {}),
-]  # fmt: skip
+]
 
 
 def read_back(path: Path) -> PreTrainedModel:
