@@ -13,6 +13,7 @@ from weakref import WeakValueDictionary
 from platformdirs import user_cache_path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from models.engine.architecture import check_architecture
 from models.engine.async_engine import AsyncEngine
 from models.engine.engine import Engine
 from models.engine.model_runner import ModelRunner
@@ -47,6 +48,7 @@ class EngineChat:
         self._tokenizer = tokenizer
         self._prompts = PromptBuilder(tokenizer, self.context, self.defaults.instructions)
         self._stop_ids = stop_token_ids(tokenizer, model)
+        check_architecture(model)
         self._engine = Engine(ModelRunner(model, settings.slots, self.context))
         self._async_engine = AsyncEngine(self._engine, on_shrink, on_step)
         if settings.compile and self._engine.runner.native:

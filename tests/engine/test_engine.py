@@ -65,7 +65,7 @@ def generate_one(engine: Engine, sequence: Sequence) -> list[int]:
 def fill_with_nan(engine: Engine, slot: int, length: int) -> None:
     """Set the first positions of a slot to NaN."""
     with torch.inference_mode():
-        for keys, values in engine.runner.cache.modules.values():
+        for keys, values in engine.runner.cache.tensors:
             keys[slot, :, : -(-length // keys.shape[-1])] = values[slot, :, :length] = torch.nan
 
 
@@ -415,13 +415,6 @@ def test_a_model_with_unknown_attention_is_refused() -> None:
     bloom = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     with pytest.raises(UnsupportedModelError):
         make_engine(bloom.eval(), slots=2, context=64)
-
-
-def test_a_model_with_unknown_layer_types_is_refused_by_name() -> None:
-    model = tiny_llama()
-    model.config.layer_types = ["full_attention", "chunked_attention", "full_attention"]
-    with pytest.raises(UnsupportedModelError, match="chunked_attention"):
-        make_engine(model, slots=2, context=64)
 
 
 def test_learned_positions_reach_the_whole_context_beside_an_idle_slot() -> None:
