@@ -162,8 +162,8 @@ def _torch_attention(
     slots, positions = metadata.slots.to(key.device), metadata.positions.to(key.device)
     lanes, value_size = cached_keys.shape[-1], value.shape[-1]
     block, lane = positions // lanes, positions % lanes
-    cached_keys[slots, :, block, :, lane] = key[0].transpose(0, 1).to(cached_keys.dtype)  # (tokens, heads, size)
-    cached_values[slots, :, positions, :value_size] = value[0].transpose(0, 1).to(cached_values.dtype)
+    cached_keys[slots, :, block, :, lane] = _rounded(key[0].transpose(0, 1), cached_keys.dtype)  # (tokens, heads, size)
+    cached_values[slots, :, positions, :value_size] = _rounded(value[0].transpose(0, 1), cached_values.dtype)
     outputs = []
     for span in metadata.spans:
         here = slice(span.slot, span.slot + span.rows)
@@ -175,6 +175,13 @@ def _torch_attention(
         output = _attend(queries, keys, values, metadata.mask(span, scoring.window, query), scoring)
         outputs.append(output.transpose(0, 1).flatten(1, 2))  # (heads, rows * count, size)
     return torch.cat(outputs, 1).transpose(0, 1)[None].contiguous()
+
+
+def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The nearest numbers of a dtype. In the small types, what is too large becomes the largest one, not infinity."""
+    if dtype in (torch.float16, torch.float8_e4m3fn):
+        tensor = tensor.float().clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)
+    return tensor.to(dtype)
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scoring: Scoring) -> Tensor:

@@ -11,6 +11,13 @@ from torch import Tensor, nn
 from models.engine.native.build import LANES
 from models.errors import CacheTooLargeError
 
+DTYPES = {  # by their names in the settings; for auto there is none
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float8": torch.float8_e4m3fn,
+}
+
 
 class KVCache:
     """Keys and values of up to `slots` sequences, one row for each slot, and one more row for padding.
@@ -27,6 +34,12 @@ class KVCache:
         self.context = context
         self.dtype = dtype
         self.tensors: list[tuple[Tensor, Tensor]] = []  # the keys and values of each module and call
+
+    @property
+    def dtype_name(self) -> str:
+        """The dtype of keys and values, as the settings name it."""
+        dtype = self.tensors[0][0].dtype
+        return next((name for name, known in DTYPES.items() if known == dtype), str(dtype).removeprefix("torch."))
 
     @property
     def padding_slot(self) -> int:

@@ -16,6 +16,8 @@ from models.errors import UnsupportedModelError
 from tests.support.attention import LENGTH, QKV, SMALL, CachedAttention, Segment, Shape, defined_attention
 from tests.support.faulty import both_attentions
 
+SMALL_TYPES = [torch.bfloat16, torch.float16, torch.float8_e4m3fn]
+
 all_shapes = pytest.mark.parametrize(
     "shape",
     [
@@ -110,22 +112,52 @@ def test_scores_far_above_the_soft_cap_are_capped(native: bool, size: float) -> 
 @both_attentions
 @all_shapes
 @pytest.mark.parametrize("options", [{}, {"window": 9}, {"softcap": 5.0}], ids=["plain", "window", "soft cap"])
-def test_a_bfloat16_cache_only_rounds_keys_and_values(shape: Shape, options: dict[str, Any], native: bool) -> None:
-    qkv, attention = QKV.random(shape, 5), CachedAttention(dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", SMALL_TYPES, ids=str)
+def test_a_small_cache_only_rounds_keys_and_values(
+    shape: Shape, options: dict[str, Any], dtype: torch.dtype, native: bool
+) -> None:
+    qkv, attention = QKV.random(shape, 5), CachedAttention(dtype=dtype)
     result = attention.prefill(qkv, native, [31, LENGTH], **options)
-    rounded = qkv.to(torch.bfloat16)
+    rounded = qkv.to(dtype)
     cached = QKV(qkv.query, rounded.key, rounded.value)
     expected = defined_attention(cached, options.get("window"), options.get("softcap"))
     torch.testing.assert_close(result, expected, atol=5e-5, rtol=1e-4)
-    assert attention.keys.dtype == attention.values.dtype == torch.bfloat16
+    assert attention.keys.dtype == attention.values.dtype == dtype
+
+
+@both_attentions
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn], ids=str)
+def test_a_small_cache_holds_every_number_of_its_type(dtype: torch.dtype, native: bool) -> None:
+    bits = torch.arange(256, dtype=torch.int16) << (8 if dtype == torch.float16 else 0)
+    numbers = bits.to(torch.int16 if dtype == torch.float16 else torch.uint8).view(dtype).float()
+    numbers = numbers[numbers.isfinite()]
+    # A token that attends to itself alone gets its own value.
+    qkv = QKV(torch.zeros(1, 1, 16), torch.zeros(1, 1, 16), numbers[None, None])
+    attention = CachedAttention(dtype=dtype)
+    assert torch.equal(attention.prefill(qkv, native, [1])[0, 0], numbers)
+    # A score is the product of a query and a key: each key against 0, whose score is 0.
+    for number in numbers[numbers.abs() < 10]:
+        keys = torch.zeros(1, 2, 1)
+        keys[0, 0] = number
+        pair = QKV(torch.ones(1, 2, 1), keys, torch.tensor([[[1.0], [0.0]]]))
+        result = CachedAttention(dtype=dtype).prefill(pair, native, [2], scaling=1.0)[1, 0, 0]
+        torch.testing.assert_close(result, number.sigmoid())
+
+
+@both_attentions
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn], ids=str)
+def test_what_a_small_cache_cannot_hold_becomes_its_largest_number(dtype: torch.dtype, native: bool) -> None:
+    values = torch.tensor([1e6, -1e6, 1e30, torch.finfo(dtype).max])
+    qkv = QKV(torch.zeros(1, 1, 16), torch.zeros(1, 1, 16), values[None, None])
+    result = CachedAttention(dtype=dtype).prefill(qkv, native, [1])[0, 0]
+    assert torch.equal(result, torch.finfo(dtype).max * torch.tensor([1.0, -1.0, 1.0, 1.0]))
 
 
 @both_attentions
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_half_precision_model_gets_results_of_its_dtype(dtype: torch.dtype, native: bool) -> None:
     qkv = QKV.random(SMALL, 6).to(dtype)
-    # The kernel has no float16 cache: float16 models are for accelerators.
-    result = CachedAttention(dtype=torch.bfloat16 if native else None).prefill(qkv, native, [40, LENGTH])
+    result = CachedAttention().prefill(qkv, native, [40, LENGTH])
     assert result.dtype == dtype
     torch.testing.assert_close(result.float(), defined_attention(qkv), atol=0.1, rtol=0.02)
 
@@ -159,7 +191,7 @@ def test_neighbouring_slots_with_several_tokens_equal_each_slot_alone(options: d
 
 
 @pytest.mark.compiler
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, *SMALL_TYPES], ids=str)
 @pytest.mark.parametrize(
     "options",
     [{}, {"window": 13}, {"softcap": 5.0, "s_aux": sinks_of(SMALL)}],

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaCon
 
 from models.engine.batch import Batch
 from models.engine.engine import Engine
+from models.engine.kv_cache import DTYPES
 from models.engine.model_runner import ModelRunner
 from models.engine.sampling_params import SamplingParams
 from models.engine.scheduler import Placement
@@ -159,6 +160,25 @@ def test_a_cached_prefix_is_reused_and_changes_no_reply(native: bool) -> None:
     generate_one(engine, Sequence(asked[0], GREEDY, 20))
     assert generate_one(engine, next_turn) == expected
     assert next_turn.reused == len(asked[0]) + 19  # the last token of the reply was never computed
+
+
+@both_attentions
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+def test_in_a_cache_of_any_dtype_a_reply_does_not_depend_on_prefixes_chunks_or_slots(
+    llama: PreTrainedModel, dtype: torch.dtype, native: bool
+) -> None:
+    (history,) = prompts(60)
+    asked = [history + more for more in prompts(9, 12, 20)]
+
+    def new_engine(prefill_chunk: int = 32) -> Engine:
+        return make_engine(llama, 2, 128, prefill_chunk, native, dtype)
+
+    alone = [generate_one(new_engine(), Sequence(prompt, GREEDY, 12)) for prompt in asked]
+    sequences = [Sequence(prompt, GREEDY, 12) for prompt in asked]
+    engine = new_engine(prefill_chunk=16)
+    assert generate(engine, sequences, every=4) == alone
+    assert [sequence.reused for sequence in sequences] == [0, 60, 60]
+    assert {tensor.dtype for pair in engine.runner.cache.tensors for tensor in pair} == {dtype}
 
 
 def test_a_prefix_stays_cached_while_other_slots_are_free(llama: PreTrainedModel) -> None:
