@@ -405,6 +405,8 @@ def _convert(name: str, tensor: Tensor, config: Any, architecture: str) -> list[
         return [(name, torch.cat([part.reshape(-1, config.hidden_size) for part in (q, k, v)]))]
     if architecture == "gpt-oss":
         return _gpt_oss(name, tensor)
+    if architecture == "gemma4" and ".experts." in name:
+        return [(f"{name}.weight", tensor)]
     if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
         return _experts(name, tensor)
     if name.endswith("shared_mlp.input_linear.weight"):
