@@ -103,7 +103,9 @@ def _add(writer: GGUFWriter, key: str, value: Any) -> None:
 
 def _settings(model: PreTrainedModel, architecture: str) -> dict[str, Any]:
     """What the converter takes from the configuration of a model."""
-    config: Any = model.config
+    whole: Any = model.config
+    # The layers of Gemma 4 differ, and their configurations are apart.
+    config = whole.per_layer_config["sliding_attention"] if architecture == "gemma4" else whole
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     rope = getattr(config, "rope_parameters", None) or {}
@@ -133,6 +135,8 @@ def _settings(model: PreTrainedModel, architecture: str) -> dict[str, Any]:
         "rope.dimension_count": round(rope.get("partial_rotary_factor", 1.0) * head_dim) if rope else None,
         **eps,
     }
+    if architecture == "gemma4":
+        return values | _gemma4(config, whole.per_layer_config["full_attention"])
     return values | _scaling(rope, architecture) | _of_architecture(config, architecture)
 
 
@@ -242,6 +246,10 @@ def _of_architecture(config: Any, architecture: str) -> dict[str, Any]:
             "expert_used_count": getattr(config, "moe_topk", None),
             "expert_shared_count": 1,
         },
+        "minimax-m2": experts | {"expert_feed_forward_length": getattr(config, "intermediate_size", None)},
+        "deepseek2": _latent(config, deepseek) if architecture == "deepseek2" else {},
+        "qwen35": _linear_attention(config) if architecture == "qwen35" else {},
+        "qwen35moe": _linear_attention(config) | experts if architecture == "qwen35moe" else {},
         "mamba": {
             "attention.head_count": 0,
             "feed_forward_length": 0,
@@ -266,6 +274,58 @@ def _of_architecture(config: Any, architecture: str) -> dict[str, Any]:
     return table.get(architecture, {})
 
 
+def _latent(config: Any, experts: dict[str, Any]) -> dict[str, Any]:
+    rope = config.rope_parameters
+    return experts | {
+        "attention.head_count_kv": 1,
+        "attention.key_length": config.kv_lora_rank + config.qk_rope_head_dim,
+        "attention.value_length": config.kv_lora_rank,
+        "attention.key_length_mla": config.qk_nope_head_dim + config.qk_rope_head_dim,
+        "attention.value_length_mla": config.v_head_dim,
+        "attention.q_lora_rank": config.q_lora_rank,
+        "attention.kv_lora_rank": config.kv_lora_rank,
+        "rope.dimension_count": config.qk_rope_head_dim,
+        "rope.scaling.yarn_log_multiplier": rope["mscale_all_dim"] / 10 if "mscale_all_dim" in rope else None,
+        "expert_gating_func": 2 if config.model_type == "deepseek_v3" else None,
+    }
+
+
+def _linear_attention(config: Any) -> dict[str, Any]:
+    return {
+        "ssm.conv_kernel": config.linear_conv_kernel_dim,
+        "ssm.state_size": config.linear_key_head_dim,
+        "ssm.group_count": config.linear_num_key_heads,
+        "ssm.time_step_rank": config.linear_num_value_heads,
+        "ssm.inner_size": config.linear_value_head_dim * config.linear_num_value_heads,
+        "full_attention_interval": 4,
+        "rope.dimension_sections": [*config.rope_parameters["mrope_section"], 0],
+        "expert_shared_feed_forward_length": getattr(config, "shared_expert_intermediate_size", None),
+    }
+
+
+def _gemma4(config: Any, full: Any) -> dict[str, Any]:
+    """The configurations are those of layers with a sliding window, and of others."""
+    sliding = [kind == "sliding_attention" for kind in config.layer_types]
+    shared = config.num_hidden_layers - config.num_kv_shared_layers
+    widths = [config.intermediate_size * (1 if layer < shared else 2) for layer in range(config.num_hidden_layers)]
+    return {
+        "attention.key_length": full.head_dim,
+        "attention.value_length": full.head_dim,
+        "attention.key_length_swa": config.head_dim,
+        "attention.value_length_swa": config.head_dim,
+        "attention.head_count_kv": [(config if slides else full).num_key_value_heads for slides in sliding],
+        "attention.sliding_window": config.sliding_window,
+        "expert_count": config.num_experts,
+        "expert_feed_forward_length": config.moe_intermediate_size,
+        "attention.sliding_window_pattern": sliding,
+        "attention.shared_kv_layers": config.num_kv_shared_layers,
+        "embedding_length_per_layer_input": config.hidden_size_per_layer_input,
+        "feed_forward_length": widths if config.use_double_wide_mlp else config.intermediate_size,
+        "final_logit_softcapping": config.final_logit_softcapping,
+        "expert_used_count": config.top_k_experts,
+    }
+
+
 def _tensors(model: PreTrainedModel, architecture: str) -> Iterator[tuple[str, Tensor]]:
     """The tensors that the converter writes."""
     key = next(key for key, name in MODEL_ARCH_NAMES.items() if name == architecture)
@@ -276,10 +336,10 @@ def _tensors(model: PreTrainedModel, architecture: str) -> Iterator[tuple[str, T
             continue
         for part, values in _convert(name, tensor, config, architecture):
             part = part.removeprefix("transformer.") if architecture == "bloom" else part
-            stored = names.get_name(part, (".weight", ".bias"))
+            stored = names.get_name(part, (".weight", ".bias", ".scale"))
             assert stored, f"{part} has no name in a GGUF file of {architecture}"
             yield stored, values
-    yield from _rope_tensors(config)
+    yield from _rope_tensors(config.per_layer_config["full_attention"] if architecture == "gemma4" else config)
     if architecture == "stablelm" and config.qk_layernorm:
         for layer in range(config.num_hidden_layers):
             attention = model.get_submodule(f"model.layers.{layer}.self_attn")
@@ -294,6 +354,10 @@ def _rope_tensors(config: Any) -> Iterator[tuple[str, Tensor]]:
     if rope.get("rope_type") == "longrope":
         yield "rope_factors_long.weight", torch.tensor(rope["long_factor"])
         yield "rope_factors_short.weight", torch.tensor(rope["short_factor"])
+    full = rope.get("full_attention", {})
+    if full.get("rope_type") == "proportional":
+        rotated = int(config.head_dim * full["partial_rotary_factor"] / 2)
+        yield "rope_freqs.weight", torch.tensor([1.0] * rotated + [1e30] * (config.head_dim // 2 - rotated))
     if rope.get("rope_type") != "llama3":
         return
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -311,11 +375,22 @@ def _rope_tensors(config: Any) -> Iterator[tuple[str, Tensor]]:
 def _convert(name: str, tensor: Tensor, config: Any, architecture: str) -> list[tuple[str, Tensor]]:
     """The names and values that the converter makes of a parameter."""
     heads = config.num_attention_heads
-    groups = getattr(config, "num_key_value_heads", heads)
+    groups = heads if architecture == "gemma4" else getattr(config, "num_key_value_heads", heads)
     if architecture in PAIRS and re.search(r"[qk]_proj\.(weight|bias)$", name):
         count = heads if "q_proj" in name else groups
         halves = tensor.reshape(count, 2, tensor.shape[0] // count // 2, *tensor.shape[1:])
         return [(name, halves.swapaxes(1, 2).reshape(tensor.shape))]
+    if architecture.startswith("qwen35"):
+        return _gated_delta(name, tensor, config)
+    if architecture == "gemma4" and name.endswith(("layer_scalar", ".router.scale", "per_expert_scale")):
+        layer = f"blk.{name.split('.')[2]}"
+        stored = {"scalar": "layer_output_scale.weight", "router.scale": "ffn_gate_inp.scale"}
+        ending = next((ending for ending in stored if name.endswith(ending)), None)
+        return [(f"{layer}.{stored[ending] if ending else 'ffn_down_exps.scale'}", tensor)]
+    if name.endswith("kv_b_proj.weight"):
+        each = tensor.view(heads, -1, tensor.shape[-1])
+        keys, values = torch.split(each, [config.qk_nope_head_dim, config.v_head_dim], 1)
+        return [(name.replace("kv_b", "k_b"), keys.transpose(1, 2)), (name.replace("kv_b", "v_b"), values)]
     if architecture in ("gemma", "gemma2", "gemma3", "nemotron") and name.endswith("norm.weight"):
         return [(name, tensor + 1)]
     if architecture == "gpt2" and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
@@ -330,12 +405,10 @@ def _convert(name: str, tensor: Tensor, config: Any, architecture: str) -> list[
         return [(name, torch.cat([part.reshape(-1, config.hidden_size) for part in (q, k, v)]))]
     if architecture == "gpt-oss":
         return _gpt_oss(name, tensor)
-    if name.endswith("experts.gate_up_proj"):
-        gate, up = tensor.chunk(2, dim=-2)
-        parent = name.removesuffix("gate_up_proj").replace("block_sparse_moe", "mlp")
-        return [(f"{parent}gate_proj.weight", gate), (f"{parent}up_proj.weight", up)]
-    if name.endswith("experts.down_proj"):
-        return [(name.replace("block_sparse_moe", "mlp") + ".weight", tensor)]
+    if architecture == "gemma4" and ".experts." in name:
+        return [(f"{name}.weight", tensor)]
+    if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+        return _experts(name, tensor)
     if name.endswith("shared_mlp.input_linear.weight"):
         layer = name.split(".")[2]
         return list(
@@ -354,6 +427,44 @@ def _convert(name: str, tensor: Tensor, config: Any, architecture: str) -> list[
     if "act_fn" in name or (architecture == "stablelm" and "_layernorm.norms" in name):
         return []  # the numbers of activations are metadata; norms of heads are written together
     return [(name, tensor)]
+
+
+def _gated_delta(name: str, tensor: Tensor, config: Any) -> list[tuple[str, Tensor]]:
+    """Qwen 3.5: norms plus one, and the heads of values in turns over those of keys."""
+    keys, heads, width = config.linear_num_key_heads, config.linear_num_value_heads, config.linear_value_head_dim
+    before = 2 * keys * config.linear_key_head_dim
+
+    def in_turns(rows: Tensor, size: int) -> Tensor:
+        parts = rows.reshape(keys, heads // keys, size, *rows.shape[1:])
+        return parts.transpose(0, 1).reshape(rows.shape)
+
+    if ".linear_attn." not in name:
+        if name.endswith("norm.weight"):
+            return [(name, tensor + 1)]
+        return _experts(name, tensor) if ".experts." in name else [(name, tensor)]
+    if name.endswith("A_log"):
+        return [(name, -torch.exp(in_turns(tensor, 1)))]
+    if name.endswith("dt_bias"):
+        return [(f"blk.{name.split('.')[2]}.ssm_dt.bias", in_turns(tensor, 1))]
+    if name.endswith(("in_proj_a.weight", "in_proj_b.weight")):
+        return [(name, in_turns(tensor, 1))]
+    if name.endswith("in_proj_z.weight"):
+        return [(name, in_turns(tensor, width))]
+    if name.endswith("out_proj.weight"):
+        return [(name, in_turns(tensor.T, width).T)]
+    if name.endswith(("in_proj_qkv.weight", "conv1d.weight")):
+        rows = tensor.squeeze(1)
+        return [(name, torch.cat([rows[:before], in_turns(rows[before:], width)]))]
+    return [(name, tensor)]
+
+
+def _experts(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+    """The gates of experts are apart from what they gate."""
+    parent, _, matrix = name.replace("block_sparse_moe", "mlp").rpartition(".")
+    if matrix == "down_proj":
+        return [(f"{parent}.down_proj.weight", tensor)]
+    gate, up = tensor.chunk(2, dim=-2)
+    return [(f"{parent}.gate_proj.weight", gate), (f"{parent}.up_proj.weight", up)]
 
 
 def _gpt_oss(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:

@@ -15,7 +15,7 @@ from models.language.gguf.changes import Change
 from models.language.gguf.rope import rope_parameters, unscaled
 from models.language.gguf.settings import ModelSettings
 
-GATES = {1: "softmax", 2: "sigmoid"}  # expert_gating_func
+SIGMOID = 2  # expert_gating_func
 
 
 def _nothing(settings: ModelSettings) -> dict[str, Any]:
@@ -29,6 +29,7 @@ class Kind:
     model_type: str  # transformers'
     settings: Callable[[ModelSettings], dict[str, Any]] = _nothing  # beyond those in configuration.py
     changes: tuple[Change, ...] = ()  # how the converter changed the tensors
+    unused: str = ""  # tensors that the model does not need, or that a change reads, as an expression
 
 
 def _llama(settings: ModelSettings) -> dict[str, Any]:
@@ -92,6 +93,31 @@ def _deepseek_experts(settings: ModelSettings) -> dict[str, Any]:
     }
 
 
+def _deepseek2(settings: ModelSettings) -> dict[str, Any]:
+    """Latent attention: keys and values are made of one vector for all heads. V3 has sigmoid gates, V2 softmax."""
+    sigmoid = settings.get("expert_gating_func") == SIGMOID or settings.has("exp_probs_b.bias")
+    rotated = settings.need("rope.dimension_count")
+    keys = settings.get("attention.key_length_mla", settings.get("attention.key_length"))
+    multiplier = settings.get("rope.scaling.yarn_log_multiplier")
+    rope = rope_parameters(settings) | {"partial_rotary_factor": 1.0}
+    if rope["rope_type"] == "yarn":
+        rope.pop("attention_factor")  # it is in the scale of the scores
+        rope |= {"mscale": 10 * multiplier, "mscale_all_dim": 10 * multiplier} if multiplier else {}
+    groups = settings.get("expert_group_count", 1)
+    return _deepseek_experts(settings) | {
+        "model_type": "deepseek_v3" if sigmoid else "deepseek_v2",
+        "num_key_value_heads": settings.need("attention.head_count"),
+        "q_lora_rank": settings.get("attention.q_lora_rank"),
+        "kv_lora_rank": settings.need("attention.kv_lora_rank"),
+        "qk_rope_head_dim": rotated,
+        "qk_nope_head_dim": keys - rotated,
+        "v_head_dim": settings.get("attention.value_length_mla", settings.get("attention.value_length")),
+        "head_dim": rotated,
+        "topk_method": "group_limited_greedy" if groups > 1 else "greedy",
+        "rope_parameters": rope,
+    }
+
+
 def _dots1(settings: ModelSettings) -> dict[str, Any]:
     return _deepseek_experts(settings) | {"layer_types": ["full_attention"] * settings.layers}
 
@@ -112,6 +138,30 @@ def _ernie_moe(settings: ModelSettings) -> dict[str, Any]:
 
 def _hunyuan_moe(settings: ModelSettings) -> dict[str, Any]:
     return {"num_experts": settings.need("expert_count"), "moe_topk": settings.need("expert_used_count")}
+
+
+def _minimax(settings: ModelSettings) -> dict[str, Any]:
+    return _experts(settings) | {"intermediate_size": settings.need("expert_feed_forward_length")}
+
+
+def _qwen35(settings: ModelSettings) -> dict[str, Any]:
+    """Most layers have linear attention, with a state instead of keys and values."""
+    heads = settings.need("ssm.time_step_rank")
+    sections = [section for section in settings.each("rope.dimension_sections") or [11, 11, 10] if section]
+    return {
+        "full_attention_interval": settings.get("full_attention_interval", 4),
+        "linear_conv_kernel_dim": settings.need("ssm.conv_kernel"),
+        "linear_key_head_dim": settings.need("ssm.state_size"),
+        "linear_num_key_heads": settings.need("ssm.group_count"),
+        "linear_num_value_heads": heads,
+        "linear_value_head_dim": settings.need("ssm.inner_size") // heads,
+        "rope_parameters": rope_parameters(settings) | {"mrope_section": sections, "mrope_interleaved": True},
+    }
+
+
+def _qwen35moe(settings: ModelSettings) -> dict[str, Any]:
+    shared = {"shared_expert_intermediate_size": settings.need("expert_shared_feed_forward_length")}
+    return _qwen35(settings) | _experts(settings) | shared
 
 
 def _windows(settings: ModelSettings, period: int) -> dict[str, Any]:
@@ -153,6 +203,38 @@ def _two_ropes(settings: ModelSettings, base: float) -> dict[str, Any]:
     """Layers with a sliding window have a base of their own, and are not scaled."""
     local = settings.get("rope.freq_base_swa", base)
     return {"full_attention": rope_parameters(settings), "sliding_attention": unscaled(settings, local)}
+
+
+def _gemma4(settings: ModelSettings) -> dict[str, Any]:
+    """Layers with a window have heads of another width; the others rotate some dimensions, which factors tell."""
+    sliding = settings.each("attention.sliding_window_pattern") or []
+    heads = settings.each("attention.head_count_kv") or [settings.need("attention.head_count_kv")] * settings.layers
+    widths = settings.each("feed_forward_length") or [settings.need("feed_forward_length")]
+    factors = settings.tensor("rope_freqs.weight").values()
+    full = {"rope_type": "proportional", "partial_rotary_factor": (factors < 1e29).float().mean().item()}
+    embedding = settings.tensors.get("per_layer_token_embd.weight")
+    experts = settings.get("expert_count", 0)
+    return _windows(settings, 6) | {
+        "head_dim": settings.need("attention.key_length_swa"),
+        "global_head_dim": settings.need("attention.key_length"),
+        "num_key_value_heads": heads[sliding.index(True)],
+        "num_global_key_value_heads": heads[sliding.index(False)],
+        "intermediate_size": widths[0],
+        "use_double_wide_mlp": widths[-1] != widths[0],
+        "num_kv_shared_layers": settings.get("attention.shared_kv_layers", 0),
+        "hidden_size_per_layer_input": settings.get("embedding_length_per_layer_input", 0),
+        "vocab_size_per_layer_input": embedding.shape[0] if embedding else 0,
+        "attention_k_eq_v": f"blk.{sliding.index(False)}.attn_v.weight" not in settings.tensors,
+        "final_logit_softcapping": settings.get("final_logit_softcapping"),
+        "rope_parameters": {
+            "full_attention": full | {"rope_theta": settings.need("rope.freq_base")},
+            "sliding_attention": {"rope_type": "default", "rope_theta": settings.need("rope.freq_base_swa")},
+        },
+        "enable_moe_block": bool(experts),
+        "num_experts": experts or None,
+        "top_k_experts": settings.get("expert_used_count"),
+        "moe_intermediate_size": settings.get("expert_feed_forward_length"),
+    }
 
 
 def _phi3(settings: ModelSettings) -> dict[str, Any]:
@@ -329,6 +411,7 @@ ARCHITECTURES = {
     "cohere2": Kind("cohere2", _cohere2),
     "command-r": Kind("cohere", _cohere),
     "deci": Kind("llama", changes=(changes.pairs,)),
+    "deepseek2": Kind("deepseek_v2", _deepseek2, (changes.latent_values,), r"blk\.\d+\.attn_k_b\.weight"),
     "dots1": Kind("dots1", _dots1),
     "ernie4_5": Kind("ernie4_5", _ernie),
     "ernie4_5-moe": Kind("ernie4_5_moe", _ernie_moe, (changes.correction_matrix,)),
@@ -338,6 +421,7 @@ ARCHITECTURES = {
     "gemma": Kind("gemma", changes=(changes.norms_plus_one,)),
     "gemma2": Kind("gemma2", _gemma2, (changes.norms_plus_one,)),
     "gemma3": Kind("gemma3_text", _gemma3, (changes.norms_plus_one,)),
+    "gemma4": Kind("gemma4_text", _gemma4, unused=r"blk\.\d+\.attn_(k|v|k_norm)\.weight"),  # where layers share keys
     "glm4": Kind("glm4"),
     "glm4moe": Kind("glm4_moe", _deepseek_experts),
     "gpt-oss": Kind("gpt_oss", _gpt_oss_width, (changes.gpt_oss_experts,)),
@@ -352,6 +436,7 @@ ARCHITECTURES = {
     "llama": Kind("llama", _llama, (changes.pairs,)),
     "mamba": Kind("mamba", _mamba, (changes.convolution, changes.decay)),
     "minicpm": Kind("granite", _minicpm, (changes.pairs,)),
+    "minimax-m2": Kind("minimax_m2", _minimax),
     "mistral3": Kind("ministral3", _ministral3, (changes.pairs,)),
     "mpt": Kind("mpt", _mpt),
     "nemotron": Kind("nemotron", changes=(changes.norms_plus_one,)),
@@ -364,6 +449,8 @@ ARCHITECTURES = {
     "qwen2": Kind("qwen2"),
     "qwen2moe": Kind("qwen2_moe", _qwen2moe),
     "qwen3": Kind("qwen3"),
+    "qwen35": Kind("qwen3_5_text", _qwen35, changes.GATED_DELTA),
+    "qwen35moe": Kind("qwen3_5_moe_text", _qwen35moe, changes.GATED_DELTA),
     "qwen3moe": Kind("qwen3_moe", _qwen3moe),
     "seed_oss": Kind("seed_oss", _seed_oss),
     "smollm3": Kind("smollm3", changes=(changes.pairs,)),

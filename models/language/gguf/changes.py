@@ -96,6 +96,40 @@ def correction_matrix(name: str, source: Source | None, settings: ModelSettings)
     return replace(source, change=lambda values: values.view(1, -1))
 
 
+def latent_values(name: str, source: Source | None, settings: ModelSettings) -> Source | None:
+    """Newer files have apart what makes the keys, transposed, and what makes the values; the model has it by head."""
+    if source is not None or not name.endswith("kv_b_proj.weight"):
+        return source
+    layer = name.split(".")[2]
+    keys, values = (settings.tensor(f"blk.{layer}.attn_{letter}_b.weight") for letter in "kv")
+    return Source((values,), change=lambda made: torch.cat([keys.values().transpose(1, 2), made], 1).flatten(0, 1))
+
+
+def grouped_heads(name: str, source: Source | None, settings: ModelSettings) -> Source | None:
+    """Heads of values lie in turns over the heads of keys; the model has those of a head of keys together."""
+    if source is None or ".linear_attn." not in name:
+        return source
+    keys, width = settings.need("ssm.group_count"), settings.need("ssm.state_size")
+    heads, inner = settings.need("ssm.time_step_rank"), settings.need("ssm.inner_size")
+    by_head = torch.arange(heads).view(-1, keys).T.flatten()
+    by_value = torch.arange(inner).view(heads // keys, keys, -1).transpose(0, 1).flatten()
+    if name.endswith((".A_log", ".dt_bias", ".in_proj_a.weight", ".in_proj_b.weight")):
+        return source.take(by_head)
+    if name.endswith(".in_proj_z.weight"):
+        return source.take(by_value)
+    if name.endswith((".in_proj_qkv.weight", ".conv1d.weight")):
+        before = 2 * keys * width
+        return source.take(torch.cat([torch.arange(before), before + by_value]))
+    if name.endswith(".out_proj.weight"):
+        return replace(source, change=lambda values: values[:, by_value])
+    return source
+
+
+def norms_plus_one_but_the_gate(name: str, source: Source | None, settings: ModelSettings) -> Source | None:
+    """Norms are stored plus one, except those of linear attention."""
+    return source if ".linear_attn." in name else norms_plus_one(name, source, settings)
+
+
 def xielu(name: str, source: Source | None, settings: ModelSettings) -> Source | None:
     """The numbers of Apertus' activations are in the metadata, one for each layer."""
     before, found, field = name.partition(".act_fn.")
@@ -107,6 +141,9 @@ def xielu(name: str, source: Source | None, settings: ModelSettings) -> Source |
     number = numbers[int(before.split(".")[-2])] if isinstance(numbers, list) else numbers
     shape = (1,) if field.startswith("alpha") else ()
     return Source((), change=lambda values: torch.full(shape, number))
+
+
+GATED_DELTA = (norms_plus_one_but_the_gate, grouped_heads, convolution, decay)
 
 
 def _in_turns(rows: int) -> Tensor:

@@ -90,7 +90,9 @@ def _read_parts(path: Path) -> list[Header]:
         )
     paths = [path.with_name(f"{name['name']}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
     if missing := [part.name for part in paths if not part.is_file()]:
-        raise ModelError(f"{path} is one of {count} parts, and {', '.join(missing)} missing beside it: download all")
+        raise ModelError(
+            f"{path} is one of {count} parts, and beside it is no {', no '.join(missing)}: download all parts"
+        )
     parts = [header if part == path else read_header(part) for part in paths]
     for number, part in enumerate(parts):
         if (part.metadata.get("split.no"), part.metadata.get("split.count")) != (number, count):

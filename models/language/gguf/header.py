@@ -140,6 +140,8 @@ class _Reader:
         """The next value: a number, a bool, a string, or a list of these."""
         if kind == GGUFValueType.STRING:
             return self.string()
+        if kind == GGUFValueType.FLOAT32:  # 1e-05, not the double nearest to its bits, 9.999999747378752e-06
+            return float(str(numpy.frombuffer(self.take(4), "<f4")[0]))
         if kind != GGUFValueType.ARRAY:
             return self._numbers(DTYPES[kind], 1)[0]
         if depth == MAX_NESTING:

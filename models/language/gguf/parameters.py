@@ -25,8 +25,12 @@ JOINED = {  # parameters of transformers that are several tensors in the file, o
     "shared_mlp.input_linear.weight": ("ffn_gate_shexp.weight", "ffn_up_shexp.weight"),
     "e_score_correction_bias": ("exp_probs_b.bias",),
     "self_attn.sinks": ("attn_sinks.weight",),
+    "linear_attn.dt_bias": ("ssm_dt.bias",),
+    "layer_scalar": ("layer_output_scale.weight",),
+    "router.scale": ("ffn_gate_inp.scale",),
+    "router.per_expert_scale": ("ffn_down_exps.scale",),
 }
-EXTRAS = re.compile(r"rope_freqs\.weight|rope_factors_(long|short)\.weight|blk\.\d+\.rope_freqs\.weight")
+EXTRAS = r"(blk\.\d+\.)?rope_freqs\.weight|rope_factors_(long|short)\.weight"  # read for the configuration
 
 
 def find_sources(kind: Kind, settings: ModelSettings, model: PreTrainedModel) -> dict[str, Source]:
@@ -45,7 +49,7 @@ def find_sources(kind: Kind, settings: ModelSettings, model: PreTrainedModel) ->
         if source.change is None and source.shape != shape:
             raise ModelError(f"{settings.path} is broken: {stored} is {list(source.shape)}, not {list(shape)}")
         sources[name] = source
-    _check(sources, missing, settings)
+    _check(sources, missing, kind, settings)
     return sources | _frequencies(settings, model)
 
 
@@ -92,7 +96,7 @@ def _fused(stored: tuple[str, ...], settings: ModelSettings) -> Source | None:
     return Source((whole,), rows=torch.split(torch.arange(whole.shape[0]), sizes)["qkv".index(letter)])
 
 
-def _check(sources: dict[str, Source], missing: list[str], settings: ModelSettings) -> None:
+def _check(sources: dict[str, Source], missing: list[str], kind: Kind, settings: ModelSettings) -> None:
     """Raise ModelError if tensors are missing or left over."""
     if missing:
         raise ModelError(
@@ -100,10 +104,9 @@ def _check(sources: dict[str, Source], missing: list[str], settings: ModelSettin
             "of it again, with all its parts"
         )
     used = {part.name for source in sources.values() for part in source.parts}
-    further = re.compile(rf"blk\.({'|'.join(map(str, range(settings.layers, settings.need('block_count'))))})\..*")
-    extra = [
-        name for name in settings.tensors if name not in used and not EXTRAS.fullmatch(name) and not further.match(name)
-    ]
+    further = "|".join(map(str, range(settings.layers, settings.need("block_count")))) or "none"
+    known = re.compile(rf"{EXTRAS}|blk\.({further})\..*|{kind.unused}")
+    extra = [name for name in settings.tensors if name not in used and not known.fullmatch(name)]
     if extra:
         raise settings.unsupported(f"{len(extra)} of its tensors have no place in the model, first {extra[0]}")
 
@@ -115,6 +118,8 @@ def _frequencies(settings: ModelSettings, model: PreTrainedModel) -> dict[str, S
         return {}
     buffers = [name for name, _ in model.named_buffers() if name.endswith("rotary_emb.inv_freq")]
     rope = model.config.rope_parameters
+    if rope.get("full_attention", {}).get("rope_type") == "proportional":
+        return {}  # the configuration says which dimensions are rotated
     if len(buffers) != 1 or rope.get("rope_type") != "default":
         raise settings.unsupported("its rotary positions are scaled in two ways")
     return {buffers[0]: Source((factors,), change=lambda values: divided_frequencies(values, rope["rope_theta"]))}

@@ -37,7 +37,8 @@ class Vocabulary:
             raise ModelError(f"{path} has no tokenizer: get another file of the model")
         self.kinds: list[int] = self.get("token_type", [TokenType.NORMAL] * len(self.tokens))
         self.stops = named_stop_tokens(self.tokens)
-        self.ids = {token: index for index, token in enumerate(self.tokens) if token}
+        pairs = list(enumerate(self.tokens))
+        self.ids = {token: index for index, token in reversed(pairs) if token}  # of two of a name, the first counts
         if len(self.kinds) < len(self.tokens):
             raise ModelError(f"{path} is broken: it has {len(self.tokens)} tokens, and {len(self.kinds)} have a type")
 

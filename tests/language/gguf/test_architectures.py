@@ -39,6 +39,38 @@ LONG = {
     "attention_factor": 1.19,
 }
 
+LATENT = EXPERTS | {
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "num_key_value_heads": 4,
+    "n_group": 1,
+    "topk_group": 1,
+}
+LATENT_YARN = YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}
+GATED_DELTA = {
+    "head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 16,
+    "rope_parameters": PARTIAL["rope_parameters"] | {"mrope_section": [4, 2, 2], "mrope_interleaved": True},
+}
+GEMMA4 = {
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "sliding_window": 6,
+    "tie_word_embeddings": True,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1000000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+}
+
 # architecture of the file, transformers' type, its configuration, further metadata
 CASES: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
     ("llama", "llama", DIM16, {}),
@@ -239,6 +271,48 @@ CASES: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
             "use_qk_norm": True,
             "attention_bias": True,
             "routed_scaling_factor": 1.5,
+        },
+        {},
+    ),
+    ("deepseek2", "deepseek_v2", LATENT | {"q_lora_rank": None, "topk_method": "greedy"}, {}),
+    (
+        "deepseek2",
+        "deepseek_v2",
+        LATENT | {"q_lora_rank": 24, "topk_method": "greedy", "rope_parameters": LATENT_YARN},
+        {},
+    ),
+    ("deepseek2", "deepseek_v3", LATENT | {"q_lora_rank": 24, "n_group": 2, "norm_topk_prob": True}, {}),
+    ("minimax-m2", "minimax_m2", PARTIAL | {"head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2}, {}),
+    ("qwen35", "qwen3_5_text", FOUR | GATED_DELTA, {}),
+    ("qwen35moe", "qwen3_5_moe_text", FOUR | GATED_DELTA | EXPERTS | {"shared_expert_intermediate_size": 48}, {}),
+    (
+        "gemma4",
+        "gemma4_text",
+        GEMMA4
+        | {
+            "num_hidden_layers": 6,
+            "layer_types": SLIDING[1:] * 2,
+            "hidden_size_per_layer_input": 16,
+            "vocab_size_per_layer_input": 96,
+            "num_kv_shared_layers": 2,
+            "use_double_wide_mlp": True,
+        },
+        {},
+    ),
+    (
+        "gemma4",
+        "gemma4_text",
+        GEMMA4
+        | EXPERTS
+        | {
+            "num_hidden_layers": 3,
+            "layer_types": SLIDING[1:],
+            "hidden_size_per_layer_input": 0,
+            "num_global_key_value_heads": 1,
+            "attention_k_eq_v": True,
+            "enable_moe_block": True,
+            "top_k_experts": 2,
+            "final_logit_softcapping": 3.0,
         },
         {},
     ),
