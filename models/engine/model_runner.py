@@ -16,6 +16,7 @@ from models.engine.attention import ATTENTION, STEP, AttentionMetadata, Span
 from models.engine.batch import Batch
 from models.engine.compilation import Program, compile_program
 from models.engine.kv_cache import KVCache
+from models.engine.long_rope import choose_frequencies
 from models.engine.native import build
 from models.engine.quantization import QuantizedLinear
 from models.engine.scheduler import Chunk, Placement
@@ -76,6 +77,7 @@ class ModelRunner:
         self.quantized = any(isinstance(module, QuantizedLinear) for module in model.modules())
         self.cache = KVCache(slots, context, cache_dtype or self._cache_dtype())
         self.program: Program | None = None  # computes what `forward` computes, once it is compiled
+        choose_frequencies(model, context)
         self.forward = Forward(model, self.native)
         self.logits_size = self._replace_attention()
         embeddings = cast(nn.Embedding, model.get_input_embeddings())

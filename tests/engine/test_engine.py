@@ -446,21 +446,26 @@ def test_learned_positions_reach_the_whole_context_beside_an_idle_slot() -> None
     assert reply == expected
 
 
-def test_an_idle_slot_does_not_change_the_rope_of_others() -> None:
+def longrope_llama(short: float, long: float) -> PreTrainedModel:
+    """A Llama whose frequencies are divided by one factor up to 64 tokens, and by another one beyond."""
     rope = {
         "rope_type": "longrope",
         "rope_theta": 10000.0,
         "factor": 2.0,
         "original_max_position_embeddings": 64,
-        "short_factor": [1.0] * 8,
-        "long_factor": [9.0] * 8,
+        "short_factor": [short] * 8,
+        "long_factor": [long] * 8,
     }
-    model = tiny_model(LlamaConfig(**SHAPE | {"max_position_embeddings": 128, "rope_parameters": rope}))
-    short, long = prompts(4, 30)
-    expected = reference(model, long, 20)
-    engine = make_engine(model, slots=2, context=64)
-    _, reply = generate(engine, [Sequence(short, GREEDY, 2), Sequence(long, GREEDY, 20)])
-    assert reply == expected
+    return tiny_model(LlamaConfig(**SHAPE | {"max_position_embeddings": 128, "rope_parameters": rope}))
+
+
+@pytest.mark.parametrize(("context", "factor"), [(64, 1.0), (128, 9.0)], ids=["short", "long"])
+def test_the_context_alone_chooses_the_frequencies_of_longrope(context: int, factor: float) -> None:
+    asked = prompts(4, 30, context - 20)
+    expected = [reference(longrope_llama(factor, factor), prompt, 20) for prompt in asked]
+    engine = make_engine(longrope_llama(1.0, 9.0), slots=3, context=context)
+    # Some are alone, some beside a longer one, and some behind the end of one.
+    assert generate(engine, [Sequence(prompt, GREEDY, 20) for prompt in asked], every=6) == expected
 
 
 @both_attentions

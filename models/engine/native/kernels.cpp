@@ -226,7 +226,7 @@ void attention_of(const at::Tensor& query, const at::Tensor& key, const at::Tens
         from = new_values + head * value_step[1] + token * value_step[2];
         for (int64_t i = 0; i < width; i++) to[i] = rounded<T>(from[i * value_step[3]]);
       }
-    std::vector<float> scores(TILE * length), rows(TILE * shape.size), result(TILE * shape.value_size);
+    std::vector<float> scores(TILE * shape.stride), rows(TILE * shape.size), result(TILE * shape.value_size);
 #pragma omp for schedule(dynamic)
     for (int64_t item = 0; item < (int64_t)runs.size() * key_heads; item++) {
       const Run run = runs[item / key_heads];
@@ -299,10 +299,12 @@ at::Tensor attention(const at::Tensor& query, const at::Tensor& key, const at::T
                      const std::optional<at::Tensor>& sinks, double scale, double softcap, int64_t window) {
   check_attention(query, key, value, keys, values, slots, positions, sinks);
   auto out = at::empty({1, query.size(2), query.size(1), value.size(3)}, query.options());
-  const Shape shape = {query.size(1) / key.size(1), query.size(3), values.size(3), window, values.size(2),
+  const int64_t *position = positions.const_data_ptr<int64_t>(), tokens = positions.numel();
+  const int64_t longest = tokens ? *std::max_element(position, position + tokens) / LANES * LANES + LANES : 0;
+  const Shape shape = {query.size(1) / key.size(1), query.size(3), values.size(3), window, longest,
                        (float)scale, (float)softcap};
   const auto run = attention_over(keys.scalar_type());
-  run(query, key, value, keys, values, slots.const_data_ptr<int64_t>(), positions.const_data_ptr<int64_t>(),
+  run(query, key, value, keys, values, slots.const_data_ptr<int64_t>(), position,
       sinks ? sinks->const_data_ptr<float>() : nullptr, shape, out);
   return out;
 }
