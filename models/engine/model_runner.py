@@ -17,9 +17,13 @@ from models.engine.compilation import Program, compile_program
 from models.engine.kv_cache import KVCache
 from models.engine.native import build
 from models.engine.quantization import Int8Linear
+from models.engine.recurrent_layer import replace_recurrent_layers
 from models.engine.scheduler import Chunk, Placement
+from models.engine.state_cache import StateCache
 from models.engine.subprocesses import Subprocesses
-from models.errors import UnsupportedModelError
+from models.errors import CompilationError, UnsupportedModelError
+
+RECURRENT_TYPES = {"linear_attention", "conv", "hybrid", "hybrid_sliding", "moe", "mlp"}  # in a model's `layer_types`
 
 
 class Forward(nn.Module):
@@ -64,6 +68,8 @@ class ModelRunner:
         self.native = native and build.loaded_library() is not None and self.device.type == "cpu"
         self.quantized = any(isinstance(module, Int8Linear) for module in model.modules())
         self.cache = KVCache(slots, context, self._cache_dtype())
+        self.states = StateCache(self.cache)
+        replace_recurrent_layers(model, self.states)
         self.program: Program | None = None  # computes what `forward` computes, once it is compiled
         self.forward = Forward(model, self.native)
         self.logits_size = self._replace_attention()
@@ -81,12 +87,13 @@ class ModelRunner:
     @torch.inference_mode()
     def run_batch(self, batch: Batch, attach_to: KVCache | None = None) -> Tensor:
         """Like `run`, for a given batch."""
-        if len(batch.ids) == 1:  # a single token would need its own program
+        if len(batch.ids) == 1 and not self.states:  # a single token would need its own program
             batch.add(self.cache.padding_slot, [0], 0)
         inputs = self._inputs(batch)
         if self.program:
             return self.program(*inputs)
-        logits: Tensor = self.forward(*inputs, tuple(batch.spans), attach_to)
+        with self.states.step(batch):
+            logits: Tensor = self.forward(*inputs, tuple(batch.spans), attach_to)
         return logits
 
     @torch.inference_mode()
@@ -94,6 +101,7 @@ class ModelRunner:
         """Prepare a slot for a prompt: copy the prefix that another slot holds; for torch, clear stale positions."""
         if placement.length and placement.slot != placement.source:
             self.cache.copy(placement.source, placement.slot, placement.length)
+            self.states.copy(placement.source, placement.slot, placement.length)
         if not self.native:
             self.cache.clear(placement.slot, placement.length, placement.stale)
 
@@ -113,8 +121,10 @@ class ModelRunner:
         """Compile the model and use the program from then on; `cache` is the folder for programs.
 
         Call it in another thread than the one that steps, which goes on meanwhile. Raises the errors of
-        `compile_program`.
+        `compile_program`; CompilationError too if the model has recurrent layers.
         """
+        if self.states:
+            raise CompilationError("it has recurrent layers, which compute one sequence after another")
         inputs, tokens, sequences = self._inputs(self._probe_batch()), Dim("tokens", min=2), Dim("sequences", min=1)
         sizes = (tokens, tokens, tokens, sequences)
         self.program = compile_program(self.forward, inputs, sizes, repr(self.model.config), cache, subprocesses)
@@ -142,7 +152,8 @@ class ModelRunner:
     def _replace_attention(self) -> int:
         """Make the model's attention use the slots, and compare it with the original. Returns the logits' size."""
         layer_types = set(getattr(self.model.config.get_text_config(), "layer_types", None) or ())
-        if unknown := layer_types - {"full_attention", "sliding_attention"}:
+        known = {"full_attention", "sliding_attention"} | (RECURRENT_TYPES if self.states else set())
+        if unknown := layer_types - known:
             raise UnsupportedModelError(f"it has {', '.join(sorted(unknown))}")
         prompt = [(7 * i + 1) % 97 for i in range(min(12, self.context))]
         self.model.set_attn_implementation("eager")
@@ -155,7 +166,7 @@ class ModelRunner:
                 f"its forward does not take what an attention function needs ({error})"
             ) from error
         difference = (logits[0] - expected).abs().max() / expected.abs().max()
-        if not self.cache.modules or not difference < 0.05:
+        if not (self.cache.modules or self.states) or not difference < 0.05:
             raise UnsupportedModelError("its attention does not go through transformers' attention interface")
         return logits.shape[-1]
 
