@@ -89,11 +89,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "zaya": EXPERTS | {"layer_types": ["hybrid"] * 3, "num_experts_per_tok": 1, "router_hidden_size": 16},
 }
+OTHERS: dict[str, dict[str, Any]] = {  # families whose layers keep states in ways of their own
+    "minimax": EXPERTS | {"block_size": 8},
+    "recurrent_gemma": {"lru_width": 64, "attention_window_size": 16},
+    "rwkv": {},
+    "xlstm": {"num_heads": 4, "num_blocks": 3, "chunk_size": 8, "autocast_kernel_dtype": "float32"},
+}
 
 
 def tiny_recurrent(family: str) -> PreTrainedModel:
     """A model whose states remember: they would hardly change any token if they faded at once."""
-    config = AutoConfig.for_model(family, **SHAPE | FAMILIES[family])
+    config = AutoConfig.for_model(family, **SHAPE | (FAMILIES | OTHERS)[family])
     model = tiny_model(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
