@@ -90,7 +90,7 @@ class RecurrentLayer(nn.Module):
             tokens = [_map(part, (1, run.count), itemgetter((slice(None), [i]))) for i in range(run.count)]
             output = _join([self._call(token, memory) for token in tokens])
         if not self.states:
-            self._attach(part, memory.states)
+            self._attach(_map(part, (run.rows, run.count), _noise_like), memory.states)
         for name, state in memory.states.items():
             self.states[name][run.write] = state
         return _map(output, (run.rows, run.count), lambda tensor: tensor.flatten(0, 1)[None])
@@ -107,7 +107,7 @@ class RecurrentLayer(nn.Module):
         self.continues = all(self._depends_on(name, arguments, states) for name in states)
 
     def _depends_on(self, name: tuple[str, int], arguments: dict[str, Any], states: States) -> bool:
-        """Whether the output for several tokens depends on a state before them: Mamba 1 ignores it."""
+        """Whether the output for several tokens, of any numbers, depends on a state before them: Mamba 1 ignores it."""
         copies: list[States] = [{key: state.clone() for key, state in states.items()} for _ in range(2)]
         copies[1][name] = -1 - copies[1][name]
         outputs = [self._call(arguments, Memory(copy)) for copy in copies]
@@ -125,10 +125,15 @@ def replace_recurrent_layers(model: nn.Module, cache: StateCache) -> None:
             replace_recurrent_layers(child, cache)
 
 
+def has_recurrent_layers(model: nn.Module) -> bool:
+    """Whether a model has layers that `replace_recurrent_layers` would replace, or has replaced."""
+    return any(isinstance(module, RecurrentLayer) or _keeps_state(type(module)) for module in model.modules())
+
+
 def _keeps_state(kind: type[nn.Module]) -> bool:
-    """Whether a class has a method that writes states to a cache."""
-    methods = [inspect.unwrap(method) for _, method in inspect.getmembers(kind, inspect.isfunction)]
-    return any(not WRITERS.isdisjoint(method.__code__.co_names) for method in methods)
+    """Whether a class, or one that it inherits from, has a method that writes states to a cache."""
+    methods = [method for base in kind.__mro__ for method in vars(base).values() if inspect.isfunction(method)]
+    return any(not WRITERS.isdisjoint(inspect.unwrap(method).__code__.co_names) for method in methods)
 
 
 def _map(value: Any, sizes: tuple[int, int], function: Callable[[Tensor], Tensor]) -> Any:
@@ -138,6 +143,12 @@ def _map(value: Any, sizes: tuple[int, int], function: Callable[[Tensor], Tensor
     if isinstance(value, dict):
         return {key: _map(item, sizes, function) for key, item in value.items()}
     return tuple(_map(item, sizes, function) for item in value) if isinstance(value, tuple) else value
+
+
+def _noise_like(tensor: Tensor) -> Tensor:
+    """Random numbers, the same ones in each call, in the place of activations; token ids stay."""
+    numbers = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0))
+    return numbers.to(tensor) if tensor.is_floating_point() else tensor
 
 
 def _join(outputs: list[Any]) -> Any:

@@ -2,11 +2,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import Mamba2ForCausalLM
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
+from models.engine.architecture import check_architecture
 from models.engine.engine import Engine
 from models.engine.recovery import StepRecovery
 from models.engine.recurrent_layer import RecurrentLayer
@@ -136,11 +140,52 @@ def test_a_layer_that_ignores_a_state_before_several_tokens_gets_them_one_by_one
     assert {layer.continues for layer in recurrent_layers(engine.runner.model)} == {at_once}
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_start_check_accepts_a_family_that_is_right(family: str) -> None:
+    check_architecture(tiny_recurrent(family))
+
+
 @pytest.mark.parametrize("family", OTHERS)
 def test_a_family_that_keeps_states_in_a_way_of_its_own_is_refused(family: str) -> None:
     with pytest.raises(UnsupportedModelError, match="cannot run on this engine") as refusal:
-        make_engine(tiny_recurrent(family), slots=2, context=64)
+        check_architecture(tiny_recurrent(family))
     assert "\n" not in str(refusal.value)
+
+
+class FadingMixer(Mamba2Mixer):
+    """Loses a part of its state before several tokens."""
+
+    fades_before_several = True
+
+    def forward(self, hidden_states: Tensor, cache_params: Any = None, **kwargs: Any) -> Any:
+        state = None if cache_params is None else cache_params.get_recurrent_state(self.layer_idx)
+        if state is not None and (hidden_states.shape[1] > 1) == self.fades_before_several:
+            state.mul_(0.9)
+        return super().forward(hidden_states, cache_params=cache_params, **kwargs)
+
+
+class FadingMixerOfSingleTokens(FadingMixer):
+    """Loses a part of its state before a single token."""
+
+    fades_before_several = False
+
+
+class FadingMamba2(Mamba2ForCausalLM):  # type: ignore[no-untyped-call]
+    def __init__(self, config: Any, mixer: type[Mamba2Mixer] = FadingMixer) -> None:
+        super().__init__(config)
+        for index, block in enumerate(self.backbone.layers):
+            block.mixer = mixer(config, index)
+
+
+class FadingMamba2OfSingleTokens(FadingMamba2):  # type: ignore[no-untyped-call]
+    def __init__(self, config: Any) -> None:
+        super().__init__(config, FadingMixerOfSingleTokens)
+
+
+@pytest.mark.parametrize("kind", [FadingMamba2, FadingMamba2OfSingleTokens])
+def test_the_start_check_refuses_a_layer_that_does_not_continue_from_its_state(kind: type[FadingMamba2]) -> None:
+    with pytest.raises(UnsupportedModelError, match="their own sequence"):
+        check_architecture(kind(tiny_recurrent("mamba2").config))
 
 
 def test_a_model_with_recurrent_layers_is_not_compiled(tmp_path: Path) -> None:
