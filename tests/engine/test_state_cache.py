@@ -79,9 +79,12 @@ def test_a_step_that_failed_can_be_tried_again() -> None:
 def test_a_state_of_a_failed_step_is_never_read() -> None:
     cache = new_cache()
     read(cache, (0, 0, 5))
-    fail(cache, (0, 5, 2))
-    with pytest.raises(AssertionError), cache.step(batch_of((0, 7, 1))):
-        pass
+    read(cache, (0, 5, 1))
+    fail(cache, (0, 6, 2))  # in the place of the first state
+    for length in (5, 8):
+        with pytest.raises(AssertionError), cache.step(batch_of((0, length, 1))):
+            pass
+    assert read(cache, (0, 6, 1)) == [[6]]
 
 
 def test_a_new_sequence_leaves_no_state_of_the_one_before() -> None:
