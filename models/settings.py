@@ -173,7 +173,7 @@ RULES: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "trust_remote_code": ("true or false", _switch),
     "device": ("auto, cpu, cuda, cuda:N, mps or xpu", _choice(r"auto|cpu|(cuda|xpu)(:\d+)?|mps")),
     "dtype": ("auto, float32, bfloat16 or float16", _choice("auto|float32|bfloat16|float16")),
-    "quantize": ("auto, none or int8", _choice("auto|none|int8")),
+    "quantize": ("auto, none, int8 or int4", _choice("auto|none|int8|int4")),
     "kv_cache": (
         "auto, float32, bfloat16, float16 or float8",
         _choice("auto|float32|bfloat16|float16|float8"),

@@ -17,7 +17,7 @@ from models.engine.batch import Batch
 from models.engine.compilation import Program, compile_program
 from models.engine.kv_cache import KVCache
 from models.engine.native import build
-from models.engine.quantization import Int8Linear
+from models.engine.quantization import QuantizedLinear
 from models.engine.recurrent_layer import replace_recurrent_layers
 from models.engine.scheduler import Chunk, Placement
 from models.engine.state_cache import StateCache
@@ -75,15 +75,15 @@ class ModelRunner:
         self.device = model.device
         self.context = context
         self.native = native and build.loaded_library() is not None and self.device.type == "cpu"
-        self.quantized = any(isinstance(module, Int8Linear) for module in model.modules())
+        self.quantized = any(isinstance(module, QuantizedLinear) for module in model.modules())
         self.cache = KVCache(slots, context, cache_dtype or self._cache_dtype())
         self.states = StateCache(self.cache)
         replace_recurrent_layers(model, self.states)
         self.program: Program | None = None  # computes what `forward` computes, once it is compiled
         self.forward = Forward(model, self.native)
         self.logits_size = self._replace_attention()
-        embeddings = cast(Tensor, model.get_input_embeddings().weight)
-        self.vocabulary = min(self.logits_size, len(embeddings))
+        embeddings = cast(nn.Embedding, model.get_input_embeddings())
+        self.vocabulary = min(self.logits_size, embeddings.num_embeddings)
 
     @property
     def slots(self) -> int:

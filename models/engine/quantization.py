@@ -1,146 +1,186 @@
-"""int8 linear layers: they read a quarter of the bytes for each token, and their sums are exact."""
+"""Linears, embeddings and experts whose weights stay quantized: a step reads a quarter of the bytes, or an eighth.
+
+Runs on a CPU with our kernels. Activations are rounded to one byte, with a scale for each group of 32. Each row is
+computed alone, so its bits do not depend on the other rows of a batch.
+"""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.pytorch_utils import Conv1D
 
 from models.engine.native import build
-from models.engine.native.build import LANES
+from models.engine.quantized_weight import GROUP, QuantizedWeight
 
-logger = logging.getLogger("parley")
+EXPERTS = "parley_experts"  # the name in transformers' registry
+EXPERT_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 
 
-class Int8Linear(nn.Module):
-    """One or more linears of the same input. Weights are int8 with a scale for each output.
+class QuantizedLinear(nn.Module):
+    """One or more linears of the same input, computed as one, with their results one after the other."""
 
-    Activations have 15 bits in two bytes, and a scale for each row. One byte costs 4% of perplexity, since outliers
-    leave few steps for the rest of a row; two bytes cost 0.4%. With few rows, the second byte is almost free: most of
-    the time goes into reading weights. Sums are exact in int32 for up to 60,000 inputs, so the bits of a row do not
-    depend on the other rows of a batch. Runs on a CPU with our kernels.
-    """
-
-    def __init__(self, *linears: nn.Linear) -> None:
+    def __init__(self, weights: list[QuantizedWeight], bias: Tensor | None = None) -> None:
         super().__init__()
-        self.outputs, inputs = sum(linear.out_features for linear in linears), linears[0].in_features
-        blocks = -(-self.outputs // LANES)
-        self.weight = nn.Buffer(torch.zeros(blocks, inputs // 4, LANES, 4, dtype=torch.uint8))
-        self.scale = nn.Buffer(torch.ones(blocks * LANES))
-        self.bias = nn.Buffer(torch.zeros(blocks * LANES))
-        start = 0
-        for linear in linears:
-            for rows in torch.split(linear.weight.detach(), 1024):  # a float32 copy of a whole head is large
-                here = torch.arange(start, start + len(rows))
-                self.scale[here] = rows.float().abs().amax(1).clamp(min=1e-12) / 127
-                rounded = (rows.float() / self.scale[here, None]).round().to(torch.int8).view(-1, inputs // 4, 4)
-                # The kernel takes weights as unsigned bytes, with 128 added.
-                self.weight[here // LANES, :, here % LANES] = rounded.view(torch.uint8).bitwise_xor(128)
-                start += len(rows)
-            if linear.bias is not None:
-                self.bias[start - linear.out_features : start] = linear.bias.detach()
+        self.weights = nn.ModuleList(weights)
+        self.formats = [int(weight.format) for weight in weights]
+        self.sizes = [weight.outputs for weight in weights]
+        self.bias = None if bias is None else nn.Buffer(bias.detach().float())
+
+    @classmethod
+    def joined(cls, linears: list[QuantizedLinear]) -> QuantizedLinear:
+        """Linears of the same input as one."""
+        biases = [torch.zeros(sum(each.sizes)) if each.bias is None else each.bias for each in linears]
+        has_bias = any(linear.bias is not None for linear in linears)
+        weights = [weight for linear in linears for weight in linear.weights]
+        return cls(weights, torch.cat(biases) if has_bias else None)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).float().contiguous()
-        result: Tensor = torch.ops.parley.int8_linear(rows, self.weight, self.scale, self.bias, self.outputs)
-        return result.to(x.dtype).view(*x.shape[:-1], self.outputs)
+        panels = [weight.panels for weight in self.weights]
+        result: Tensor = torch.ops.parley.linear(rows, panels, self.bias, self.formats, self.sizes)
+        return result.to(x.dtype).view(*x.shape[:-1], result.shape[-1])
 
 
-@dataclass(eq=False)
-class JoinedLinears:
-    """Several linears that are computed as one. `result` is kept until each has taken its part."""
+class QuantizedEmbedding(nn.Module):
+    """An embedding that unpacks the rows it is asked for. `scale` multiplies them, as Gemma's embedding does."""
 
-    joined: Int8Linear
-    sizes: list[int]
-    result: Tensor | None = None
-
-
-class LinearPart(nn.Module):
-    """One of several linears that read the same tensor one after the other: the first computes for all.
-
-    Queries, keys and values are joined, and gates with ups. The linears of a step take 3.5 ms instead of 4.9; for 32
-    rows, 11 ms instead of 14.5.
-    """
-
-    def __init__(self, linears: JoinedLinears, index: int) -> None:
+    def __init__(self, weight: QuantizedWeight, scale: float | None = None) -> None:
         super().__init__()
-        self.linears = linears
-        self.first = index == 0
-        self.last = index == len(linears.sizes) - 1
-        self.start = sum(linears.sizes[:index])
-        self.end = self.start + linears.sizes[index]
-        self.joined = linears.joined if self.first else None  # its tensors belong to one module only
+        self.weight = weight
+        self.num_embeddings, self.embedding_dim = weight.outputs, weight.inputs
+        self.scale = scale
 
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.joined(x) if self.joined is not None else self.linears.result  # type: ignore[assignment]
-        self.linears.result = None if self.last else result
-        return result[..., self.start : self.end]
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = self.weight.rows(ids.flatten())
+        rows = rows if self.scale is None else rows * self.scale
+        return rows.view(*ids.shape, self.embedding_dim)
 
 
-def quantize(model: nn.Module, run: Callable[[], Any]) -> None:
-    """Replace the linears of a model with int8 ones, in place. The log names those that cannot be replaced.
+def quantized_experts(experts: nn.Module, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
+    """An experts function of transformers' `ExpertsInterface`, over quantized weights.
 
-    `run` runs the model once on any input, to find out which linears read the same tensor.
+    x is (tokens, hidden), `chosen` (tokens, choices), `shares` the same; the result is (tokens, hidden).
     """
-    kept = {name for name, module in model.named_modules() if _is_subclass_of_linear(module)}
-    groups = _groups(model, run)
-    for group in groups:
-        (_, _, first), *rest = group
-        if first.in_features % 4 or first.weight.device.type != "cpu":
-            kept |= {name for _, name, _ in group}
-        elif not rest:
-            setattr(group[0][0], group[0][1], Int8Linear(first))
+    name = "gate_up_proj" if experts.has_gate else "up_proj"
+    inner = _of_experts(experts, name, x, chosen)  # (tokens, choices, 2 * intermediate)
+    inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)  # type: ignore[operator]
+    outer = _of_experts(experts, "down_proj", inner.flatten(0, 1), chosen.view(-1, 1)).view(*chosen.shape, -1)
+    if experts.has_post_expert_norm:
+        outer = experts.post_expert_norm(outer)  # type: ignore[operator]
+    return (outer * shares.unsqueeze(-1)).sum(1).to(x.dtype)
+
+
+ALL_EXPERTS_FUNCTIONS.register(EXPERTS, quantized_experts)
+
+
+def _of_experts(experts: nn.Module, name: str, x: Tensor, chosen: Tensor) -> Tensor:
+    """The linears of the chosen experts, (tokens, choices, outputs)."""
+    weight: QuantizedWeight = getattr(experts, name)
+    bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
+    result: Tensor = torch.ops.parley.linear_of_experts(
+        x.float().contiguous(), chosen.contiguous(), weight.panels, bias, int(weight.format), weight.outputs
+    )
+    return result.to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A parameter that can be quantized, in its module.
+
+    `transposed` is whether its inputs come first, `is_outer` whether it is an embedding or the head.
+    """
+
+    module: nn.Module
+    parameter: str
+    transposed: bool = False
+    is_outer: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """([experts,] outputs, inputs)."""
+        return tuple(self.oriented(self.module.get_parameter(self.parameter)).shape)
+
+    @property
+    def fits(self) -> bool:
+        """Whether our layout can hold the weight: inputs, and outputs of experts, come in groups."""
+        *experts, outputs, inputs = self.shape
+        return inputs % GROUP == 0 and (not experts or outputs % GROUP == 0)
+
+    def oriented(self, weight: Tensor) -> Tensor:
+        """The weight with the inputs last."""
+        return weight.transpose(-1, -2) if self.transposed else weight
+
+
+def quantizable(model: PreTrainedModel) -> dict[str, Place]:
+    """The parameters of a model, maybe without data, that can be quantized, by name."""
+    found: dict[str, Place] = {}
+    outer = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[no-untyped-call]
+    for path, module in model.named_modules():
+        places = list(_places(module, module in outer))
+        if all(place.fits for place in places):  # of all weights of experts or of none
+            found |= {f"{path}.{place.parameter}": place for place in places}
+    return found
+
+
+def put_quantized(model: PreTrainedModel, weights: Mapping[str, QuantizedWeight]) -> None:
+    """Put quantized weights, by the names of the parameters, in the place of those parameters."""
+    tied = model.all_tied_weights_keys.items()
+    twins = {twin: weights[name] for pair in tied for name, twin in (pair, pair[::-1]) if name in weights}
+    for name, weight in {**twins, **weights}.items():
+        path, _, parameter = name.rpartition(".")
+        module = model.get_submodule(path)
+        if parameter in EXPERT_WEIGHTS:
+            delattr(module, parameter)
+            setattr(module, parameter, weight)
+        elif isinstance(module, nn.Embedding):
+            model.set_submodule(path, QuantizedEmbedding(weight, _scale_of(module)))
         else:
-            linears = [linear for _, _, linear in group]
-            joined = JoinedLinears(Int8Linear(*linears), [linear.out_features for linear in linears])
-            for index, (parent, name, _) in enumerate(group):
-                setattr(parent, name, LinearPart(joined, index))
-    for tensor in [*model.parameters(), *model.buffers()]:
-        tensor.data = tensor.data.clone()  # else a few tensors keep the whole weights file in memory
-    if kept or not groups:
-        logger.warning("these linears are not quantized to int8: %s", ", ".join(sorted(kept)) or "all of the model")
+            model.set_submodule(path, QuantizedLinear([weight], getattr(module, "bias", None)))
+    if any(name.endswith(EXPERT_WEIGHTS) for name in weights):
+        model.set_experts_implementation(EXPERTS)
 
 
-def int8_is_faster() -> bool:
-    """Whether this processor multiplies int8 faster than float32: it needs AVX-512 VNNI."""
-    return build.loaded_library() is not None and bool(torch.cpu._is_vnni_supported())
+def shares(model: nn.Module) -> dict[str, float]:
+    """The share of a model's weights that is stored in each format or dtype, the largest first."""
+    counts: Counter[str] = Counter()
+    for module in model.modules():
+        if isinstance(module, QuantizedWeight):
+            counts[module.format.name] += module.count
+    for parameter in model.parameters():
+        counts[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
+    return {kind: count / counts.total() for kind, count in counts.most_common()}
 
 
-def _is_subclass_of_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and type(module) is not nn.Linear
+def is_faster() -> bool:
+    """Whether quantized linears are faster here than float32: they need our kernels, and AVX2 or VNNI."""
+    return build.loaded_library() is not None and torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
 
-def _groups(model: nn.Module, run: Callable[[], Any]) -> list[list[tuple[nn.Module, str, nn.Linear]]]:
-    """Groups of linears, with parents and names. Those of a group have one parent and read the same tensor in turn."""
-    groups: list[list[tuple[nn.Module, str, nn.Linear]]] = []
-    inputs: list[Tensor] = []  # the input of each group, kept so that no other tensor gets its address
+def _places(module: nn.Module, is_outer: bool) -> Iterator[Place]:
+    if type(module) is nn.Linear:
+        yield Place(module, "weight", is_outer=is_outer)
+    elif _has_scale(module) or (type(module) is nn.Embedding and is_outer):
+        yield Place(module, "weight", is_outer=True)
+    elif type(module) is Conv1D:
+        yield Place(module, "weight", transposed=True)
+    elif hasattr(module, "is_transposed") and hasattr(
+        module, "has_gate"
+    ):  # the experts that transformers' functions take
+        for name in EXPERT_WEIGHTS:
+            if name in module._parameters:
+                yield Place(module, name, bool(module.is_transposed))
 
-    def note(parent: nn.Module, name: str) -> Callable[[nn.Linear, tuple[Tensor, ...]], None]:
-        def hook(linear: nn.Linear, arguments: tuple[Tensor, ...]) -> None:
-            if groups and inputs[-1] is arguments[0] and groups[-1][0][0] is parent:
-                groups[-1].append((parent, name, linear))
-            else:
-                groups.append([(parent, name, linear)])
-                inputs.append(arguments[0])
 
-        return hook
+def _has_scale(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding) and type(module).__name__.endswith("ScaledWordEmbedding")
 
-    places = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if type(child) is nn.Linear
-    ]
-    hooks = [child.register_forward_pre_hook(note(parent, name)) for parent, name, child in places]
-    with torch.inference_mode():
-        run()
-    for handle in hooks:
-        handle.remove()
-    called = [linear for group in groups for _, _, linear in group]
-    if len(set(called)) < len(called):  # some run more than once, so the order has no meaning
-        return [[place] for place in places]
-    return groups + [[place] for place in places if place[2] not in called]  # such as idle experts
+
+def _scale_of(embedding: nn.Module) -> float | None:
+    return float(embedding.embed_scale) if _has_scale(embedding) else None  # type: ignore[arg-type]

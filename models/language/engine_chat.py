@@ -18,9 +18,11 @@ from models.engine.async_engine import AsyncEngine
 from models.engine.engine import Engine
 from models.engine.kv_cache import DTYPES
 from models.engine.model_runner import ModelRunner
+from models.engine.quantization import shares
 from models.engine.sampling_params import SamplingParams
 from models.engine.sequence import Sequence
 from models.errors import MessagesRejectedError
+from models.language.chat_template import ChatTemplate
 from models.language.detokenizer import Detokenizer
 from models.language.events import Done, Event, TextPiece
 from models.language.model_config import context_length, default_options, stop_token_ids
@@ -46,9 +48,11 @@ class EngineChat:
         self.model_name = settings.model_name
         self.context = context_length(model, settings)
         self.defaults = default_options(model, settings)
+        self._weights = {kind: round(share, 4) for kind, share in shares(model).items()}
         self._tokenizer = tokenizer
-        self._prompts = PromptBuilder(tokenizer, self.context, self.defaults.instructions)
-        self._stop_ids = stop_token_ids(tokenizer, model)
+        template = ChatTemplate.of(tokenizer, self.defaults.instructions)
+        self._prompts = PromptBuilder(template, self.context, self.defaults.instructions)
+        self._stop_ids = stop_token_ids(template, model)
         check_architecture(model)
         self._engine = Engine(
             ModelRunner(model, settings.slots, self.context, cache_dtype=DTYPES.get(settings.kv_cache))
@@ -102,7 +106,7 @@ class EngineChat:
             "context": self.context,
             "device": str(runner.device),
             "dtype": str(runner.model.dtype).removeprefix("torch."),
-            "quantize": "int8" if runner.quantized else "none",
+            "weights": self._weights,
             "kv_cache": runner.cache.dtype_name,
             "compiled": runner.program is not None,
             "options": {**self.defaults.as_json(), "instructions": None},  # the operator's text is not public

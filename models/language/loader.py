@@ -5,17 +5,25 @@ from __future__ import annotations
 import logging
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 from platformdirs import user_cache_path
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from models.engine import quantization
+from models.engine.joined_linears import join_linears
 from models.engine.native import build
+from models.engine.quantized_weight import Format
 from models.errors import KernelsUnavailableError, ModelError, one_line
+from models.language.adapter import Adapter
+from models.language.chat_template import read_chat_template
+from models.language.gguf.gguf_file import GGUFFile
+from models.language.load_errors import why_not_loaded
 from models.language.model_files import find_model, model_label, print_progress
+from models.language.weights import load_folder, load_gguf
 from models.settings import Settings
+
+FORMATS = {"auto": Format.Q8_0, "int8": Format.Q8_0, "int4": Format.Q4_1}  # by the setting, of weights that are rounded
 
 logger = logging.getLogger("parley")
 
@@ -23,41 +31,51 @@ logger = logging.getLogger("parley")
 def load(settings: Settings, cache: Path | None = None) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """The tokenizer and the model that the settings name, on their devices, quantized, ready for inference.
 
-    `cache` is the folder of converted models, by default the user's cache. Slow steps are announced on stderr.
+    `cache` is the folder of the embedded model, by default the user's cache. Slow steps are announced on stderr.
     Raises ModelError.
     """
+    _check_device(settings.device)
     with ThreadPoolExecutor(1, thread_name_prefix="kernels") as pool:
-        _check_device(settings.device)
-        # Compiling takes ten seconds, only the first time. Meanwhile the model loads.
+        # Compiling takes ten seconds, only the first time. Meanwhile the files are found, and the tokenizer is read.
         compiling = pool.submit(_build_kernels, user_cache_path("parley")) if _on_cpu(settings) else None
-        tokenizer, model = _load(settings, cache or user_cache_path("parley"))
-        _quantize(model, settings, compiling)
-    return tokenizer, model
+        path = find_model(settings, cache or user_cache_path("parley"))
+        try:
+            if path.is_file():
+                return _load_file(GGUFFile(path), settings, compiling)
+            return _load_folder(path, settings, compiling)
+        except ModelError as error:
+            raise ModelError(f"{model_label(settings)} cannot be loaded: {error}") from error
+        except Exception as error:  # transformers and safetensors raise many types of errors
+            raise ModelError(f"{model_label(settings)} cannot be loaded: {why_not_loaded(error)}") from error
 
 
-def _load(settings: Settings, cache: Path) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    dtype = _dtype(settings)
-    folder = find_model(settings, dtype, cache)
-    hub = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **hub)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, device_map=settings.device, output_loading_info=True, **hub
-        )
-        model, loading = loaded
-    except Exception as error:  # transformers, the Hub's client and safetensors raise many types of errors
-        advice = ""
-        if Path(folder).parent == cache:
-            advice = f"; delete {folder} to convert the model again"
-        elif not Path(folder).is_dir():
-            advice = "; check the id and the network, or set PARLEY_MODEL to a folder"
-        raise ModelError(f"{model_label(settings)} cannot be loaded: {one_line(error)}{advice}") from error
-    if missing := loading["missing_keys"]:
-        raise ModelError(
-            f"{model_label(settings)} is incomplete: {len(missing)} weights are missing, first {min(missing)}"
-        )
-    _set_chat_template(tokenizer, settings)
-    return tokenizer, model.eval()
+def _load_folder(
+    folder: Path, settings: Settings, compiling: Future[Path] | None
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    adapter = Adapter.of(folder)
+    base = adapter.find_base() if adapter else folder
+    code = settings.trust_remote_code
+    if adapter:
+        tokenizer = adapter.load_tokenizer(base, trust_remote_code=code)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=code)
+    read_chat_template(tokenizer, settings)
+    format = _format(settings, compiling)
+    return tokenizer, _joined(load_folder(base, adapter, format, _dtype(settings), settings.device, code))
+
+
+def _load_file(
+    file: GGUFFile, settings: Settings, compiling: Future[Path] | None
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    tokenizer = file.tokenizer()
+    read_chat_template(tokenizer, settings)
+    format = _format(settings, compiling)
+    return tokenizer, _joined(load_gguf(file, format, _dtype(settings), settings.device))
+
+
+def _joined(model: PreTrainedModel) -> PreTrainedModel:
+    join_linears(model, lambda: model(input_ids=torch.tensor([[1, 2, 3]]), use_cache=False))
+    return model
 
 
 def _build_kernels(cache: Path) -> Path:
@@ -66,22 +84,24 @@ def _build_kernels(cache: Path) -> Path:
     return build.build_library(cache)
 
 
-def _quantize(model: PreTrainedModel, settings: Settings, compiling: Future[Path] | None) -> None:
-    """Load the kernels. Quantize the linears to int8 if the settings say so, or are auto and int8 is faster here."""
+def _format(settings: Settings, compiling: Future[Path] | None) -> Format | None:
+    """What weights are rounded to; None quantizes none. Loads the kernels. Raises ModelError."""
+    wanted = settings.quantize in ("int8", "int4")
     if compiling is None:
-        if settings.quantize == "int8":
-            raise ModelError("PARLEY_QUANTIZE=int8 is for a CPU: use auto or none, or PARLEY_DEVICE=cpu")
-        return
+        if wanted:
+            raise ModelError(
+                f"PARLEY_QUANTIZE={settings.quantize} is for a CPU: use auto or none, or PARLEY_DEVICE=cpu"
+            )
+        return None
     try:
         build.load_kernels(compiling.result())
     except (KernelsUnavailableError, OSError) as error:
-        if settings.quantize == "int8":
-            raise ModelError(f"PARLEY_QUANTIZE=int8 is not possible: {one_line(error)}") from error
+        if wanted:
+            raise ModelError(f"PARLEY_QUANTIZE={settings.quantize} is not possible: {one_line(error)}") from error
         logger.warning("replies will be several times slower than possible: %s", one_line(error))
-        return
-    auto = settings.quantize == "auto" and settings.dtype == "auto" and quantization.int8_is_faster()
-    if auto or settings.quantize == "int8":
-        quantization.quantize(model, lambda: model(input_ids=torch.tensor([[1, 2, 3]]), use_cache=False))
+        return None
+    auto = settings.quantize == "auto" and settings.dtype == "auto" and quantization.is_faster()
+    return FORMATS[settings.quantize] if auto or wanted else None
 
 
 def _check_device(device: str) -> None:
@@ -104,21 +124,3 @@ def _dtype(settings: Settings) -> torch.dtype:
 
 def _on_cpu(settings: Settings) -> bool:
     return settings.device == "cpu" or (settings.device == "auto" and not torch.accelerator.is_available())
-
-
-def _set_chat_template(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> None:
-    """Set the settings' chat template, if any, and try it."""
-    if settings.chat_template is not None:
-        try:
-            tokenizer.chat_template = settings.chat_template.read_text(encoding="utf-8")
-        except (OSError, UnicodeError) as error:
-            raise ModelError(f"PARLEY_CHAT_TEMPLATE cannot be read: {one_line(error)}") from error
-    if not tokenizer.chat_template:
-        raise ModelError(
-            f"{model_label(settings)} has no chat template, so it may not be a chat model: choose an instruction-tuned "
-            "one, or set PARLEY_CHAT_TEMPLATE to a Jinja file"
-        )
-    try:
-        tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], add_generation_prompt=True)
-    except Exception as error:  # Jinja's own errors, and any error that a template's expressions raise
-        raise ModelError(f"the chat template of {model_label(settings)} fails: {one_line(error)}") from error

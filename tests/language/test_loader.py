@@ -134,7 +134,7 @@ def test_the_setting_replaces_the_chat_template(folder: Path, tmp_path: Path, ca
 def test_a_chat_template_that_fails_is_refused(folder: Path, tmp_path: Path, cache: Path, template: str) -> None:
     file = tmp_path / "mine.jinja"
     file.write_text(template)
-    assert f"the chat template of PARLEY_MODEL={folder} fails: " in refusal(settings(folder, chat_template=file), cache)
+    assert f"PARLEY_MODEL={folder}: the chat template fails: " in refusal(settings(folder, chat_template=file), cache)
 
 
 def test_a_chat_template_that_cannot_be_read_is_refused(folder: Path, tmp_path: Path, cache: Path) -> None:

@@ -6,10 +6,14 @@ import pytest
 from transformers import BloomConfig, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from models.errors import SettingsError
+from models.language.chat_template import ChatTemplate
 from models.language.model_config import DEFAULT_CONTEXT, context_length, default_options, stop_token_ids
 from models.options import Options
 from models.settings import Settings
-from tests.support.tiny import SHAPE, tiny_llama, tiny_model
+from tests.support.chat_templates import CHATML, GEMMA, HARMONY, MISTRAL, tokenizer_with
+from tests.support.tiny import SHAPE, SPECIAL, tiny_llama, tiny_model
+
+TINY_END = SPECIAL[2]  # a special token of every tiny tokenizer, whose name means the end of a turn
 
 
 def llama_with(**config: Any) -> PreTrainedModel:
@@ -92,4 +96,38 @@ def test_stop_tokens_come_from_the_model_and_the_tokenizer(
 ) -> None:
     model = tiny_llama()
     model.generation_config.eos_token_id = named
-    assert stop_token_ids(tokenizer, model) == expected
+    assert stop_token_ids(ChatTemplate.of(tokenizer), model) == expected
+
+
+def stop_tokens(tokenizer: PreTrainedTokenizerBase, *named: str) -> set[str]:
+    """The tokens that end a reply of a model whose generation config names some."""
+    model = tiny_llama()
+    ids = tokenizer.get_vocab()
+    model.generation_config.eos_token_id = [ids[name] for name in named]
+    names = {token_id: name for name, token_id in ids.items()}
+    return {names[token_id] for token_id in stop_token_ids(ChatTemplate.of(tokenizer), model)}
+
+
+@pytest.mark.parametrize(
+    ("template", "end"), [(CHATML, "<|im_end|>"), (GEMMA, "<end_of_turn>")], ids=["chatml", "gemma"]
+)
+def test_a_model_whose_config_names_only_the_end_of_the_text_stops_at_the_end_of_a_turn(
+    template: str, end: str
+) -> None:
+    assert stop_tokens(tokenizer_with(template, added=[end]), "</s>") == {"</s>", end, TINY_END}
+
+
+def test_special_tokens_that_end_a_turn_by_their_name_end_a_reply() -> None:
+    ends = ["<|eot_id|>", "<|eom_id|>", TINY_END, "<|end_of_turn|>", "<|endoftext|>", "<turn|>"]
+    others = ["<|start_header_id|>", "<|python_tag|>", "<think>", "</think>", "<|tool_call|>", "<|fim_middle|>"]
+    assert stop_tokens(tokenizer_with(MISTRAL, [*ends, *others]), "</s>") == {"</s>", *ends}
+
+
+def test_a_name_that_is_no_special_token_does_not_end_a_reply() -> None:
+    assert stop_tokens(tokenizer_with(MISTRAL, added=["<|eot_id|>"]), "</s>") == {"</s>", TINY_END}
+
+
+def test_the_end_of_the_reasoning_of_gpt_oss_does_not_end_a_reply() -> None:
+    special = ["<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>", "<|call|>", "<|endoftext|>"]
+    tokenizer = tokenizer_with(HARMONY, special, eos="<|return|>")
+    assert stop_tokens(tokenizer, "<|return|>", "<|call|>") == {"<|return|>", "<|call|>", "<|endoftext|>"}

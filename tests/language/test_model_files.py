@@ -67,8 +67,11 @@ def test_a_path_that_does_not_exist_is_refused(model: str, cache: Path) -> None:
     assert refusal(model, cache) == f"PARLEY_MODEL={model}: there is no such file or folder"
 
 
-def test_any_other_name_is_a_hub_id(cache: Path) -> None:
-    assert find_model(settings("Qwen/Qwen3-0.6B"), torch.float32, cache) == "Qwen/Qwen3-0.6B"
+def test_any_other_name_is_looked_for_on_the_hub(cache: Path) -> None:
+    message = refusal("no id/of the Hub", cache)
+    assert message.startswith(
+        "PARLEY_MODEL=no id/of the Hub: there is no such file or folder here, and no such model on"
+    )
 
 
 @pytest.mark.parametrize(("model", "name"), [(None, EMBEDDED), ("a/b", "PARLEY_MODEL=a/b")], ids=["embedded", "hub"])
@@ -86,6 +89,18 @@ def test_a_gguf_file_is_converted_once(gguf: Path, cache: Path) -> None:
     assert found(gguf, cache) == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
     assert names(cache) == sorted([LOCK, folder.name])
+
+
+@pytest.mark.parametrize("name", ["sha256-0123abc", "model.bin", "noending"])
+def test_a_gguf_file_of_any_name_is_converted(gguf: Path, cache: Path, name: str) -> None:
+    folder = found(gguf.rename(gguf.with_name(name)), cache)
+    assert (folder / "model.safetensors").is_file()
+
+
+def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path, cache: Path) -> None:
+    file = tmp_path / "notes.txt"
+    file.write_text("Hello")
+    assert refusal(file, cache).startswith(f"PARLEY_MODEL={file}: it is a file, but no GGUF")
 
 
 def test_a_changed_gguf_file_is_converted_again(gguf: Path, cache: Path) -> None:

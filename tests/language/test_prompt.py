@@ -7,10 +7,12 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from models.errors import ContextLengthExceededError, MessagesRejectedError
+from models.language.chat_template import ChatTemplate
 from models.language.prompt import BYTES_PER_TOKEN, Prompt, PromptBuilder
 from models.messages import Message, Role
 from models.options import Options
 from models.store.item import Item, count_left_out, visible_messages
+from tests.support.chat_templates import CHATML, GEMMA, LATE_SYSTEM, LLAMA, MISTRAL, PARTS_ONLY, tokenizer_with
 from tests.support.tiny import tiny_tokenizer
 
 CONTEXT = 256
@@ -20,6 +22,10 @@ SYSTEM: Message = {"role": "system", "content": "Be brief."}
 
 def user(content: str) -> Message:
     return {"role": "user", "content": content}
+
+
+def system(content: str) -> Message:
+    return {"role": "system", "content": content}
 
 
 def assistant(content: str) -> Message:
@@ -33,7 +39,7 @@ def build(
     keep_all: bool = False,
     context: int = CONTEXT,
 ) -> Prompt:
-    return PromptBuilder(tokenizer, context).build(messages, options, keep_all)
+    return PromptBuilder(ChatTemplate.of(tokenizer), context).build(messages, options, keep_all)
 
 
 def rendered(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
@@ -149,9 +155,12 @@ class CountingTokenizer:
         self.encoded += len(text.encode())
         return list(self.tokenizer.encode(text, **options))
 
-    def apply_chat_template(self, messages: list[Message], **options: Any) -> Any:
-        self.encoded += sum(len(message["content"].encode()) for message in messages)
-        return self.tokenizer.apply_chat_template(messages, **options)  # type: ignore[arg-type]
+    def apply_chat_template(self, messages: list[Message], tokenize: bool = True, **options: Any) -> Any:
+        self.encoded += sum(len(message["content"].encode()) for message in messages) if tokenize else 0
+        return self.tokenizer.apply_chat_template(messages, tokenize=tokenize, **options)  # type: ignore[arg-type]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
 
 
 @pytest.mark.parametrize("keep_all", [False, True])
@@ -205,7 +214,7 @@ INSTRUCTIONS = "You are a pirate, and a very polite one."
 
 def public_text(tokenizer: PreTrainedTokenizerBase, messages: list[Message], options: Options) -> str:
     """The text of a prompt that other users may share, if the operator has instructions."""
-    prompt = PromptBuilder(tokenizer, CONTEXT, INSTRUCTIONS).build(messages, options, False)
+    prompt = PromptBuilder(ChatTemplate.of(tokenizer), CONTEXT, INSTRUCTIONS).build(messages, options, False)
     return str(tokenizer.decode(prompt.ids[: prompt.public]))
 
 
@@ -240,10 +249,46 @@ def test_without_instructions_the_templates_own_system_prompt_is_public() -> Non
     assert tokenizer.decode(prompt.ids[: prompt.public]) == "<|start|>You are kind."
 
 
+@pytest.mark.parametrize(
+    ("template", "before", "after"),
+    [
+        pytest.param(CHATML, "<|im_start|>system\n", "<|im_end|>\n<|im_start|>user\n", id="chatml"),
+        pytest.param(PARTS_ONLY, "<|im_start|>system\n", "<|im_end|>\n<|im_start|>user\n", id="parts"),
+        pytest.param(GEMMA, "<s><start_of_turn>user\n", "\n\n", id="folded-by-gemma"),
+        pytest.param(MISTRAL, "<s>[INST] ", "\n\n", id="folded-by-mistral"),
+    ],
+)
+@pytest.mark.parametrize("content", ["Hi", "a", "\n\nHi", INSTRUCTIONS], ids=["text", "a", "newlines", "guess"])
+def test_instructions_are_public_wherever_the_template_puts_them(
+    template: str, before: str, after: str, content: str
+) -> None:
+    tokenizer = tokenizer_with(template, ["<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>"])
+    messages = [user(content), assistant("yes"), user("no")]
+    text = public_text(tokenizer, messages, Options(instructions=INSTRUCTIONS))
+    assert text == before + INSTRUCTIONS + after[: len(text) - len(before + INSTRUCTIONS)]
+    assert len(text) >= len(before + INSTRUCTIONS)
+    assert public_text(tokenizer, messages, NO_OPTIONS) in before
+    assert public_text(tokenizer, [system(INSTRUCTIONS), *messages], NO_OPTIONS) == before
+
+
+@pytest.mark.parametrize("content", ["Hi", INSTRUCTIONS], ids=["text", "guess"])
+def test_a_question_is_not_public_where_the_instructions_stand_in_the_last_one(content: str) -> None:
+    tokenizer = tokenizer_with(LATE_SYSTEM)
+    messages = [user(f"{content}\n\n"), assistant("yes"), user("no")]
+    assert public_text(tokenizer, messages, Options(instructions=INSTRUCTIONS)) == "<s>[INST]"
+
+
+def test_a_date_before_the_instructions_is_public() -> None:
+    tokenizer = tokenizer_with(LLAMA)
+    text = public_text(tokenizer, [user("Hi"), assistant("yes"), user("no")], Options(instructions=INSTRUCTIONS))
+    assert "Today Date: " in text
+    assert text.endswith(f"{INSTRUCTIONS}<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n")
+
+
 def test_a_template_that_writes_the_time_stays_public_up_to_it() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ strftime_now('%f') }}{% for message in messages %}{{ message.content }}{% endfor %}"
-    builder = PromptBuilder(tokenizer, CONTEXT)
+    builder = PromptBuilder(ChatTemplate.of(tokenizer), CONTEXT)
     for _ in range(3):
         assert builder.build([user("Hi")], NO_OPTIONS, False).public <= 6
 

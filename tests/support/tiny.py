@@ -23,7 +23,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from models.engine.quantization import quantize
+from models.engine.joined_linears import join_linears
+from models.engine.quantization import put_quantized, quantizable
+from models.engine.quantized_weight import QuantizedWeight
 from models.language.engine_chat import EngineChat
 
 SPECIAL = ["<|pad|>", "<|start|>", "<|end|>"]
@@ -106,7 +108,11 @@ def tiny_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 def to_int8(model: PreTrainedModel) -> PreTrainedModel:
     """The model itself, after its linears were replaced by int8 ones."""
-    quantize(model, lambda: model(input_ids=torch.tensor([[1, 2, 3]]), use_cache=False))
+    places = quantizable(model).items()
+    put_quantized(
+        model, {name: QuantizedWeight.of_numbers(place.oriented(model.get_parameter(name))) for name, place in places}
+    )
+    join_linears(model, lambda: model(input_ids=torch.tensor([[1, 2, 3]]), use_cache=False))
     return model
 
 

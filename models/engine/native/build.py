@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -25,7 +26,8 @@ def library_path(cache: Path, source: Path = KERNELS) -> Path:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     cpu = next((line for line in lines if line.startswith(("flags", "Features"))), "")  # x86, ARM
-    parts = "\n".join([source.read_text(encoding="utf-8"), str(torch.__version__), cpu, *FLAGS])
+    texts = [path.read_text(encoding="utf-8") for path in (source, *sorted(source.parent.glob("*.h")))]
+    parts = "\n".join([*texts, str(torch.__version__), cpu, *FLAGS])
     return cache / f"{source.stem}-{hashlib.sha256(parts.encode()).hexdigest()[:16]}.so"
 
 
@@ -73,7 +75,9 @@ def load_kernels(path: Path) -> None:
         return
     load_library(path)
     torch.library.register_fake("parley::attention", _attention_shape)
-    torch.library.register_fake("parley::int8_linear", _int8_linear_shape)
+    torch.library.register_fake("parley::linear", _linear_shape)
+    torch.library.register_fake("parley::linear_of_experts", _linear_of_experts_shape)
+    torch.library.register_fake("parley::unpack_rows", _unpack_rows_shape)
 
 
 def load_library(path: Path) -> None:
@@ -95,5 +99,17 @@ def _attention_shape(query: Tensor, key: Tensor, value: Tensor, *_: object) -> T
     return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
 
 
-def _int8_linear_shape(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, columns: int) -> Tensor:
-    return x.new_empty(x.shape[0], columns)
+def _linear_shape(
+    x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, formats: Sequence[int], columns: Sequence[int]
+) -> Tensor:
+    return x.new_empty(x.shape[0], sum(columns))
+
+
+def _linear_of_experts_shape(
+    x: Tensor, experts: Tensor, weight: Tensor, bias: Tensor | None, format: int, columns: int
+) -> Tensor:
+    return x.new_empty(*experts.shape, columns)
+
+
+def _unpack_rows_shape(weight: Tensor, rows: Tensor, format: int, columns: int, depth: int) -> Tensor:
+    return rows.new_empty(rows.shape[0], depth, dtype=torch.float32)

@@ -1,11 +1,15 @@
-// The two operators that PyTorch lacks on a CPU: attention over slots, and int8 linears of few rows.
+// The operators that PyTorch lacks on a CPU: attention over slots, and linears of quantized weights.
 //
 // Each row of a result is computed alone, in an order that depends on nothing else. So a reply has the same bits in
 // any batch, with any chunks of its prompt, and with any cached prefix.
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 #include <torch/library.h>
+
+#include "linears.h"
+#include "packing.h"
 
 #include <algorithm>
 #include <cmath>
@@ -17,15 +21,15 @@
 
 namespace {
 
-constexpr int LANES = PARLEY_LANES;  // from build.py, whose layouts depend on it
-typedef float Floats __attribute__((vector_size(64), aligned(4)));
-typedef int32_t Integers __attribute__((vector_size(64), aligned(4)));
+using parley::fill;
+using parley::Floats;
+using parley::Integers;
+using parley::LANES;
+using parley::load;
 typedef uint32_t Words __attribute__((vector_size(64), aligned(4)));
-typedef int8_t Smalls __attribute__((vector_size(16), aligned(1)));
 typedef uint16_t Halves __attribute__((vector_size(32), aligned(2)));
-static_assert(sizeof(Floats) == LANES * sizeof(float) && sizeof(Smalls) == LANES && sizeof(Halves) == 2 * LANES);
+static_assert(LANES == PARLEY_LANES);  // of build.py, whose layouts depend on it
 
-inline Floats load(const float* from) { return *(const Floats*)from; }
 inline Floats load(const c10::BFloat16* from) {
 #ifdef __AVX512F__  // one instruction; GCC 12 makes six from the code below
   return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
@@ -68,7 +72,6 @@ inline c10::Float8_e4m3fn rounded(float value) {
   return std::min(std::max(value, -448.f), 448.f);
 }
 inline void store(float* to, Floats value) { *(Floats*)to = value; }
-inline Floats fill(float value) { return value - Floats{}; }
 
 // e to the x, to about one unit in the last place, by the polynomial of Cephes' expf. Below -87 the result is 0;
 // above 88 it is the result at 88.
@@ -304,149 +307,99 @@ at::Tensor attention(const at::Tensor& query, const at::Tensor& key, const at::T
   return out;
 }
 
-// LANES sums of four products each: four bytes of a row against the weights of LANES columns.
-#ifdef __AVX512VNNI__
-inline Integers add_products(Integers sums, Integers weights, int32_t four) {
-  return (Integers)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)weights, _mm512_set1_epi32(four));
-}
-#else
-inline Integers add_products(Integers sums, Integers weights, int32_t four) {
-  const uint8_t* weight = (const uint8_t*)&weights;
-  const int8_t* x = (const int8_t*)&four;
-  for (int lane = 0; lane < LANES; lane++)
-    for (int i = 0; i < 4; i++) sums[lane] += weight[4 * lane + i] * x[i];
-  return sums;
-}
-#endif
+// Quantized linears, over tensors. A weight is a flat uint8 tensor of panels.
 
-constexpr float FINE = 128;  // a value is FINE times its coarse byte plus its fine byte
-
-// Rows of activations, each as two rows of bytes: coarse and fine.
-struct Bytes {
-  int64_t depth;
-  std::vector<int8_t> bytes;    // (rows, 2, depth)
-  std::vector<float> scale;     // (rows)
-  std::vector<int32_t> excess;  // (rows, 2): what to subtract from the sums, since stored weights are 128 too large
-
-  Bytes(int64_t rows, int64_t depth) : depth(depth), bytes(rows * 2 * depth), scale(rows), excess(rows * 2) {}
-
-  void take(int64_t row, const float* x) {
-    const auto part = [&](int64_t i) {
-      Floats value = {};
-      std::memcpy(&value, x + i, std::min<int64_t>(LANES, depth - i) * sizeof(float));
-      return value;
-    };
-    Floats largest = fill(1e-12f);
-    for (int64_t i = 0; i < depth; i += LANES) {
-      const Floats value = part(i), size = value < 0 ? -value : value;
-      largest = largest > size ? largest : size;
-    }
-    float top = largest[0];
-    for (int lane = 1; lane < LANES; lane++) top = std::max(top, largest[lane]);
-    scale[row] = top / (127 * FINE);
-    const Floats rounder = fill(12582912.f);  // adding and subtracting it rounds to whole numbers
-    Integers sums[2] = {};
-    for (int64_t i = 0; i < depth; i += LANES) {
-      const Floats steps = part(i) / scale[row] + rounder - rounder;
-      const Floats coarse = steps / FINE + rounder - rounder;
-      const Integers both[2] = {__builtin_convertvector(coarse, Integers),
-                                __builtin_convertvector(steps - coarse * FINE, Integers)};
-      for (int half = 0; half < 2; half++) {
-        sums[half] += both[half];
-        const auto small = __builtin_convertvector(both[half], Smalls);
-        std::memcpy(&bytes[(2 * row + half) * depth + i], &small, std::min<int64_t>(LANES, depth - i));
-      }
-    }
-    for (int half = 0; half < 2; half++)
-      for (int lane = 0; lane < LANES; lane++) excess[2 * row + half] += 128 * sums[half][lane];
-  }
-};
-
-// ROWS x (LANES * BLOCKS) results; the bytes of `weight` are (BLOCKS, depth / 4, LANES, 4).
-template <int ROWS, int BLOCKS>
-void products(const Bytes& x, int64_t first, const uint8_t* weight, const float* scale, const float* bias,
-              float* out, int64_t step, int64_t columns) {
-  Integers sums[2 * ROWS][BLOCKS], weights[BLOCKS];
-#pragma GCC unroll 8
-  for (int row = 0; row < 2 * ROWS; row++)
-#pragma GCC unroll 2
-    for (int block = 0; block < BLOCKS; block++) sums[row][block] = Integers{} - x.excess[2 * first + row];
-  const int8_t* bytes = &x.bytes[2 * first * x.depth];
-  for (int64_t i = 0; i < x.depth; i += 4) {
-#pragma GCC unroll 2
-    for (int block = 0; block < BLOCKS; block++) {
-      const uint8_t* here = weight + (block * x.depth + i) * LANES;
-      std::memcpy(&weights[block], here, sizeof(Integers));
-      // The next columns: so the linears of a step take 3.5 ms instead of 4.7.
-      __builtin_prefetch(here + BLOCKS * x.depth * LANES);
-    }
-#pragma GCC unroll 8
-    for (int row = 0; row < 2 * ROWS; row++) {
-      int32_t four;
-      std::memcpy(&four, bytes + row * x.depth + i, sizeof four);
-#pragma GCC unroll 2
-      for (int block = 0; block < BLOCKS; block++)
-        sums[row][block] = add_products(sums[row][block], weights[block], four);
-    }
-  }
-#pragma GCC unroll 4
-  for (int row = 0; row < ROWS; row++)
-#pragma GCC unroll 2
-    for (int block = 0; block < BLOCKS; block++) {
-      const Floats steps = __builtin_convertvector(sums[2 * row][block], Floats) * FINE +
-                           __builtin_convertvector(sums[2 * row + 1][block], Floats);
-      const Floats result = steps * x.scale[first + row] * load(scale + block * LANES) + load(bias + block * LANES);
-      std::memcpy(out + (first + row) * step + block * LANES, &result,
-                  std::min<int64_t>(LANES, columns - block * LANES) * sizeof(float));
-    }
+parley::Part part_of(const at::Tensor& weight, int64_t format, int64_t columns, int64_t depth) {
+  TORCH_CHECK(format >= 0 && format < parley::FORMATS, "there is no format ", format);
+  TORCH_CHECK(depth > 0 && depth % parley::GROUP == 0 && columns > 0,
+              "a quantized weight needs outputs, and inputs in groups of 32");
+  TORCH_CHECK(weight.scalar_type() == at::kByte && weight.is_contiguous() &&
+                  weight.numel() == parley::weight_size((parley::Format)format, columns, depth),
+              "the weight must be contiguous uint8, and as many bytes as its outputs and ", depth, " inputs need");
+  return {(parley::Format)format, columns, weight.const_data_ptr<uint8_t>()};
 }
 
-template <int BLOCKS>
-void products_of_all(const Bytes& x, int64_t rows, const uint8_t* weight, const float* scale, const float* bias,
-                     float* out, int64_t step, int64_t columns) {
-  int64_t row = 0;
-  const auto next = [&](auto run, int64_t count) {
-    for (; row + count <= rows; row += count) run(x, row, weight, scale, bias, out, step, columns);
-  };
-  next(products<4, BLOCKS>, 4);
-  next(products<2, BLOCKS>, 2);
-  next(products<1, BLOCKS>, 1);
+const float* numbers_of(const std::optional<at::Tensor>& tensor, int64_t count) {
+  TORCH_CHECK(!tensor || (tensor->scalar_type() == at::kFloat && tensor->is_contiguous() && tensor->numel() == count),
+              "the bias must be contiguous float32 of ", count);
+  return tensor ? tensor->const_data_ptr<float>() : nullptr;
 }
 
-void check_int8_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scale, const at::Tensor& bias,
-                       int64_t columns) {
+void check_rows(const at::Tensor& x) {
   TORCH_CHECK(x.dim() == 2 && x.scalar_type() == at::kFloat && x.is_contiguous(),
-              "x must be contiguous float32 of (rows, inputs)");
-  TORCH_CHECK(weight.dim() == 4 && weight.scalar_type() == at::kByte && weight.is_contiguous() &&
-                  weight.size(1) * 4 == x.size(1) && weight.size(2) == LANES && weight.size(3) == 4,
-              "the weight must be contiguous uint8 of (blocks, ", x.size(1), " / 4, ", LANES, ", 4)");
-  const int64_t outputs = weight.size(0) * LANES;
-  for (const auto* tensor : {&scale, &bias})
-    TORCH_CHECK(tensor->scalar_type() == at::kFloat && tensor->is_contiguous() && tensor->numel() == outputs,
-                "scale and bias must be contiguous float32 of (", outputs, ")");
-  TORCH_CHECK(columns <= outputs && columns > outputs - LANES, columns, " columns do not fit ", outputs, " outputs");
+              "the input must be contiguous float32 of (rows, inputs)");
 }
 
-at::Tensor int8_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scale, const at::Tensor& bias,
-                       int64_t columns) {
-  check_int8_linear(x, weight, scale, bias, columns);
-  const int64_t rows = x.size(0), depth = x.size(1), blocks = weight.size(0);
-  auto out = at::empty({rows, columns}, x.options());
-  const float *from = x.const_data_ptr<float>(), *scales = scale.const_data_ptr<float>();
-  const float* biases = bias.const_data_ptr<float>();
-  const uint8_t* weights = weight.const_data_ptr<uint8_t>();
-  float* to = out.data_ptr<float>();
-  Bytes bytes(rows, depth);
-#pragma omp parallel
-  {
-#pragma omp for
-    for (int64_t row = 0; row < rows; row++) bytes.take(row, from + row * depth);
-#pragma omp for
-    for (int64_t block = 0; block < blocks; block += 2) {
-      const auto run = block + 1 < blocks ? products_of_all<2> : products_of_all<1>;
-      run(bytes, rows, weights + block * LANES * depth, scales + block * LANES, biases + block * LANES,
-          to + block * LANES, columns, columns - block * LANES);
+at::Tensor linear(const at::Tensor& x, at::TensorList weights, const std::optional<at::Tensor>& bias,
+                  at::IntArrayRef formats, at::IntArrayRef columns) {
+  check_rows(x);
+  TORCH_CHECK(!weights.empty() && formats.size() == weights.size() && columns.size() == weights.size(),
+              "each weight needs a format and a number of outputs");
+  std::vector<parley::Part> parts;
+  int64_t all = 0;
+  for (size_t i = 0; i < weights.size(); i++) {
+    parts.push_back(part_of(weights[i], formats[i], columns[i], x.size(1)));
+    all += columns[i];
+  }
+  auto out = at::empty({x.size(0), all}, x.options());
+  parley::linear(x.const_data_ptr<float>(), x.size(0), x.size(1), parts, numbers_of(bias, all), out.data_ptr<float>());
+  return out;
+}
+
+at::Tensor linear_of_experts(const at::Tensor& x, const at::Tensor& experts, const at::Tensor& weight,
+                             const std::optional<at::Tensor>& bias, int64_t format, int64_t columns) {
+  check_rows(x);
+  TORCH_CHECK(experts.dim() == 2 && experts.size(0) == x.size(0) && experts.scalar_type() == at::kLong && experts.is_contiguous(),
+              "the experts must be contiguous int64 of (", x.size(0), ", choices)");
+  TORCH_CHECK(weight.dim() == 2, "the weight must be (experts, bytes)");
+  const auto part = part_of(weight[0], format, columns, x.size(1));
+  const int64_t count = weight.size(0), choices = experts.size(1), *chosen = experts.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < experts.numel(); i++) TORCH_CHECK(chosen[i] >= 0 && chosen[i] < count, "there is no expert ", chosen[i]);
+  auto out = at::empty({x.size(0), choices, columns}, x.options());
+  parley::linear_of_experts(x.const_data_ptr<float>(), x.size(0), x.size(1), chosen, choices, part, count,
+                            numbers_of(bias, count * columns), out.data_ptr<float>());
+  return out;
+}
+
+at::Tensor unpack_rows(const at::Tensor& weight, const at::Tensor& rows, int64_t format, int64_t columns, int64_t depth) {
+  const auto part = part_of(weight, format, columns, depth);
+  TORCH_CHECK(rows.dim() == 1 && rows.scalar_type() == at::kLong && rows.is_contiguous(), "rows must be contiguous int64");
+  const int64_t* which = rows.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < rows.numel(); i++)
+    TORCH_CHECK(which[i] >= 0 && which[i] < columns, "row ", which[i], " is not one of ", columns);
+  auto out = at::empty({rows.numel(), depth}, rows.options().dtype(at::kFloat));
+  parley::unpack_rows(part, depth, which, rows.numel(), out.data_ptr<float>());
+  return out;
+}
+
+std::tuple<at::Tensor, int64_t, int64_t> pack(const at::Tensor& blocks, int64_t type) {
+  TORCH_CHECK(blocks.dim() == 2 && blocks.scalar_type() == at::kByte && blocks.is_contiguous(),
+              "blocks must be contiguous uint8 of (outputs, bytes)");
+  for (const auto& known : parley::BLOCK_TYPES)
+    if (known.number == type) {
+      TORCH_CHECK(blocks.size(1) % known.size == 0, "rows of ", blocks.size(1), " bytes are no blocks of ", known.size);
+      const int64_t depth = blocks.size(1) / known.size * known.groups * parley::GROUP;
+      auto out = at::zeros({parley::weight_size(known.format, blocks.size(0), depth)}, blocks.options());
+      parley::pack(known, blocks.const_data_ptr<uint8_t>(), blocks.size(0), depth, out.data_ptr<uint8_t>());
+      return {out, known.format, depth};
     }
+  TORCH_CHECK(false, "blocks of type ", type, " cannot be packed");
+}
+
+at::Tensor quantize(const at::Tensor& weights, int64_t format) {
+  TORCH_CHECK(weights.dim() == 2 && weights.is_contiguous() && weights.size(1) % parley::GROUP == 0,
+              "the weights must be contiguous, (outputs, inputs), with inputs in groups of 32");
+  TORCH_CHECK(format == parley::Q8_0 || format == parley::Q4_1, "numbers can become Q8_0 or Q4_1 only");
+  const auto kind = (parley::Format)format;
+  auto out = at::zeros({parley::weight_size(kind, weights.size(0), weights.size(1))}, weights.options().dtype(at::kByte));
+  const auto run = [&](const auto* numbers) {
+    parley::quantize(kind, numbers, weights.size(0), weights.size(1), out.data_ptr<uint8_t>());
+  };
+  switch (weights.scalar_type()) {
+    case at::kFloat: run(weights.const_data_ptr<float>()); break;
+    case at::kBFloat16: run(weights.const_data_ptr<c10::BFloat16>()); break;
+    case at::kHalf: run(weights.const_data_ptr<c10::Half>()); break;
+    default: TORCH_CHECK(false, "weights of ", weights.scalar_type(), " cannot be quantized");
   }
   return out;
 }
@@ -458,6 +411,15 @@ TORCH_LIBRARY(parley, library) {
       "attention(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor slots, "
       "Tensor positions, Tensor? sinks, float scale, float softcap, int window) -> Tensor");
   library.impl("attention", c10::DispatchKey::CPU, &attention);
-  library.def("int8_linear(Tensor x, Tensor weight, Tensor scale, Tensor bias, int columns) -> Tensor");
-  library.impl("int8_linear", c10::DispatchKey::CPU, &int8_linear);
+  library.def("linear(Tensor x, Tensor[] weights, Tensor? bias, int[] formats, int[] columns) -> Tensor");
+  library.impl("linear", c10::DispatchKey::CPU, &linear);
+  library.def(
+      "linear_of_experts(Tensor x, Tensor experts, Tensor weight, Tensor? bias, int format, int columns) -> Tensor");
+  library.impl("linear_of_experts", c10::DispatchKey::CPU, &linear_of_experts);
+  library.def("unpack_rows(Tensor weight, Tensor rows, int format, int columns, int depth) -> Tensor");
+  library.impl("unpack_rows", c10::DispatchKey::CPU, &unpack_rows);
+  library.def("pack(Tensor blocks, int type) -> (Tensor, int, int)");
+  library.impl("pack", c10::DispatchKey::CPU, &pack);
+  library.def("quantize(Tensor weights, int format) -> Tensor");
+  library.impl("quantize", c10::DispatchKey::CPU, &quantize);
 }
