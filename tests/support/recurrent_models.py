@@ -97,9 +97,9 @@ OTHERS: dict[str, dict[str, Any]] = {  # families whose layers keep states in wa
 }
 
 
-def tiny_recurrent(family: str) -> PreTrainedModel:
+def tiny_recurrent(family: str, **changes: Any) -> PreTrainedModel:
     """A model whose states remember: they would hardly change any token if they faded at once."""
-    config = AutoConfig.for_model(family, **SHAPE | (FAMILIES | OTHERS)[family])
+    config = AutoConfig.for_model(family, **SHAPE | (FAMILIES | OTHERS)[family] | changes)
     model = tiny_model(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
