@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from models.engine.batch import Batch
 from models.engine.model_runner import ModelRunner
+from models.engine.recurrent_layer import has_recurrent_layers
 from models.engine.twin import WINDOW, make_twin
 from models.errors import ModelError, UnsupportedModelError, one_line
 
@@ -18,6 +19,8 @@ SEQUENCES = [[(7 * i + 1) % 97 for i in range(40)], [(11 * i + 5) % 89 for i in 
 # What each step computes, as (sequence, start, end): one alone, a part of both, the rest but one, single tokens.
 STEPS = [[(0, 0, 13)], [(1, 0, 5), (0, 13, 30)], [(0, 30, 39), (1, 5, 20)], [(0, 39, 40), (1, 20, 21)]]
 WINDOWS = ("sliding_window", "attention_chunk_size")
+ATTENTION_TYPES = {"full_attention", "sliding_attention"}
+RECURRENT_TYPES = {"linear_attention", "conv", "hybrid", "hybrid_sliding", "mlp", "moe"}  # of models that have some
 PRECISION = 1e-3  # of the largest logit. In float32, right models differ by at most 2e-5, wrong ones by 5e-2 or more
 
 
@@ -29,7 +32,7 @@ def check_architecture(model: PreTrainedModel, native: bool = True) -> None:
     second for a model of any size. If there is no twin, the model itself runs both ways.
     """
     layer_types = set(getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ())
-    if unknown := layer_types - {"full_attention", "sliding_attention"}:
+    if unknown := layer_types - ATTENTION_TYPES - (RECURRENT_TYPES if has_recurrent_layers(model) else set()):
         raise UnsupportedModelError(f"it has {', '.join(sorted(unknown))}")
     try:
         twin = make_twin(model)

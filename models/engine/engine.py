@@ -18,7 +18,7 @@ class Engine:
 
     def __init__(self, runner: ModelRunner, prefill_chunk: int = 32) -> None:
         self.runner = runner
-        self.scheduler = Scheduler(runner.slots, prefill_chunk)
+        self.scheduler = Scheduler(runner.slots, prefill_chunk, whole_prefixes=bool(runner.states))
         self.sampler = Sampler(runner.slots, runner.logits_size, runner.device)
 
     @property

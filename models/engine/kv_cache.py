@@ -55,8 +55,8 @@ class KVCache:
         lanes = LANES if key.device.type == "cpu" else 1
         blocks = -(-self.context // lanes)
         heads, width = value.shape[1], -(-value.shape[3] // lanes) * lanes
-        keys = self._zeros((self.slots + 1, heads, blocks, key.shape[3], lanes), key)
-        values = self._zeros((self.slots + 1, heads, blocks * lanes, width), value)
+        keys = self.zeros((self.slots + 1, heads, blocks, key.shape[3], lanes), self.dtype or key.dtype, key.device)
+        values = self.zeros((self.slots + 1, heads, blocks * lanes, width), self.dtype or value.dtype, value.device)
         module.register_buffer(f"cached_keys_{call}", keys, persistent=False)
         module.register_buffer(f"cached_values_{call}", values, persistent=False)
         self.tensors.append((keys, values))
@@ -77,11 +77,11 @@ class KVCache:
             keys[slot, :, -(-start // keys.shape[-1]) : -(-end // keys.shape[-1])] = 0
             values[slot, :, start:end] = 0
 
-    def _zeros(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        dtype = self.dtype or like.dtype
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A tensor for all slots. Raises CacheTooLargeError."""
         try:
-            if like.device.type != "cpu":
-                return torch.zeros(shape, dtype=dtype, device=like.device)
+            if device.type != "cpu":
+                return torch.zeros(shape, dtype=dtype, device=device)
             # The system adds each page when it is first written. torch.zeros writes all pages. numpy.zeros asks for
             # huge pages: then short sequences in many slots use gigabytes (5.0 GB after 32 chats, not 1.2).
             memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
@@ -89,6 +89,6 @@ class KVCache:
                 return torch.frombuffer(memory, dtype=dtype).view(shape)
         except (RuntimeError, OSError, OverflowError) as error:
             raise CacheTooLargeError(
-                f"{like.device} has no room for {self.slots} slots of {self.context} tokens: lower PARLEY_SLOTS "
+                f"{device} has no room for {self.slots} slots of {self.context} tokens: lower PARLEY_SLOTS "
                 "or PARLEY_CONTEXT"
             ) from error

@@ -19,9 +19,11 @@ from models.engine.kv_cache import KVCache
 from models.engine.long_rope import choose_frequencies
 from models.engine.native import build
 from models.engine.quantization import QuantizedLinear
+from models.engine.recurrent_layer import replace_recurrent_layers
 from models.engine.scheduler import Chunk, Placement
+from models.engine.state_cache import StateCache
 from models.engine.subprocesses import Subprocesses
-from models.errors import UnsupportedModelError
+from models.errors import CompilationError, UnsupportedModelError
 
 
 class Forward(nn.Module):
@@ -55,7 +57,7 @@ class Forward(nn.Module):
 
 
 class ModelRunner:
-    """A model with its key-value cache. It replaces the model's attention.
+    """A model with its key-value cache and the states of its recurrent layers. It replaces its attention and these.
 
     On a CPU our kernels compute the attention, unless `native` is False or they are not loaded. `cache_dtype` is the
     dtype of keys and values; None is a good one. Raises UnsupportedModelError if the attention cannot be replaced, and
@@ -76,6 +78,8 @@ class ModelRunner:
         self.native = native and build.loaded_library() is not None and self.device.type == "cpu"
         self.quantized = any(isinstance(module, QuantizedLinear) for module in model.modules())
         self.cache = KVCache(slots, context, cache_dtype or self._cache_dtype())
+        self.states = StateCache(self.cache)
+        replace_recurrent_layers(model, self.states)
         self.program: Program | None = None  # computes what `forward` computes, once it is compiled
         choose_frequencies(model, context)
         self.forward = Forward(model, self.native)
@@ -94,12 +98,13 @@ class ModelRunner:
     @torch.inference_mode()
     def run_batch(self, batch: Batch, attach_to: KVCache | None = None) -> Tensor:
         """Like `run`, for a given batch."""
-        if len(batch.ids) == 1:  # a single token would need its own program
+        if len(batch.ids) == 1 and not self.states:  # a single token would need its own program
             batch.add(self.cache.padding_slot, [0], 0)
         inputs = self._inputs(batch)
         if self.program:
             return self.program(*inputs)
-        logits: Tensor = self.forward(*inputs, tuple(batch.spans), attach_to)
+        with self.states.step(batch):
+            logits: Tensor = self.forward(*inputs, tuple(batch.spans), attach_to)
         return logits
 
     @torch.inference_mode()
@@ -107,6 +112,7 @@ class ModelRunner:
         """Prepare a slot for a prompt: copy the prefix that another slot holds; for torch, clear stale positions."""
         if placement.length and placement.slot != placement.source:
             self.cache.copy(placement.source, placement.slot, placement.length)
+            self.states.copy(placement.source, placement.slot, placement.length)
         if not self.native:
             self.cache.clear(placement.slot, placement.length, placement.stale)
 
@@ -126,8 +132,10 @@ class ModelRunner:
         """Compile the model and use the program from then on; `cache` is the folder for programs.
 
         Call it in another thread than the one that steps, which goes on meanwhile. Raises the errors of
-        `compile_program`.
+        `compile_program`; CompilationError too if the model has recurrent layers.
         """
+        if self.states:
+            raise CompilationError("it has recurrent layers, which compute one sequence after another")
         inputs, tokens, sequences = self._inputs(self._probe_batch()), Dim("tokens", min=2), Dim("sequences", min=1)
         sizes = (tokens, tokens, tokens, sequences)
         self.program = compile_program(self.forward, inputs, sizes, repr(self.model.config), cache, subprocesses)
@@ -159,6 +167,6 @@ class ModelRunner:
             raise UnsupportedModelError(
                 f"its forward does not take what an attention function needs ({error})"
             ) from error
-        if not self.cache.tensors:
+        if not self.cache.tensors and not self.states:
             raise UnsupportedModelError("its attention does not go through transformers' attention interface")
         return logits.shape[-1]

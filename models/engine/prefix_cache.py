@@ -27,9 +27,13 @@ class OwnedTokens(NamedTuple):
 
 
 class PrefixCache:
-    """The tokens that each slot holds, and which slot was used last."""
+    """The tokens that each slot holds, and which slot was used last.
 
-    def __init__(self, slots: int) -> None:
+    With `whole`, a prompt reuses all tokens of a slot or none: a recurrent state is that after the last one.
+    """
+
+    def __init__(self, slots: int, whole: bool = False) -> None:
+        self.whole = whole
         self.cached: list[OwnedTokens] = [OwnedTokens([]) for _ in range(slots)]
         self._used: list[int] = [0] * slots
         self._clock = 0
@@ -39,10 +43,14 @@ class PrefixCache:
 
         The length is less than the prompt's, since the last token has to be computed for its logits.
         """
-        shared = [cached.shared_with(prompt) for cached in self.cached]
+        shared = [min(cached.shared_with(prompt), len(prompt.tokens) - 1) for cached in self.cached]
+        if self.whole:
+            shared = [
+                length if length == len(cached.tokens) else 0
+                for length, cached in zip(shared, self.cached, strict=True)
+            ]
         slot = max(range(len(shared)), key=lambda slot: (shared[slot], self._used[slot]))
-        length = min(shared[slot], len(prompt.tokens) - 1)
-        return slot, length if length >= MIN_PREFIX else 0
+        return slot, shared[slot] if shared[slot] >= MIN_PREFIX else 0
 
     def choose(self, free: list[int], source: int, length: int, owner: str = "") -> int:
         """The free slot for a prompt: the source itself if its owner loses little, else the least recently used."""

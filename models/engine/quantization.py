@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from models.engine.native import build
 from models.engine.quantized_weight import GROUP, QuantizedWeight
+from models.engine.weight_readers import children_read
 
 EXPERTS = "parley_experts"  # the name in transformers' registry
 EXPERT_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
@@ -40,6 +41,11 @@ class QuantizedLinear(nn.Module):
         has_bias = any(linear.bias is not None for linear in linears)
         weights = [weight for linear in linears for weight in linear.weights]
         return cls(weights, torch.cat(biases) if has_bias else None)  # type: ignore[arg-type]
+
+    @property
+    def weight(self) -> Tensor:
+        """Nothing but a dtype and a device, which some models ask for."""
+        return torch.empty(0)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).float().contiguous()
@@ -121,12 +127,14 @@ class Place:
 def quantizable(model: PreTrainedModel) -> dict[str, Place]:
     """The parameters of a model, maybe without data, that can be quantized, by name."""
     found: dict[str, Place] = {}
+    readers = {kind: children_read(kind) for kind in {type(module) for module in model.modules()}}
+    read = {f"{path}.{name}.weight" for path, module in model.named_modules() for name in readers[type(module)]}
     outer = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[no-untyped-call]
     for path, module in model.named_modules():
         places = list(_places(module, module in outer))
         if all(place.fits for place in places):  # of all weights of experts or of none
             found |= {f"{path}.{place.parameter}": place for place in places}
-    return found
+    return {name: place for name, place in found.items() if name not in read}
 
 
 def put_quantized(model: PreTrainedModel, weights: Mapping[str, QuantizedWeight]) -> None:

@@ -52,12 +52,12 @@ class Scheduler:
     sooner, but the others wait longer for their next token.
     """
 
-    def __init__(self, slots: int, prefill_chunk: int) -> None:
+    def __init__(self, slots: int, prefill_chunk: int, whole_prefixes: bool = False) -> None:
         self.slots: list[Sequence | None] = [None] * slots
         self.running: list[Sequence] = []  # the sequences in the slots, oldest first
         self.limit = slots  # how many sequences take part in a step
         self.prefill_chunk = prefill_chunk
-        self.prefixes = PrefixCache(slots)
+        self.prefixes = PrefixCache(slots, whole_prefixes)
 
     @property
     def free_slots(self) -> int:

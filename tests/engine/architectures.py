@@ -122,7 +122,8 @@ def answered(model: PreTrainedModel) -> list[Sequence]:
     _run(engine, sequences)
     again = [Sequence(prompt, SamplingParams(), 8) for prompt in ([*sequences[0].tokens, 5, 6], [*first[:30], 8, 9])]
     _run(engine, again)
-    assert all(sequence.reused >= 30 for sequence in again)
+    reused = again[:1] if engine.runner.states else again  # a state cannot go back to the middle of a sequence
+    assert all(sequence.reused >= 30 for sequence in reused)
     return sequences + again
 
 

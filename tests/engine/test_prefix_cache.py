@@ -132,3 +132,15 @@ def test_tokens_that_are_not_public_are_not_even_compared() -> None:
     assert cached.shared_with(OwnedTokens(tokens_from(0, 60), owner="bob", public=20)) == 20
     with pytest.raises(AssertionError, match="compared"):
         cached.shared_with(OwnedTokens(tokens_from(0, 60), owner="ann", public=20))
+
+
+def test_with_recurrent_states_a_prompt_reuses_all_tokens_of_a_slot_or_none() -> None:
+    tokens = tokens_from(0, 40)
+    cache = PrefixCache(3, whole=True)
+    cache.record(0, OwnedTokens([*tokens[:20]]))
+    cache.record(1, OwnedTokens([*tokens[:35], 999]))
+    assert find(cache, [*tokens, 1]) == (0, 20)  # the longer prefix is only a part of what the slot has read
+    assert find(cache, tokens[:20])[1] == 0  # the last token of a prompt has to be computed
+    cache.record(2, OwnedTokens([*tokens[:20], 7], owner="ann", public=20))
+    assert cache.find(OwnedTokens([*tokens[:20], 7, 8], owner="bob", public=20))[1] == 0
+    assert cache.find(OwnedTokens([*tokens[:20], 7, 8], owner="ann", public=20)) == (2, 21)
