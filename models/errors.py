@@ -62,6 +62,7 @@ class UnsupportedModelError(ModelError):
         super().__init__(
             f"the model cannot run on this engine: {reason}; choose a decoder-only model with plain attention"
         )
+        self.reason = reason
 
 
 class CacheTooLargeError(ModelError):

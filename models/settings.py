@@ -32,6 +32,7 @@ class Settings:
     device: str = "auto"
     dtype: str = "auto"
     quantize: str = "auto"
+    kv_cache: str = "auto"
     compile: bool = True
     chat_template: Path | None = None
     context: int | None = None
@@ -173,6 +174,10 @@ RULES: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "device": ("auto, cpu, cuda, cuda:N, mps or xpu", _choice(r"auto|cpu|(cuda|xpu)(:\d+)?|mps")),
     "dtype": ("auto, float32, bfloat16 or float16", _choice("auto|float32|bfloat16|float16")),
     "quantize": ("auto, none, int8 or int4", _choice("auto|none|int8|int4")),
+    "kv_cache": (
+        "auto, float32, bfloat16, float16 or float8",
+        _choice("auto|float32|bfloat16|float16|float8"),
+    ),
     "compile": ("true or false", _switch),
     "chat_template": ("the path of a Jinja file", _path),
     "context": _integer(16, 2**24),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +41,13 @@ class AttentionMetadata:
     native: bool = False  # whether the C++ kernel computes the attention
     attach_to: KVCache | None = None  # at the first step: the cache that gives the attention modules their tensors
     _masks: dict[tuple[Span, int | None, torch.device], Tensor] = field(default_factory=dict)
+    _calls: dict[nn.Module, int] = field(default_factory=dict)
+
+    def next_call(self, module: nn.Module) -> int:
+        """How often a module was called in this step before. Each call has keys and values of its own."""
+        call = self._calls.get(module, 0)
+        self._calls[module] = call + 1
+        return call
 
     def mask(self, span: Span, window: int | None, like: Tensor) -> Tensor:
         """The causal mask of a span, (rows, 1, count, length): 0 where a token attends, -inf elsewhere."""
@@ -55,6 +63,20 @@ class AttentionMetadata:
         return self._masks[span, window, like.device]
 
 
+# The metadata of the step that runs. Not every model hands arguments of ours down to its attention.
+STEP: ContextVar[AttentionMetadata] = ContextVar("parley_step")
+
+
+@dataclass(frozen=True)
+class CausalMask:
+    """Stands for a mask of transformers: a token attends to itself and to those before it, at most `window` in all.
+
+    The attention of transformers obeys masks alone. So ours does too, whatever a layer says of its window.
+    """
+
+    window: int | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class Scoring:
     """How a layer turns products of queries and keys into attention weights."""
@@ -65,34 +87,46 @@ class Scoring:
     sinks: Tensor | None  # (heads,)
 
 
+def slot_mask(*args: Any, local_size: int | None = None, use_vmap: bool = False, **kwargs: Any) -> CausalMask:
+    """A mask function of transformers' `AttentionMaskInterface`.
+
+    Raises UnsupportedModelError for masks that are not causal, or that a model changes by functions of its own.
+    """
+    if "allow_is_bidirectional_skip" in kwargs or use_vmap:  # only such masks have these arguments
+        raise UnsupportedModelError("its attention is not causal")
+    return CausalMask(local_size)
+
+
 def slot_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: None,
+    attention_mask: CausalMask | Tensor | None,
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    metadata: AttentionMetadata | None = None,
+    position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function of transformers' `AttentionInterface`, over the slots that `metadata` names.
+    """An attention function of transformers' `AttentionInterface`, over the slots of the step that runs.
 
     `query` is (1, heads, tokens, size), `key` and `value` have the key-value heads only; the result is
     (1, tokens, heads, size). Supports grouped queries, sliding windows, soft-capping and attention sinks.
     Raises UnsupportedModelError for anything else.
     """
-    if metadata is None:
-        raise UnsupportedModelError("its layers do not pass keyword arguments to their attention")
-    if not getattr(module, "is_causal", True) or kwargs.get("position_bias") is not None:
-        raise UnsupportedModelError("its attention is not causal, or adds a position bias")
-    window = kwargs.get("sliding_window", getattr(module, "sliding_window", None))
-    scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, window, softcap, s_aux)
+    if not isinstance(attention_mask, CausalMask):
+        raise UnsupportedModelError("it makes its attention masks by itself")
+    if position_bias is not None:
+        raise UnsupportedModelError("its attention adds a position bias")
+    metadata = STEP.get()
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scoring = Scoring(scale, attention_mask.window, softcap, s_aux)
+    call = metadata.next_call(module)
     if metadata.attach_to is not None:
-        metadata.attach_to.attach(module, key, value)
-    cached_keys: Tensor = module.cached_keys  # type: ignore[assignment]
-    cached_values: Tensor = module.cached_values  # type: ignore[assignment]
+        metadata.attach_to.attach(module, call, key, value)
+    cached_keys: Tensor = getattr(module, f"cached_keys_{call}")
+    cached_values: Tensor = getattr(module, f"cached_values_{call}")
     compute = _native_attention if metadata.native else _torch_attention
     return compute(query, key, value, cached_keys, cached_values, metadata, scoring), None
 
@@ -128,8 +162,8 @@ def _torch_attention(
     slots, positions = metadata.slots.to(key.device), metadata.positions.to(key.device)
     lanes, value_size = cached_keys.shape[-1], value.shape[-1]
     block, lane = positions // lanes, positions % lanes
-    cached_keys[slots, :, block, :, lane] = key[0].transpose(0, 1).to(cached_keys.dtype)  # (tokens, heads, size)
-    cached_values[slots, :, positions, :value_size] = value[0].transpose(0, 1).to(cached_values.dtype)
+    cached_keys[slots, :, block, :, lane] = _rounded(key[0].transpose(0, 1), cached_keys.dtype)  # (tokens, heads, size)
+    cached_values[slots, :, positions, :value_size] = _rounded(value[0].transpose(0, 1), cached_values.dtype)
     outputs = []
     for span in metadata.spans:
         here = slice(span.slot, span.slot + span.rows)
@@ -141,6 +175,13 @@ def _torch_attention(
         output = _attend(queries, keys, values, metadata.mask(span, scoring.window, query), scoring)
         outputs.append(output.transpose(0, 1).flatten(1, 2))  # (heads, rows * count, size)
     return torch.cat(outputs, 1).transpose(0, 1)[None].contiguous()
+
+
+def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The nearest numbers of a dtype. In the small types, what is too large becomes the largest one, not infinity."""
+    if dtype in (torch.float16, torch.float8_e4m3fn):
+        tensor = tensor.float().clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)
+    return tensor.to(dtype)
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scoring: Scoring) -> Tensor:
@@ -172,5 +213,4 @@ def _eager_attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, 
 
 
 AttentionInterface.register(ATTENTION, slot_attention)
-# The metadata says what each token attends to, so the model need not build a mask.
-AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
+AttentionMaskInterface.register(ATTENTION, slot_mask)

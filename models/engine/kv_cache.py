@@ -11,29 +11,43 @@ from torch import Tensor, nn
 from models.engine.native.build import LANES
 from models.errors import CacheTooLargeError
 
+DTYPES = {  # by their names in the settings; for auto there is none
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float8": torch.float8_e4m3fn,
+}
+
 
 class KVCache:
     """Keys and values of up to `slots` sequences, one row for each slot, and one more row for padding.
 
-    Each attention module gets its own two tensors at its first forward: `cached_keys`, (slots + 1, heads, blocks,
-    size, lanes), and `cached_values`, (slots + 1, heads, blocks * lanes, size rounded up to lanes). They are on the
-    device of the module and have `dtype`, or the module's dtype if it is None. So a model has one cache at a time. On a
-    CPU, a slot takes memory only for the positions that are written.
+    Each attention module gets its own two tensors at its first forward: `cached_keys_0`, (slots + 1, heads, blocks,
+    size, lanes), and `cached_values_0`, (slots + 1, heads, blocks * lanes, size rounded up to lanes). They are on the
+    device of the module and have `dtype`, or the module's dtype if it is None. A module that runs several times in a
+    forward gets two more for each time: `cached_keys_1` and so on. So a model has one cache at a time. On a CPU, a slot
+    takes memory only for the positions that are written.
     """
 
     def __init__(self, slots: int, context: int, dtype: torch.dtype | None = None) -> None:
         self.slots = slots
         self.context = context
         self.dtype = dtype
-        self.modules: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        self.tensors: list[tuple[Tensor, Tensor]] = []  # the keys and values of each module and call
+
+    @property
+    def dtype_name(self) -> str:
+        """The dtype of keys and values, as the settings name it."""
+        dtype = self.tensors[0][0].dtype
+        return next((name for name, known in DTYPES.items() if known == dtype), str(dtype).removeprefix("torch."))
 
     @property
     def padding_slot(self) -> int:
         """The slot for padding tokens, which no sequence ever reads."""
         return self.slots
 
-    def attach(self, module: nn.Module, key: Tensor, value: Tensor) -> None:
-        """Give an attention module its tensors, shaped like its `key` and `value`, (1, heads, tokens, size).
+    def attach(self, module: nn.Module, call: int, key: Tensor, value: Tensor) -> None:
+        """Give an attention module the tensors of a call, shaped like its `key` and `value`, (1, heads, tokens, size).
 
         Raises CacheTooLargeError.
         """
@@ -43,20 +57,20 @@ class KVCache:
         heads, width = value.shape[1], -(-value.shape[3] // lanes) * lanes
         keys = self._zeros((self.slots + 1, heads, blocks, key.shape[3], lanes), key)
         values = self._zeros((self.slots + 1, heads, blocks * lanes, width), value)
-        module.register_buffer("cached_keys", keys, persistent=False)
-        module.register_buffer("cached_values", values, persistent=False)
-        self.modules[module] = keys, values
+        module.register_buffer(f"cached_keys_{call}", keys, persistent=False)
+        module.register_buffer(f"cached_values_{call}", values, persistent=False)
+        self.tensors.append((keys, values))
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of a slot to another."""
-        for keys, values in self.modules.values():
+        for keys, values in self.tensors:
             blocks = -(-length // keys.shape[-1])
             keys[target, :, :blocks] = keys[source, :, :blocks]
             values[target, :, :length] = values[source, :, :length]
 
     def clear(self, slot: int, start: int, end: int) -> None:
         """Set some positions to zero: an infinity or NaN there would spread through masked sums."""
-        for keys, values in self.modules.values():
+        for keys, values in self.tensors:
             block, lane = divmod(start, keys.shape[-1])
             if lane:
                 keys[slot, :, block, :, lane:] = 0

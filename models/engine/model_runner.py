@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
@@ -11,10 +12,11 @@ from torch import Tensor, nn
 from torch.export import Dim
 from transformers import PreTrainedModel
 
-from models.engine.attention import ATTENTION, AttentionMetadata, Span
+from models.engine.attention import ATTENTION, STEP, AttentionMetadata, Span
 from models.engine.batch import Batch
 from models.engine.compilation import Program, compile_program
 from models.engine.kv_cache import KVCache
+from models.engine.long_rope import choose_frequencies
 from models.engine.native import build
 from models.engine.quantization import QuantizedLinear
 from models.engine.scheduler import Chunk, Placement
@@ -29,6 +31,7 @@ class Forward(nn.Module):
         super().__init__()
         self.model = model
         self.native = native
+        self.selects = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def forward(
         self,
@@ -40,31 +43,41 @@ class Forward(nn.Module):
         attach_to: KVCache | None = None,
     ) -> Tensor:
         """Logits after the tokens `logits_at`, (sequences, vocabulary); ids, slots and positions are (tokens,)."""
-        logits: Tensor = self.model(
-            input_ids=ids[None],
-            position_ids=positions[None],
-            metadata=AttentionMetadata(slots, positions, spans, self.native, attach_to),
-            use_cache=False,
-            logits_to_keep=logits_at,
-        ).logits
-        return logits[0]
+        step = STEP.set(AttentionMetadata(slots, positions, spans, self.native, attach_to))
+        try:
+            options = {"logits_to_keep": logits_at} if self.selects else {}
+            logits: Tensor = self.model(
+                input_ids=ids[None], position_ids=positions[None], use_cache=False, **options
+            ).logits
+        finally:
+            STEP.reset(step)
+        return logits[0] if self.selects else logits[0, logits_at]
 
 
 class ModelRunner:
-    """A model with its key-value cache. It replaces the model's attention, and checks the result at the start.
+    """A model with its key-value cache. It replaces the model's attention.
 
-    On a CPU our kernels compute the attention, unless `native` is False or they are not loaded. Raises
-    UnsupportedModelError if the attention cannot be replaced, and CacheTooLargeError.
+    On a CPU our kernels compute the attention, unless `native` is False or they are not loaded. `cache_dtype` is the
+    dtype of keys and values; None is a good one. Raises UnsupportedModelError if the attention cannot be replaced, and
+    CacheTooLargeError. Whether the results are right is for `check_architecture` to say.
     """
 
-    def __init__(self, model: PreTrainedModel, slots: int, context: int, native: bool = True) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        slots: int,
+        context: int,
+        native: bool = True,
+        cache_dtype: torch.dtype | None = None,
+    ) -> None:
         self.model = model
         self.device = model.device
         self.context = context
         self.native = native and build.loaded_library() is not None and self.device.type == "cpu"
         self.quantized = any(isinstance(module, QuantizedLinear) for module in model.modules())
-        self.cache = KVCache(slots, context, self._cache_dtype())
+        self.cache = KVCache(slots, context, cache_dtype or self._cache_dtype())
         self.program: Program | None = None  # computes what `forward` computes, once it is compiled
+        choose_frequencies(model, context)
         self.forward = Forward(model, self.native)
         self.logits_size = self._replace_attention()
         embeddings = cast(nn.Embedding, model.get_input_embeddings())
@@ -121,10 +134,8 @@ class ModelRunner:
 
     def _cache_dtype(self) -> torch.dtype | None:
         """The dtype of keys and values; None is the model's own."""
-        if self.quantized:
-            return torch.bfloat16  # half the bytes to read, at a smaller error than that of int8 linears
-        # The kernel has no float16.
-        return torch.float32 if self.native and self.model.dtype == torch.float16 else None
+        # bfloat16 is half the bytes to read, at a smaller error than that of int8 linears.
+        return torch.bfloat16 if self.quantized else None
 
     def _inputs(self, batch: Batch) -> tuple[Tensor, ...]:
         """The tensors that `Forward` takes."""
@@ -140,30 +151,14 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _replace_attention(self) -> int:
-        """Make the model's attention use the slots, and compare it with the original. Returns the logits' size."""
-        layer_types = set(getattr(self.model.config.get_text_config(), "layer_types", None) or ())
-        if unknown := layer_types - {"full_attention", "sliding_attention"}:
-            raise UnsupportedModelError(f"it has {', '.join(sorted(unknown))}")
-        prompt = [(7 * i + 1) % 97 for i in range(min(12, self.context))]
-        self.model.set_attn_implementation("eager")
-        expected = self.model(input_ids=torch.tensor([prompt], device=self.device), use_cache=False).logits[:, -1]
+        """Make the model's attention use the slots. Returns the logits' size."""
         self.model.set_attn_implementation(ATTENTION)
         try:
-            logits = self._prefill_and_decode(prompt)
+            logits = self.run_batch(self._probe_batch(), attach_to=self.cache)
         except (TypeError, AttributeError) as error:
             raise UnsupportedModelError(
                 f"its forward does not take what an attention function needs ({error})"
             ) from error
-        difference = (logits[0] - expected).abs().max() / expected.abs().max()
-        if not self.cache.modules or not difference < 0.05:
+        if not self.cache.tensors:
             raise UnsupportedModelError("its attention does not go through transformers' attention interface")
         return logits.shape[-1]
-
-    def _prefill_and_decode(self, prompt: list[int]) -> Tensor:
-        """Logits after a prompt whose last token is decoded alone; gives the attention modules their tensors."""
-        prefill, decode = Batch(), Batch()
-        prefill.add(0, prompt[:-1], 0)
-        decode.add(0, prompt[-1:], len(prompt) - 1)
-        decode.logits_at = [0]
-        self.run_batch(prefill, attach_to=self.cache)
-        return self.run_batch(decode)

@@ -13,8 +13,10 @@ from weakref import WeakValueDictionary
 from platformdirs import user_cache_path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from models.engine.architecture import check_architecture
 from models.engine.async_engine import AsyncEngine
 from models.engine.engine import Engine
+from models.engine.kv_cache import DTYPES
 from models.engine.model_runner import ModelRunner
 from models.engine.quantization import shares
 from models.engine.sampling_params import SamplingParams
@@ -51,7 +53,10 @@ class EngineChat:
         template = ChatTemplate.of(tokenizer, self.defaults.instructions)
         self._prompts = PromptBuilder(template, self.context, self.defaults.instructions)
         self._stop_ids = stop_token_ids(template, model)
-        self._engine = Engine(ModelRunner(model, settings.slots, self.context))
+        check_architecture(model)
+        self._engine = Engine(
+            ModelRunner(model, settings.slots, self.context, cache_dtype=DTYPES.get(settings.kv_cache))
+        )
         self._async_engine = AsyncEngine(self._engine, on_shrink, on_step)
         if settings.compile and self._engine.runner.native:
             self._async_engine.compile(user_cache_path("parley") / "compiled")
@@ -102,6 +107,7 @@ class EngineChat:
             "device": str(runner.device),
             "dtype": str(runner.model.dtype).removeprefix("torch."),
             "weights": self._weights,
+            "kv_cache": runner.cache.dtype_name,
             "compiled": runner.program is not None,
             "options": {**self.defaults.as_json(), "instructions": None},  # the operator's text is not public
         }

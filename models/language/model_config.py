@@ -6,6 +6,7 @@ from contextlib import suppress
 
 from transformers import PreTrainedModel
 
+from models.engine.long_rope import can_be_long, short_context
 from models.errors import InvalidValueError, SettingsError
 from models.language.chat_template import ChatTemplate
 from models.options import Options
@@ -33,12 +34,13 @@ def context_length(model: PreTrainedModel, settings: Settings) -> int:
     """How many tokens a prompt and its reply may have together. Raises SettingsError."""
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or DEFAULT_CONTEXT
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":  # beyond it, one long sequence changes the factors of all others
-        limit = min(limit, rope.get("original_max_position_embeddings") or limit)
+    default = min(limit, DEFAULT_CONTEXT)
+    if short := short_context(model):
+        default = min(default, short)
+        limit = limit if can_be_long(model) else min(limit, short)
     if settings.context and settings.context > limit:
         raise SettingsError(f"PARLEY_CONTEXT={settings.context} is not allowed: the model can hold at most {limit}")
-    return settings.context or min(limit, DEFAULT_CONTEXT)
+    return settings.context or default
 
 
 def default_options(model: PreTrainedModel, settings: Settings) -> Options:

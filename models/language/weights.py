@@ -1,29 +1,31 @@
-"""Loads the weights of a model tensor by tensor, and quantizes them on the way: no model is ever whole in float32."""
+"""Loads the weights of a model, tensor by tensor, from a folder or a GGUF file."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
-from transformers.core_model_loading import ConversionOps
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
-from models.engine.quantization import Place, put_quantized, quantizable
+from models.engine.quantization import Place, quantizable
 from models.engine.quantized_weight import BLOCK_TYPES, Format, QuantizedWeight
 from models.errors import ModelError
 from models.language.adapter import Adapter
 from models.language.gguf.gguf_file import GGUFFile
 from models.language.gguf.tensors import PLAIN, Source
-
-METHOD = "parley"  # the name in transformers' registries
-
-Quantize = Callable[[str, Place, Tensor], QuantizedWeight]
+from models.language.quantizer import ParleyConfig, Quantize
+from models.language.stored_weights import StoredWeight, stored_weights
 
 
 def load_folder(
@@ -38,15 +40,20 @@ def load_folder(
 
     Raises ModelError and the errors of transformers.
     """
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype,
-        device_map=device,
-        trust_remote_code=trust_remote_code,
-        quantization_config=None if format is None else ParleyConfig(_round_to(format, adapter)),
-        output_loading_info=True,
-    )
-    model = _complete(*loaded)
+    code = {"trust_remote_code": trust_remote_code}
+    config = AutoConfig.from_pretrained(folder, **code)
+    options: dict[str, Any] = {"dtype": dtype, "device_map": device}
+    if format is not None:
+        options["quantization_config"] = ParleyConfig(_round_to(format, adapter))
+    if weights := stored_weights(folder):
+        _forget_packing(config)
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(config, **code)  # type: ignore[no-untyped-call]
+        model = _load(type(empty), None, config=config, state_dict=weights, **options)
+        with suppress(OSError):  # it has none
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    else:  # files of older formats
+        model = _load(AutoModelForCausalLM, folder, **code, **options)
     if adapter:
         adapter.merge(model)
     return model
@@ -65,103 +72,16 @@ def load_gguf(file: GGUFFile, format: Format | None, dtype: torch.dtype, device:
     buffers = {name: sources.pop(name) for name, _ in empty.named_buffers() if name in sources}
     quantized = {} if format is None else quantizable(empty)
     kept = _plain(sources)
-    parameters = {
-        name: StoredParameter(source, name in quantized and name not in kept) for name, source in sources.items()
-    }
-    quantization = None if format is None else ParleyConfig(_blocks_of(sources, format), kept)
-    model = _complete(
-        *kind.from_pretrained(
-            None,
-            config=config,
-            state_dict=parameters,
-            dtype=dtype,
-            device_map=device,
-            quantization_config=quantization,
-            output_loading_info=True,
-        )
-    )
+    ours = quantized.keys() - kept  # read as blocks, so not through transformers
+    parameters = {name: StoredWeight(_nothing if name in ours else source.values) for name, source in sources.items()}
+    options: dict[str, Any] = {"dtype": dtype, "device_map": device}
+    if format is not None:
+        options["quantization_config"] = ParleyConfig(_blocks_of(sources, format), kept)
+    model = _load(kind, None, config=config, state_dict=parameters, **options)
     for name, source in buffers.items():
         model.get_buffer(name).copy_(source.values())
     model.generation_config.eos_token_id = sorted(file.stop_token_ids())
     return model
-
-
-class StoredParameter:
-    """A parameter in a file, as transformers' loader takes it: read when it is indexed, or empty, if we read it."""
-
-    def __init__(self, source: Source, is_ours: bool) -> None:
-        self._source = source
-        self._is_ours = is_ours
-
-    def __getitem__(self, index: object) -> Tensor:
-        return torch.empty(0) if self._is_ours else self._source.values()
-
-
-@register_quantization_config(METHOD)
-class ParleyConfig(QuantizationConfigMixin):
-    """Tells transformers to quantize with us while it loads.
-
-    `quantize` makes the quantized weight of a parameter from its name, its place and its tensor. Parameters in `kept`
-    are not quantized.
-    """
-
-    def __init__(self, quantize: Quantize, kept: frozenset[str] = frozenset()) -> None:
-        self.quant_method: Any = METHOD
-        self.quantize = quantize
-        self.kept = kept
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"quant_method": self.quant_method}
-
-
-@register_quantizer(METHOD)
-class ParleyQuantizer(HfQuantizer):
-    """Quantizes each parameter when it is loaded, and puts our modules in place when all are."""
-
-    quantization_config: ParleyConfig
-    is_trainable = False
-
-    def __init__(self, quantization_config: ParleyConfig, **kwargs: Any) -> None:
-        super().__init__(quantization_config, **kwargs)
-        self.places: dict[str, Place] = {}
-        self.weights: dict[str, QuantizedWeight] = {}
-
-    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
-        return param_name in self.places
-
-    def get_quantize_ops(self) -> ConversionOps:
-        return _Quantization(self)
-
-    def is_serializable(self) -> bool:
-        return False
-
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        kept = self.quantization_config.kept
-        self.places = {name: place for name, place in quantizable(model).items() if name not in kept}
-
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        put_quantized(model, self.weights)
-        self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
-        return model
-
-
-class _Quantization(ConversionOps):
-    """Quantizes one parameter. The model's own stays without data until our module replaces it."""
-
-    def __init__(self, quantizer: ParleyQuantizer) -> None:
-        self.quantizer = quantizer
-
-    def convert(
-        self, input_dict: dict[str, Any], *args: Any, full_layer_name: str = "", **kwargs: Any
-    ) -> dict[str, Any]:
-        (tensors,) = input_dict.values()
-        tensor = tensors[0] if isinstance(tensors, list) else tensors
-        quantize = self.quantizer.quantization_config.quantize
-        self.quantizer.weights[full_layer_name] = quantize(
-            full_layer_name, self.quantizer.places[full_layer_name], tensor
-        )
-        kwargs["missing_keys"].discard(full_layer_name)
-        return {}
 
 
 def _round_to(format: Format, adapter: Adapter | None = None) -> Quantize:
@@ -202,7 +122,21 @@ def _plain(sources: Mapping[str, Source]) -> frozenset[str]:
     return frozenset(name for name, source in sources.items() if all(part.kind == 0 for part in source.parts))
 
 
-def _complete(model: PreTrainedModel, loading: Mapping[str, Any]) -> PreTrainedModel:
+def _nothing() -> Tensor:
+    return torch.empty(0)
+
+
+def _forget_packing(config: PreTrainedConfig) -> None:
+    """Remove what makes transformers unpack the weights, which are plain by now."""
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+
+
+def _load(kind: Any, *arguments: Any, **options: Any) -> PreTrainedModel:
+    """`from_pretrained` of a class. Raises ModelError if weights are missing."""
+    model: PreTrainedModel
+    model, loading = kind.from_pretrained(*arguments, output_loading_info=True, **options)
     if missing := loading["missing_keys"]:
         raise ModelError(f"{len(missing)} weights are missing, first {min(missing)}: download it again")
     return model

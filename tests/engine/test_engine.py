@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaCon
 
 from models.engine.batch import Batch
 from models.engine.engine import Engine
+from models.engine.kv_cache import DTYPES
 from models.engine.model_runner import ModelRunner
 from models.engine.sampling_params import SamplingParams
 from models.engine.scheduler import Placement
@@ -65,7 +66,7 @@ def generate_one(engine: Engine, sequence: Sequence) -> list[int]:
 def fill_with_nan(engine: Engine, slot: int, length: int) -> None:
     """Set the first positions of a slot to NaN."""
     with torch.inference_mode():
-        for keys, values in engine.runner.cache.modules.values():
+        for keys, values in engine.runner.cache.tensors:
             keys[slot, :, : -(-length // keys.shape[-1])] = values[slot, :, :length] = torch.nan
 
 
@@ -159,6 +160,25 @@ def test_a_cached_prefix_is_reused_and_changes_no_reply(native: bool) -> None:
     generate_one(engine, Sequence(asked[0], GREEDY, 20))
     assert generate_one(engine, next_turn) == expected
     assert next_turn.reused == len(asked[0]) + 19  # the last token of the reply was never computed
+
+
+@both_attentions
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+def test_in_a_cache_of_any_dtype_a_reply_does_not_depend_on_prefixes_chunks_or_slots(
+    llama: PreTrainedModel, dtype: torch.dtype, native: bool
+) -> None:
+    (history,) = prompts(60)
+    asked = [history + more for more in prompts(9, 12, 20)]
+
+    def new_engine(prefill_chunk: int = 32) -> Engine:
+        return make_engine(llama, 2, 128, prefill_chunk, native, dtype)
+
+    alone = [generate_one(new_engine(), Sequence(prompt, GREEDY, 12)) for prompt in asked]
+    sequences = [Sequence(prompt, GREEDY, 12) for prompt in asked]
+    engine = new_engine(prefill_chunk=16)
+    assert generate(engine, sequences, every=4) == alone
+    assert [sequence.reused for sequence in sequences] == [0, 60, 60]
+    assert {tensor.dtype for pair in engine.runner.cache.tensors for tensor in pair} == {dtype}
 
 
 def test_a_prefix_stays_cached_while_other_slots_are_free(llama: PreTrainedModel) -> None:
@@ -417,13 +437,6 @@ def test_a_model_with_unknown_attention_is_refused() -> None:
         make_engine(bloom.eval(), slots=2, context=64)
 
 
-def test_a_model_with_unknown_layer_types_is_refused_by_name() -> None:
-    model = tiny_llama()
-    model.config.layer_types = ["full_attention", "chunked_attention", "full_attention"]
-    with pytest.raises(UnsupportedModelError, match="chunked_attention"):
-        make_engine(model, slots=2, context=64)
-
-
 def test_learned_positions_reach_the_whole_context_beside_an_idle_slot() -> None:
     model = tiny_model(GPT2Config(vocab_size=SHAPE["vocab_size"], n_positions=64, n_embd=32, n_layer=2, n_head=2))
     short, long = prompts(4, 40)
@@ -433,21 +446,26 @@ def test_learned_positions_reach_the_whole_context_beside_an_idle_slot() -> None
     assert reply == expected
 
 
-def test_an_idle_slot_does_not_change_the_rope_of_others() -> None:
+def longrope_llama(short: float, long: float) -> PreTrainedModel:
+    """A Llama whose frequencies are divided by one factor up to 64 tokens, and by another one beyond."""
     rope = {
         "rope_type": "longrope",
         "rope_theta": 10000.0,
         "factor": 2.0,
         "original_max_position_embeddings": 64,
-        "short_factor": [1.0] * 8,
-        "long_factor": [9.0] * 8,
+        "short_factor": [short] * 8,
+        "long_factor": [long] * 8,
     }
-    model = tiny_model(LlamaConfig(**SHAPE | {"max_position_embeddings": 128, "rope_parameters": rope}))
-    short, long = prompts(4, 30)
-    expected = reference(model, long, 20)
-    engine = make_engine(model, slots=2, context=64)
-    _, reply = generate(engine, [Sequence(short, GREEDY, 2), Sequence(long, GREEDY, 20)])
-    assert reply == expected
+    return tiny_model(LlamaConfig(**SHAPE | {"max_position_embeddings": 128, "rope_parameters": rope}))
+
+
+@pytest.mark.parametrize(("context", "factor"), [(64, 1.0), (128, 9.0)], ids=["short", "long"])
+def test_the_context_alone_chooses_the_frequencies_of_longrope(context: int, factor: float) -> None:
+    asked = prompts(4, 30, context - 20)
+    expected = [reference(longrope_llama(factor, factor), prompt, 20) for prompt in asked]
+    engine = make_engine(longrope_llama(1.0, 9.0), slots=3, context=context)
+    # Some are alone, some beside a longer one, and some behind the end of one.
+    assert generate(engine, [Sequence(prompt, GREEDY, 20) for prompt in asked], every=6) == expected
 
 
 @both_attentions

@@ -25,16 +25,16 @@ def test_the_scratch_slot_is_no_slot_of_a_sequence(native: bool) -> None:
     assert torch.equal(attention.keys[4, :, :13], qkv.key[:, :13])
 
 
-def test_each_module_gets_tensors_of_its_own() -> None:
+def test_each_call_of_a_module_gets_tensors_of_its_own() -> None:
     cache, modules = KVCache(2, 8), [nn.Module(), nn.Module()]
     tokens = torch.ones(1, 2, 1, 4)
-    for module in modules:
-        cache.attach(module, tokens, tokens)
-    assert len({tensor.data_ptr() for pair in cache.modules.values() for tensor in pair}) == 4
-    for module in modules:
-        keys, values = cache.modules[module]
-        assert keys is module.cached_keys
-        assert values is module.cached_values
+    calls = [(module, call) for module in modules for call in (0, 1)]
+    for module, call in calls:
+        cache.attach(module, call, tokens, tokens)
+    assert len({tensor.data_ptr() for pair in cache.tensors for tensor in pair}) == 8
+    for (module, call), (keys, values) in zip(calls, cache.tensors, strict=True):
+        assert keys is getattr(module, f"cached_keys_{call}")
+        assert values is getattr(module, f"cached_values_{call}")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -43,8 +43,8 @@ def test_a_cache_has_the_models_dtype_or_its_own_and_starts_at_zero(
     dtype: torch.dtype, own: torch.dtype | None
 ) -> None:
     tokens, cache, module = torch.ones(1, 2, 1, 4, dtype=dtype), KVCache(2, 8, own), nn.Module()
-    cache.attach(module, tokens, tokens)
-    for tensor in cache.modules[module]:
+    cache.attach(module, 0, tokens, tokens)
+    for tensor in cache.tensors[0]:
         assert tensor.dtype == (own or dtype)
         assert not tensor.any()
 
@@ -55,8 +55,8 @@ def test_slots_that_were_never_written_take_no_memory() -> None:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
     cache, before, tokens = KVCache(31, 2**16), resident(), torch.ones(1, 1, 1, 64)
-    cache.attach(nn.Module(), tokens, tokens)
-    assert sum(tensor.nbytes for pair in cache.modules.values() for tensor in pair) == 2**30
+    cache.attach(nn.Module(), 0, tokens, tokens)
+    assert sum(tensor.nbytes for pair in cache.tensors for tensor in pair) == 2**30
     assert resident() - before < 2**26
 
 
@@ -114,4 +114,4 @@ def test_a_cache_without_room_names_the_settings_to_lower() -> None:
     tokens = torch.ones(1, 2, 1, 4)
     message = "2097152 slots of 16777216 tokens: lower PARLEY_SLOTS or PARLEY_CONTEXT"
     with pytest.raises(CacheTooLargeError, match=message):
-        KVCache(2**21, 2**24).attach(nn.Module(), tokens, tokens)
+        KVCache(2**21, 2**24).attach(nn.Module(), 0, tokens, tokens)

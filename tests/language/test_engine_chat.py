@@ -10,6 +10,7 @@ import pytest
 from msgspec import structs
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from models.engine.kv_cache import DTYPES
 from models.errors import (
     ContextLengthExceededError,
     MessagesRejectedError,
@@ -355,10 +356,19 @@ async def test_the_arguments_say_how_the_model_runs(tokenizer: PreTrainedTokeniz
             "device": "cpu",
             "dtype": "float32",
             "quantize": "none",
+            "kv_cache": "float32",
             "compiled": False,
             "options": {**Options(top_k=7).as_json(), "instructions": None},
         }
         assert (chat.model_name, chat.defaults) == ("Tiny", Options(instructions="a secret", top_k=7))
+
+
+@pytest.mark.parametrize("name", DTYPES)
+async def test_the_setting_of_the_cache_is_in_effect(
+    name: str, tokenizer: PreTrainedTokenizerBase, llama: PreTrainedModel
+) -> None:
+    async with opened(tokenizer, llama, kv_cache=name) as chat:
+        assert chat.arguments["kv_cache"] == name
 
 
 async def test_a_context_larger_than_the_models_is_refused(

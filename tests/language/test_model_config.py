@@ -50,13 +50,15 @@ def test_a_context_larger_than_the_models_is_refused(llama: PreTrainedModel, con
         context_length(llama, Settings(context=context))
 
 
-def test_a_longrope_model_is_used_up_to_its_original_context() -> None:
+def test_a_longrope_model_has_its_short_context_unless_a_longer_one_is_set() -> None:
     factors = [1.0] * (SHAPE["head_dim"] // 2)
     rope = {"rope_type": "longrope", "rope_theta": 10_000.0, "short_factor": factors, "long_factor": factors}
     model = llama_with(rope_parameters=rope | {"original_max_position_embeddings": 128})
     assert context_length(model, Settings()) == 128
+    assert context_length(model, Settings(context=256)) == 256
+    scaled = {"original_max_position_embeddings": 128, "short_mscale": 1.0, "long_mscale": 1.2}
     with pytest.raises(SettingsError, match="128"):
-        context_length(model, Settings(context=256))
+        context_length(llama_with(rope_parameters=rope | scaled), Settings(context=256))
 
 
 # Default options

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.engine.attention import AttentionMetadata, Span, slot_attention
+from models.engine.attention import STEP, AttentionMetadata, CausalMask, Span, slot_attention
 from models.engine.kv_cache import KVCache
 
 LENGTH = 70  # several blocks of lanes, the last one not full
@@ -66,13 +66,20 @@ class CachedAttention:
     @property
     def keys(self) -> Tensor:
         """The cached keys, (slots + 1, heads, positions, size)."""
-        return self.cache.modules[self.module][0].transpose(-1, -2).flatten(2, 3)
+        return self.cache.tensors[0][0].transpose(-1, -2).flatten(2, 3)
 
     @property
     def values(self) -> Tensor:
-        return self.cache.modules[self.module][1]
+        return self.cache.tensors[0][1]
 
-    def forward(self, segments: list[Segment], inputs: dict[int, QKV], native: bool, **options: Any) -> list[Tensor]:
+    def forward(
+        self,
+        segments: list[Segment],
+        inputs: dict[int, QKV],
+        native: bool,
+        window: int | None = None,
+        **options: Any,
+    ) -> list[Tensor]:
         """One forward over `inputs`, by slot. A result for each slot of each segment, (count, heads, value size)."""
         slots: list[int] = []
         positions: list[int] = []
@@ -87,9 +94,11 @@ class CachedAttention:
         query = torch.stack([inputs[slot].query[:, position] for slot, position in places], 1)[None]
         key = torch.stack([inputs[slot].key[:, position] for slot, position in places], 1)[None]
         value = torch.stack([inputs[slot].value[:, position] for slot, position in places], 1)[None]
-        attach_to = None if self.cache.modules else self.cache
+        attach_to = None if self.cache.tensors else self.cache
         metadata = AttentionMetadata(torch.tensor(slots), torch.tensor(positions), tuple(spans), native, attach_to)
-        output, _ = slot_attention(self.module, query, key, value, None, metadata=metadata, **options)
+        step = STEP.set(metadata)
+        output, _ = slot_attention(self.module, query, key, value, CausalMask(window), **options)
+        STEP.reset(step)
         assert output.shape == (1, len(places), query.shape[1], value.shape[3])
         return list(torch.split(output[0], [segment.count for segment in segments for _ in segment.starts]))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import pytest
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -23,10 +24,15 @@ both_attentions = pytest.mark.parametrize(
 
 
 def make_engine(
-    model: PreTrainedModel, slots: int, context: int, prefill_chunk: int = 32, native: bool = True
+    model: PreTrainedModel,
+    slots: int,
+    context: int,
+    prefill_chunk: int = 32,
+    native: bool = True,
+    cache_dtype: torch.dtype | None = None,
 ) -> Engine:
     """An engine over a model."""
-    return Engine(ModelRunner(model, slots, context, native), prefill_chunk)
+    return Engine(ModelRunner(model, slots, context, native, cache_dtype), prefill_chunk)
 
 
 class FaultyRunner(ModelRunner):

@@ -37,6 +37,40 @@ inline Floats load(const c10::BFloat16* from) {
   return (Floats)(__builtin_convertvector(*(const Halves*)from, Words) << 16);
 #endif
 }
+inline Floats load(const c10::Half* from) {
+#ifdef __AVX512F__
+  return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
+#else
+  Floats result;
+  for (int lane = 0; lane < LANES; lane++) result[lane] = from[lane];
+  return result;
+#endif
+}
+inline Floats load(const c10::Float8_e4m3fn* from) {
+#ifdef __AVX512F__  // the same bits in a half float are 256 times smaller, subnormal ones too
+  const __m256i bytes = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)from));
+  const __m256i sign = _mm256_and_si256(bytes, _mm256_set1_epi16((short)0x8000));
+  const __m256i rest = _mm256_slli_epi16(_mm256_and_si256(bytes, _mm256_set1_epi16(0x7f)), 7);
+  return (Floats)_mm512_cvtph_ps(_mm256_or_si256(sign, rest)) * 256.f;
+#else
+  Floats result;
+  for (int lane = 0; lane < LANES; lane++) result[lane] = from[lane];
+  return result;
+#endif
+}
+// The nearest number of a type. In the small types, what is too large becomes the largest one, not infinity or NaN.
+template <typename T>
+inline T rounded(float value) {
+  return (T)value;
+}
+template <>
+inline c10::Half rounded(float value) {
+  return std::min(std::max(value, -65504.f), 65504.f);
+}
+template <>
+inline c10::Float8_e4m3fn rounded(float value) {
+  return std::min(std::max(value, -448.f), 448.f);
+}
 inline void store(float* to, Floats value) { *(Floats*)to = value; }
 
 // e to the x, to about one unit in the last place, by the polynomial of Cephes' expf. Below -87 the result is 0;
@@ -187,12 +221,12 @@ void attention_of(const at::Tensor& query, const at::Tensor& key, const at::Tens
         const int64_t row = slots[token] * key_heads + head, at = positions[token];
         T* to = all_keys + (row * length + at / LANES * LANES) * shape.size + at % LANES;
         const float* from = new_keys + head * key_step[1] + token * key_step[2];
-        for (int64_t i = 0; i < shape.size; i++) to[i * LANES] = (T)from[i * key_step[3]];
+        for (int64_t i = 0; i < shape.size; i++) to[i * LANES] = rounded<T>(from[i * key_step[3]]);
         to = all_values + (row * length + at) * shape.value_size;
         from = new_values + head * value_step[1] + token * value_step[2];
-        for (int64_t i = 0; i < width; i++) to[i] = (T)from[i * value_step[3]];
+        for (int64_t i = 0; i < width; i++) to[i] = rounded<T>(from[i * value_step[3]]);
       }
-    std::vector<float> scores(TILE * length), rows(TILE * shape.size), result(TILE * shape.value_size);
+    std::vector<float> scores(TILE * shape.stride), rows(TILE * shape.size), result(TILE * shape.value_size);
 #pragma omp for schedule(dynamic)
     for (int64_t item = 0; item < (int64_t)runs.size() * key_heads; item++) {
       const Run run = runs[item / key_heads];
@@ -219,6 +253,16 @@ void attention_of(const at::Tensor& query, const at::Tensor& key, const at::Tens
   }
 }
 
+auto attention_over(at::ScalarType cache) {
+  switch (cache) {
+    case at::kFloat: return attention_of<float>;
+    case at::kBFloat16: return attention_of<c10::BFloat16>;
+    case at::kHalf: return attention_of<c10::Half>;
+    case at::kFloat8_e4m3fn: return attention_of<c10::Float8_e4m3fn>;
+    default: TORCH_CHECK(false, "the cache must be float32, bfloat16, float16 or float8_e4m3fn");
+  }
+}
+
 void check_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& keys,
                      const at::Tensor& values, const at::Tensor& slots, const at::Tensor& positions,
                      const std::optional<at::Tensor>& sinks) {
@@ -229,8 +273,6 @@ void check_attention(const at::Tensor& query, const at::Tensor& key, const at::T
   TORCH_CHECK(key_heads > 0 && heads % key_heads == 0, heads, " heads cannot share ", key_heads, " key heads");
   TORCH_CHECK(key.size(2) == tokens && key.size(3) == size && value.size(1) == key_heads && value.size(2) == tokens,
               "query, key and value do not fit each other");
-  TORCH_CHECK(keys.scalar_type() == at::kFloat || keys.scalar_type() == at::kBFloat16,
-              "the cache must be float32 or bfloat16");
   TORCH_CHECK(keys.dim() == 5 && keys.is_contiguous() && keys.size(1) == key_heads && keys.size(3) == size &&
                   keys.size(4) == LANES,
               "cached keys must be contiguous, (slots, ", key_heads, ", blocks, ", size, ", ", LANES, ")");
@@ -257,10 +299,12 @@ at::Tensor attention(const at::Tensor& query, const at::Tensor& key, const at::T
                      const std::optional<at::Tensor>& sinks, double scale, double softcap, int64_t window) {
   check_attention(query, key, value, keys, values, slots, positions, sinks);
   auto out = at::empty({1, query.size(2), query.size(1), value.size(3)}, query.options());
-  const Shape shape = {query.size(1) / key.size(1), query.size(3), values.size(3), window, values.size(2),
+  const int64_t *position = positions.const_data_ptr<int64_t>(), tokens = positions.numel();
+  const int64_t longest = tokens ? *std::max_element(position, position + tokens) / LANES * LANES + LANES : 0;
+  const Shape shape = {query.size(1) / key.size(1), query.size(3), values.size(3), window, longest,
                        (float)scale, (float)softcap};
-  const auto run = keys.scalar_type() == at::kBFloat16 ? attention_of<c10::BFloat16> : attention_of<float>;
-  run(query, key, value, keys, values, slots.const_data_ptr<int64_t>(), positions.const_data_ptr<int64_t>(),
+  const auto run = attention_over(keys.scalar_type());
+  run(query, key, value, keys, values, slots.const_data_ptr<int64_t>(), position,
       sinks ? sinks->const_data_ptr<float>() : nullptr, shape, out);
   return out;
 }

@@ -218,16 +218,16 @@ struct Tile {
 
 constexpr int AHEAD = 8192;  // bytes: prefetching so far ahead, a core reads weights at the speed of the memory
 
-// The products of a group of ROWS rows with the weights of a record, added to `sums`, in units of the first or the second
+// The products of a group of COUNT rows with the weights of a record, added to `sums`, in units of the first or the second
 // byte. `index` is that of the group of the first row.
-template <Format F, int ROWS, int PART>
-[[gnu::always_inline]] inline void add_group(const Activations& x, int64_t index, const uint8_t* record, Floats (&sums)[ROWS][2]) {
+template <Format F, int COUNT, int PART>
+[[gnu::always_inline]] inline void add_group(const Activations& x, int64_t index, const uint8_t* record, Floats (&sums)[COUNT][2]) {
   constexpr int SCALES = scales_of(F);
   const int8_t* bytes = &x.bytes[PART][index * GROUP];
   const int32_t* totals = &x.totals[PART][index * 2];
-  Integers all[ROWS][SCALES][2];
+  Integers all[COUNT][SCALES][2];
 #pragma GCC unroll 8
-  for (int row = 0; row < ROWS; row++) {
+  for (int row = 0; row < COUNT; row++) {
     const int32_t* total = totals + row * x.groups * 2;
 #pragma GCC unroll 2
     for (int scale = 0; scale < SCALES; scale++)
@@ -242,7 +242,7 @@ template <Format F, int ROWS, int PART>
 #pragma GCC unroll 2
     for (int half = 0; half < 2; half++)
 #pragma GCC unroll 8
-      for (int row = 0; row < ROWS; row++) {
+      for (int row = 0; row < COUNT; row++) {
         int32_t four;
         std::memcpy(&four, bytes + row * x.depth + 16 * half + 4 * j, sizeof four);
 #pragma GCC unroll 2
@@ -259,15 +259,39 @@ template <Format F, int ROWS, int PART>
     for (int scale = 0; scale < SCALES; scale++) {
       const Floats factor = halves(factors + scale * PANEL + block * LANES);
 #pragma GCC unroll 8
-      for (int row = 0; row < ROWS; row++)
+      for (int row = 0; row < COUNT; row++)
         sums[row][block] += __builtin_convertvector(all[row][scale][block], Floats) * x.scales[index + row * x.groups] * factor;
     }
     if constexpr (has_minimum(F) && PART == 0) {
       const Floats minimum = halves(factors + PANEL + block * LANES);
 #pragma GCC unroll 8
-      for (int row = 0; row < ROWS; row++) sums[row][block] += x.sums[index + row * x.groups] * minimum;
+      for (int row = 0; row < COUNT; row++) sums[row][block] += x.sums[index + row * x.groups] * minimum;
     }
   }
+}
+
+constexpr int ROWS = 6;  // rows whose sums fit the registers; weights are unpacked once for all of them
+
+// Sums of COUNT rows for one panel, by the first bytes.
+template <Format F, int COUNT>
+void products(const Tile& tile, const uint8_t* record, bool fetch, Floats (*results)[2]) {
+  Floats sums[COUNT][2] = {};
+  for (int64_t group = 0; group < tile.x->groups; group++, record += record_size(F)) {
+    for (int line = 0; fetch && line < record_size(F); line += 64) __builtin_prefetch(record + line + AHEAD);
+    add_group<F, COUNT, 0>(*tile.x, tile.first * tile.x->groups + group, record, sums);
+  }
+  std::memcpy(results, sums, sizeof sums);
+}
+
+// Add what the second bytes of a row give.
+template <Format F>
+void add_second(const Tile& tile, int64_t row, const uint8_t* record, Floats* result) {
+  const int64_t groups = tile.x->groups, start = (tile.first + row) * groups;
+  const int64_t *second = &tile.x->seconds[start], *end = second + groups;
+  Floats sums[1][2] = {};
+  for (; second < end && *second >= 0; second++)
+    add_group<F, 1, 1>(*tile.x, start + *second, record + *second * record_size(F), sums);
+  for (int block = 0; block < 2; block++) result[block] += sums[0][block] * (1 / FINE);
 }
 
 inline void store(Floats value, float* to, int64_t count) {
@@ -278,42 +302,17 @@ inline void store(Floats value, float* to, int64_t count) {
   }
 }
 
-// Results of ROWS rows for one panel, by the first bytes.
-template <Format F, int ROWS>
-void products(const Tile& tile, const uint8_t* record, bool fetch) {
-  Floats sums[ROWS][2] = {};
-  for (int64_t group = 0; group < tile.x->groups; group++, record += record_size(F)) {
-    for (int line = 0; fetch && line < record_size(F); line += 64) __builtin_prefetch(record + line + AHEAD);
-    add_group<F, ROWS, 0>(*tile.x, tile.first * tile.x->groups + group, record, sums);
-  }
-  for (int row = 0; row < ROWS; row++)
-    for (int block = 0; block < 2; block++)
-      store(sums[row][block], tile.to[row] + block * LANES, tile.columns - block * LANES);
-}
-
-// Add what the second bytes of a row give.
-template <Format F>
-void add_second(const Tile& tile, int64_t row, const uint8_t* record) {
-  const int64_t groups = tile.x->groups, start = (tile.first + row) * groups;
-  const int64_t* second = &tile.x->seconds[start];
-  if (*second < 0) return;
-  Floats sums[1][2] = {};
-  for (const int64_t* end = second + groups; second < end && *second >= 0; second++)
-    add_group<F, 1, 1>(*tile.x, start + *second, record + *second * record_size(F), sums);
-  for (int block = 0; block < 2; block++) {
-    float* to = tile.to[row] + block * LANES;
-    for (int64_t i = 0; i < std::min<int64_t>(LANES, tile.columns - block * LANES); i++) to[i] += sums[0][block][i] * (1 / FINE);
-  }
-}
-
-constexpr int ROWS = 6;  // rows whose sums fit the registers; weights are unpacked once for all of them
-
 template <Format F>
 void products_of_rows(int64_t rows, const Tile& tile, const uint8_t* record, bool fetch) {
-  constexpr void (*RUN[])(const Tile&, const uint8_t*, bool) = {products<F, 1>, products<F, 2>, products<F, 3>,
-                                                                products<F, 4>, products<F, 5>, products<F, 6>};
-  RUN[rows - 1](tile, record, fetch);
-  for (int64_t row = 0; row < rows; row++) add_second<F>(tile, row, record);
+  constexpr void (*RUN[])(const Tile&, const uint8_t*, bool, Floats(*)[2]) = {
+      products<F, 1>, products<F, 2>, products<F, 3>, products<F, 4>, products<F, 5>, products<F, 6>};
+  Floats results[ROWS][2];  // not yet in `to`: reading it would wait for memory
+  RUN[rows - 1](tile, record, fetch, results);
+  for (int64_t row = 0; row < rows; row++) {
+    add_second<F>(tile, row, record, results[row]);
+    for (int block = 0; block < 2; block++)
+      store(results[row][block], tile.to[row] + block * LANES, tile.columns - block * LANES);
+  }
 }
 
 typedef void (*Products)(int64_t rows, const Tile& tile, const uint8_t* record, bool fetch);

@@ -1,0 +1,63 @@
+"""The weights in a folder of safetensors files, each read when it is asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from models.errors import ModelError
+from models.language.packed.checkpoint import PackedCheckpoint, quantization_of
+
+
+class StoredWeight:
+    """A weight, as transformers' loader takes it: read when it is indexed."""
+
+    def __init__(self, read: Callable[[], Tensor]) -> None:
+        self._read = read
+
+    def __getitem__(self, index: object) -> Tensor:
+        return self._read()
+
+
+def stored_weights(folder: Path) -> dict[str, StoredWeight]:
+    """The weights of the model in a folder, by their names in its files; packed ones are made plain.
+
+    Empty if the folder has no safetensors files. Raises ModelError.
+    """
+    files = _files(folder)
+    config: Mapping[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if quantization := quantization_of(config):
+        if not files:
+            raise ModelError(f"it has no weights: model.safetensors is missing in {folder}")
+        packed = PackedCheckpoint(quantization, files, lambda name: _read(files[name], name))
+        return {name: StoredWeight(partial(packed.tensor, name)) for name in packed.names}
+    return {name: StoredWeight(partial(_read, path, name)) for name, path in files.items()}
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """The file of each weight. Raises ModelError."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        places: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = {name: folder / place for name, place in places.items()}
+        if missing := sorted({path.name for path in files.values() if not path.is_file()}):
+            raise ModelError(f"{len(missing)} files are missing in {folder}, first {missing[0]}: download them")
+        return files
+    single = folder / "model.safetensors"
+    if not single.is_file():
+        return {}
+    with safe_open(single, framework="pt") as file:
+        return dict.fromkeys(file.keys(), single)
+
+
+def _read(path: Path, name: str) -> Tensor:
+    # The file is opened for each tensor: pages of a mapped file count as memory of the process, and so go soon.
+    with safe_open(path, framework="pt") as file:
+        tensor: Tensor = file.get_tensor(name)
+        return tensor.clone()
