@@ -15,7 +15,7 @@ from models.language.gguf.changes import Change
 from models.language.gguf.rope import rope_parameters, unscaled
 from models.language.gguf.settings import ModelSettings
 
-SIGMOID = 2  # expert_gating_func
+SOFTMAX, SIGMOID = 1, 2  # expert_gating_func: how the experts' weights are made
 
 
 def _nothing(settings: ModelSettings) -> dict[str, Any]:
@@ -55,8 +55,10 @@ def _ministral3(settings: ModelSettings) -> dict[str, Any]:
     return {"rope_parameters": rope}
 
 
-def _experts(settings: ModelSettings) -> dict[str, Any]:
-    """Mixtures of experts: how many, how wide, and how their weights are made."""
+def _experts(settings: ModelSettings, gate: int = SOFTMAX) -> dict[str, Any]:
+    """Mixtures of experts: how many, and how wide. Raises ModelError if their weights are made in another way."""
+    if settings.get("expert_gating_func", gate) != gate:
+        raise settings.unsupported("its experts are weighed in another way")
     width = settings.get("expert_feed_forward_length", settings.get("feed_forward_length"))
     count = settings.need("expert_count")
     return {
@@ -81,9 +83,9 @@ def _qwen3moe(settings: ModelSettings) -> dict[str, Any]:
     return _experts(settings) | {"norm_topk_prob": True}
 
 
-def _deepseek_experts(settings: ModelSettings) -> dict[str, Any]:
+def _deepseek_experts(settings: ModelSettings, gate: int = SIGMOID) -> dict[str, Any]:
     """The experts of DeepSeek's kind: some layers are dense, some experts are shared, and groups limit the choice."""
-    return _experts(settings) | {
+    return _experts(settings, gate) | {
         "first_k_dense_replace": settings.get("leading_dense_block_count", 0),
         "n_shared_experts": settings.get("expert_shared_count", 0),
         "routed_scaling_factor": settings.get("expert_weights_scale", 1.0),
@@ -104,7 +106,7 @@ def _deepseek2(settings: ModelSettings) -> dict[str, Any]:
         rope.pop("attention_factor")  # it is in the scale of the scores
         rope |= {"mscale": 10 * multiplier, "mscale_all_dim": 10 * multiplier} if multiplier else {}
     groups = settings.get("expert_group_count", 1)
-    return _deepseek_experts(settings) | {
+    return _deepseek_experts(settings, SIGMOID if sigmoid else SOFTMAX) | {
         "model_type": "deepseek_v3" if sigmoid else "deepseek_v2",
         "num_key_value_heads": settings.need("attention.head_count"),
         "q_lora_rank": settings.get("attention.q_lora_rank"),
@@ -141,7 +143,7 @@ def _hunyuan_moe(settings: ModelSettings) -> dict[str, Any]:
 
 
 def _minimax(settings: ModelSettings) -> dict[str, Any]:
-    return _experts(settings) | {"intermediate_size": settings.need("expert_feed_forward_length")}
+    return _experts(settings, SIGMOID) | {"intermediate_size": settings.need("expert_feed_forward_length")}
 
 
 def _qwen35(settings: ModelSettings) -> dict[str, Any]:
@@ -246,7 +248,11 @@ def _phi3(settings: ModelSettings) -> dict[str, Any]:
 
 
 def _phimoe(settings: ModelSettings) -> dict[str, Any]:
-    return _experts(settings) | _phi3(settings) | {"lm_head_bias": "output.bias" in settings.tensors}
+    rope = rope_parameters(settings)
+    if rope["rope_type"] == "longrope":
+        rope |= dict.fromkeys(("short_mscale", "long_mscale"), rope["attention_factor"])
+    head = {"lm_head_bias": "output.bias" in settings.tensors}
+    return _experts(settings) | _phi3(settings) | head | {"rope_parameters": rope}
 
 
 def _gpt2(settings: ModelSettings) -> dict[str, Any]:
@@ -325,12 +331,10 @@ def _cohere2(settings: ModelSettings) -> dict[str, Any]:
 
 
 def _gpt_oss(settings: ModelSettings) -> dict[str, Any]:
-    rope = rope_parameters(settings) | {"truncate": False}
-    return _windows(settings, 2) | _experts(settings) | {"rope_parameters": rope}
-
-
-def _gpt_oss_width(settings: ModelSettings) -> dict[str, Any]:
-    return _gpt_oss(settings) | {"intermediate_size": settings.need("expert_feed_forward_length")}
+    rope = rope_parameters(settings)
+    rope |= {"truncate": False} if rope["rope_type"] == "yarn" else {}
+    width = settings.need("expert_feed_forward_length")
+    return _windows(settings, 2) | _experts(settings) | {"rope_parameters": rope, "intermediate_size": width}
 
 
 def _lfm2(settings: ModelSettings) -> dict[str, Any]:
@@ -424,7 +428,7 @@ ARCHITECTURES = {
     "gemma4": Kind("gemma4_text", _gemma4, unused=r"blk\.\d+\.attn_(k|v|k_norm)\.weight"),  # where layers share keys
     "glm4": Kind("glm4"),
     "glm4moe": Kind("glm4_moe", _deepseek_experts),
-    "gpt-oss": Kind("gpt_oss", _gpt_oss_width, (changes.gpt_oss_experts,)),
+    "gpt-oss": Kind("gpt_oss", _gpt_oss, (changes.gpt_oss_experts,)),
     "gpt2": Kind("gpt2", _gpt2, (changes.transposed,)),
     "gptneox": Kind("gpt_neox", _gptneox, (changes.by_head,)),
     "granite": Kind("granite", _granite, (changes.pairs,)),

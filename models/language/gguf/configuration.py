@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
@@ -13,20 +14,31 @@ from models.language.gguf.architectures import Kind
 from models.language.gguf.rope import rope_parameters
 from models.language.gguf.settings import ModelSettings
 
+logger = logging.getLogger("parley")
+
 
 def make_config(kind: Kind, settings: ModelSettings) -> PreTrainedConfig:
     """The configuration. Raises ModelError."""
+    if settings.get("attention.causal", True) is False:
+        raise settings.unsupported("it does not write text")
     special = {"model_type": kind.model_type} | kind.settings(settings)
     model_type = special.pop("model_type")
     try:
         config_class = CONFIG_MAPPING[model_type]
         known = {field.name for field in fields(config_class)} | config_class.attribute_map.keys()
         common = {name: read(settings) for name, read in COMMON.items() if name in known and name not in special}
-        return AutoConfig.for_model(model_type, **common | special)
+        config = AutoConfig.for_model(model_type, **common | special)
     except ModelError:
         raise
     except Exception as error:  # the configurations check their values, each with errors of its own
         raise ModelError(f"{settings.path} cannot be loaded: {one_line(error)}") from error
+    if unknown := settings.unknown():
+        logger.warning(
+            "%s has settings that Parley does not know, so replies may be worse than they should: %s",
+            settings.path,
+            ", ".join(unknown),
+        )
+    return config
 
 
 def _key_heads(settings: ModelSettings) -> int:

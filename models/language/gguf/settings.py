@@ -9,6 +9,25 @@ from typing import Any
 from models.errors import ModelError
 from models.language.gguf.tensors import StoredTensor
 
+# Settings that no configuration needs: what they say is in the tensors, or the same in all models of an architecture.
+NEEDLESS = {
+    "attention.causal",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.layer_norm_epsilon",
+    "attention.value_length",
+    "block_count",
+    "context_length",
+    "expert_shared_feed_forward_length",
+    "feed_forward_length",
+    "rope.dimension_count",
+    "rope.freq_base",
+    "rope.scaling.finetuned",
+    "tensor_data_layout",
+    "use_parallel_residual",
+    "vocab_size",
+}
+
 
 class ModelSettings:
     """The settings by their names without the architecture's prefix, and the tensors, whose presence tells more."""
@@ -18,6 +37,7 @@ class ModelSettings:
         self.metadata = metadata
         self.tensors = tensors
         self.architecture: str = metadata["general.architecture"]
+        self._asked: set[str] = set()
 
     @property
     def layers(self) -> int:
@@ -32,6 +52,7 @@ class ModelSettings:
 
     def get(self, name: str, default: Any = None) -> Any:
         """A setting, or the default. The same value for each layer counts as one. Raises ModelError if they differ."""
+        self._asked.add(name)
         value = self.metadata.get(f"{self.architecture}.{name}", default)
         if isinstance(value, list):
             if len(set(value)) != 1:
@@ -49,6 +70,7 @@ class ModelSettings:
 
     def each(self, name: str) -> list[Any] | None:
         """A setting of each layer; None if it is not there, or not a list."""
+        self._asked.add(name)
         value = self.metadata.get(f"{self.architecture}.{name}")
         return value[: self.layers] if isinstance(value, list) else None
 
@@ -61,6 +83,11 @@ class ModelSettings:
         if name not in self.tensors:
             raise ModelError(f"{self.path} is incomplete: the tensor {name} is missing; download all of it again")
         return self.tensors[name]
+
+    def unknown(self) -> list[str]:
+        """The settings in the file that nobody has asked for yet, though they may matter."""
+        names = (key.partition(".")[2] for key in self.metadata if key.startswith(f"{self.architecture}."))
+        return sorted(name for name in names if name not in self._asked | NEEDLESS)
 
     def unsupported(self, what: str) -> ModelError:
         """The error of a file that Parley would run wrongly."""

@@ -143,6 +143,7 @@ CASES: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
     ("phi3", "phi3", {"original_max_position_embeddings": 128}, {}),
     ("phi3", "phi3", {"original_max_position_embeddings": 128, "sliding_window": 6}, {}),
     ("phi3", "phi3", {"original_max_position_embeddings": 32, "rope_parameters": LONG}, {}),
+    ("phimoe", "phimoe", EXPERTS | {"rope_parameters": LONG | {"short_mscale": 1.19, "long_mscale": 1.19}}, {}),
     ("phimoe", "phimoe", EXPERTS | {"attention_bias": True, "lm_head_bias": True}, {}),
     ("starcoder2", "starcoder2", {}, {}),
     ("gpt2", "gpt2", {"tie_word_embeddings": True}, {}),

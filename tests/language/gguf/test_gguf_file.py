@@ -157,6 +157,26 @@ def test_one_value_for_each_layer_counts_as_one_if_all_are_the_same(path: Path) 
     assert config.num_key_value_heads == 2
 
 
+def test_a_setting_that_is_unknown_is_told_in_the_log(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    GGUFFile(path).config()
+    assert not caplog.records
+    GGUFFile(rewrite(path, metadata={"llama.attention.temperature": 2.0})).config()
+    assert "has settings that Parley does not know" in caplog.text
+    assert caplog.text.rstrip().endswith("attention.temperature")
+
+
+def test_a_model_that_reads_both_ways_is_refused(path: Path) -> None:
+    with pytest.raises(ModelError, match="because it does not write text"):
+        GGUFFile(rewrite(path, metadata={"llama.attention.causal": False})).config()
+
+
+def test_experts_that_are_weighed_in_another_way_are_refused(tmp_path: Path) -> None:
+    original = tiny_model("qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+    path = write_model(tmp_path / "model.gguf", original, "qwen3moe", expert_gating_func=2)
+    with pytest.raises(ModelError, match="its experts are weighed in another way"):
+        GGUFFile(path).config()
+
+
 def test_queries_keys_and_values_in_one_tensor_are_taken_apart(original: PreTrainedModel, path: Path) -> None:
     stored = read_header(path).tensors
     fused = {
