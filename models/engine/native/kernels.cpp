@@ -11,6 +11,8 @@
 #include "linears.h"
 #include "packing.h"
 
+#include <omp.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -96,6 +98,12 @@ struct Shape {
   float scale, softcap;
 };
 
+// Read 4 kB ahead. The keys and values of a slot are too few for the processor to see in time where they go on: without
+// this, 32 streams spend a tenth of a step waiting for them.
+inline void fetch(const void* from) {
+  for (int64_t line = 0; line < 4096; line += 64) __builtin_prefetch((const char*)from + line);
+}
+
 // Attention of ROWS queries over one slot's keys (blocks, size, LANES) and values (length, value_size) of one head.
 // Three passes over data that fits a core's cache: all scores, then the softmax, then the sum of values.
 template <int ROWS, typename T>
@@ -105,6 +113,7 @@ void attend(const Shape& shape, const float* queries, const int64_t* positions, 
   const int64_t oldest = *std::min_element(positions, positions + ROWS) - shape.window + 1;
   const int64_t first = shape.window ? std::max<int64_t>(0, oldest) / LANES : 0, end = last / LANES + 1;
   const Integers lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  fetch(values + first * LANES * shape.value_size);
   Floats highest[ROWS];
 #pragma GCC unroll 8
   for (int row = 0; row < ROWS; row++) highest[row] = fill(-INFINITY);
@@ -112,6 +121,8 @@ void attend(const Shape& shape, const float* queries, const int64_t* positions, 
     const int64_t next = std::min(block + 1, end - 1);
     Floats sums[ROWS][2] = {};
     for (int64_t i = 0; i < shape.size; i++) {
+      __builtin_prefetch(keys + ((block + 2) * shape.size + i) * LANES);
+      __builtin_prefetch(keys + ((block + 3) * shape.size + i) * LANES);
       const Floats key[2] = {load(keys + (block * shape.size + i) * LANES), load(keys + (next * shape.size + i) * LANES)};
 #pragma GCC unroll 8
       for (int row = 0; row < ROWS; row++)
@@ -152,6 +163,8 @@ void attend(const Shape& shape, const float* queries, const int64_t* positions, 
     Floats sums[ROWS][WIDE] = {};
     for (int64_t position = first * LANES; position <= last; position++) {
       const T* value = values + position * shape.value_size + column;
+      __builtin_prefetch(value + 16 * shape.value_size);
+      __builtin_prefetch(value + 16 * shape.value_size + 32);
       if (wide == WIDE) {
 #pragma GCC unroll 8
         for (int i = 0; i < WIDE; i++)
@@ -231,6 +244,9 @@ void attention_of(const at::Tensor& query, const at::Tensor& key, const at::Tens
     for (int64_t item = 0; item < (int64_t)runs.size() * key_heads; item++) {
       const Run run = runs[item / key_heads];
       const int64_t head = item % key_heads, slot = slots[run.start] * key_heads + head;
+      const int64_t later = item + omp_get_num_threads();  // probably this thread's next one
+      if (!shape.window && later < (int64_t)runs.size() * key_heads)
+        fetch(all_keys + (slots[runs[later / key_heads].start] * key_heads + later % key_heads) * length * shape.size);
       for (int64_t done = 0; done < run.count * shape.groups; done += TILE) {
         const int64_t count = std::min<int64_t>(TILE, run.count * shape.groups - done);
         int64_t where[TILE], token[TILE], query_head[TILE];
