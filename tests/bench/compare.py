@@ -21,10 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from platformdirs import user_cache_path
-
-from models.settings import EMBEDDED
-from tests.bench.gguf_files import gguf_files
+from tests.bench.gguf_files import gguf_files, transformers_folder
 from tests.bench.servers import BEFORE, ROOT, Server, has, llama_cpp, parley, python_of, transformers_serve
 
 STREAMS = (1, 8, 32)
@@ -35,12 +32,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compare Parley and its peers.")
     parser.add_argument("--peers", type=Path, default=ROOT / ".bench" / "peers", help="the environment of the peers")
     parser.add_argument("--before", type=Path, help="another checkout of Parley, with an environment of its own")
+    parser.add_argument("--model", type=Path, help="a GGUF file, in place of the embedded model")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=128)
     arguments = parser.parse_args()
     measured: Measured = defaultdict(lambda: defaultdict(list))
     with ExitStack() as stack:
-        servers = [stack.enter_context(start()) for start in _servers(arguments.peers, arguments.before)]
+        servers = [
+            stack.enter_context(start()) for start in _servers(arguments.peers, arguments.before, arguments.model)
+        ]
         for round_ in range(arguments.rounds):
             print(f"round {round_ + 1} of {arguments.rounds}", file=sys.stderr, flush=True)
             for measure in _measures(arguments.tokens, 10_000 * round_):
@@ -50,9 +50,9 @@ def main() -> None:
     checkouts = {"Parley": ROOT} | ({BEFORE: arguments.before.resolve()} if arguments.before else {})
     for _ in range(arguments.rounds):
         for name, root in checkouts.items():
-            measured[name]["engine"].append(_engine_alone(root, arguments.tokens))
-            measured[name]["memory"].append(_memory(root))
-            measured[name]["start"].append(_start(root))
+            measured[name]["engine"].append(_engine_alone(root, arguments.tokens, arguments.model))
+            measured[name]["memory"].append(_memory(root, arguments.model))
+            measured[name]["start"].append(_start(root, arguments.model))
     medians = {name: _medians(values) for name, values in measured.items()}
     print("\n".join(_table(medians)))
     if arguments.before:
@@ -60,17 +60,18 @@ def main() -> None:
     (ROOT / ".bench" / "measured.json").write_text(json.dumps(measured, indent=1))
 
 
-def _servers(peers: Path, before: Path | None) -> Iterator[Callable[[], AbstractContextManager[Server]]]:
+def _servers(
+    peers: Path, before: Path | None, model: Path | None
+) -> Iterator[Callable[[], AbstractContextManager[Server]]]:
     python = peers / "bin" / "python"
-    yield parley
+    yield partial(parley, model=model)
     if before:
-        yield partial(parley, before.resolve(), 7800)
+        yield partial(parley, before.resolve(), 7800, model=model)
     if has(python, "xllamacpp"):
-        for port, gguf in enumerate(gguf_files(ROOT / ".bench"), 7810):
+        for port, gguf in enumerate([model] if model else gguf_files(ROOT / ".bench" / "models"), 7810):
             yield partial(llama_cpp, python, gguf, port)
-    if has(python, "transformers"):
-        folder = next(user_cache_path("parley").glob(f"{EMBEDDED}-*-float32"))
-        yield partial(transformers_serve, python, folder)
+    if has(python, "transformers") and not model:
+        yield partial(transformers_serve, python, transformers_folder(ROOT / ".bench" / "models"))
 
 
 def _measures(tokens: int, number: int) -> Iterator[Callable[[Server], dict[str, float]]]:
@@ -94,25 +95,26 @@ def _measures(tokens: int, number: int) -> Iterator[Callable[[Server], dict[str,
     yield from (first, gap, depth)
 
 
-def _engine_alone(root: Path, tokens: int) -> float:
+def _engine_alone(root: Path, tokens: int, model: Path | None) -> float:
     """Tokens per second of 32 streams in a process without a server."""
     script = root / "tests" / "bench" / "engine.py"
     command = [str(python_of(root)), str(script), "--streams", "32", "--tokens", str(tokens)]
+    command += ["--model", str(model)] if model else []
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(json.loads(done.stdout.splitlines()[-1])["32"])
 
 
-def _memory(root: Path) -> float:
+def _memory(root: Path, model: Path | None) -> float:
     """The peak memory of a server that answers 32 streams of 512 tokens, in bytes."""
-    with parley(root) as server:
+    with parley(root, model=model) as server:
         server.load("throughput", streams=32, tokens=512)
         return server.peak_memory
 
 
-def _start(root: Path) -> float:
+def _start(root: Path, model: Path | None) -> float:
     """Seconds from the command to the first replies of a client that starts meanwhile; everything is cached."""
     began = time.perf_counter()
-    with parley(root, compiled=False) as server:
+    with parley(root, compiled=False, model=model) as server:
         server.load("throughput", streams=1, tokens=1)
         return time.perf_counter() - began
 

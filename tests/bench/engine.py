@@ -31,8 +31,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--quantize", default="auto")
+    parser.add_argument("--model", help="a model, in place of the embedded one")
     arguments = parser.parse_args()
-    tokenizer, model = load(Settings(quantize=arguments.quantize))
+    tokenizer, model = load(Settings(model=arguments.model, quantize=arguments.quantize))
     engine = Engine(ModelRunner(model, 32, 4096))
     keep_memory()
     if arguments.compile:

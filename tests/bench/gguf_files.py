@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType, quants
 
+from models.language.loader import load
 from models.language.model_files import download_embedded
+from models.settings import Settings
 
 
 def gguf_files(folder: Path) -> list[Path]:
@@ -22,6 +24,16 @@ def gguf_files(folder: Path) -> list[Path]:
     if not files[1].exists():
         _to_q8_0(files[0], files[1])
     return files
+
+
+def transformers_folder(folder: Path) -> Path:
+    """A folder with the embedded model for transformers; it is made if it is missing."""
+    target = folder / "transformers"
+    if not target.exists():
+        tokenizer, model = load(Settings(device="cpu", quantize="none"))
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+    return target
 
 
 def _to_q8_0(source: Path, target: Path) -> None:

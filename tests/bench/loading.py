@@ -21,12 +21,13 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.bench.gguf_files import gguf_files
+from tests.bench.servers import python_of
 from tests.bench.synthetic_gguf import SHAPES, write_model
 
+ROOT = Path(__file__).parents[2]
 PORT = 7790
 PATIENCE = 900  # seconds for a start
 
@@ -78,7 +79,7 @@ def start(checkout: Path, model: Path | None, cache: Path) -> Start:
     environment |= {"XDG_CACHE_HOME": str(cache), "PARLEY_DATA": str(cache / "data"), "PARLEY_COMPILE": "false"}
     if model:
         environment["PARLEY_MODEL"] = str(model)
-    command = ["/usr/bin/time", "-v", sys.executable, "server.py", "--port", str(PORT)]
+    command = ["/usr/bin/time", "-v", str(python_of(checkout)), "server.py", "--port", str(PORT)]
     started = time.monotonic()
     process = subprocess.Popen(command, cwd=checkout, env=environment, stderr=subprocess.PIPE, text=True)
     server = None

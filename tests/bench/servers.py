@@ -97,12 +97,14 @@ def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
 
 
 @contextmanager
-def parley(root: Path = ROOT, port: int = 7801, compiled: bool = True) -> Iterator[Server]:
+def parley(root: Path = ROOT, port: int = 7801, compiled: bool = True, model: Path | None = None) -> Iterator[Server]:
     """A checkout of Parley with its default settings; if `compiled`, wait until the model is compiled."""
     command = [str(python_of(root)), "server.py", "--port", str(port)]
     data = ROOT / ".bench" / f"data-{port}"
     shutil.rmtree(data, ignore_errors=True)
     settings = {"PARLEY_USERS": f"bench:{SECRET}", "PARLEY_RESPONSES_PER_USER": "64", "PARLEY_DATA": str(data)}
+    if model:
+        settings["PARLEY_MODEL"] = str(model.resolve())
     name = "Parley" if root == ROOT else BEFORE
     with _running(name, "parley", command, "/ready", port, folder=root, **settings) as server:
         while compiled and not httpx2.get(server.url + "/args", trust_env=False).json()["args"]["compiled"]:
