@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 from transformers import PreTrainedModel
 
-from models.engine.attention import ATTENTION, STEP, AttentionMetadata, Span
+from models.engine.attention import ATTENTION, STEP, AttentionMetadata, CausalMask, Span
 from models.engine.batch import Batch
 from models.engine.compilation import Program, compile_program
 from models.engine.kv_cache import KVCache
@@ -164,6 +164,8 @@ class ModelRunner:
         try:
             logits = self.run_batch(self._probe_batch(), attach_to=self.cache)
         except (TypeError, AttributeError) as error:
+            if CausalMask.__name__ in str(error):
+                raise UnsupportedModelError("it computes with its attention masks") from error
             raise UnsupportedModelError(
                 f"its forward does not take what an attention function needs ({error})"
             ) from error

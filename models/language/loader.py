@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from platformdirs import user_cache_path
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from models.engine import quantization
 from models.engine.joined_linears import join_linears
@@ -35,6 +37,8 @@ def load(settings: Settings, cache: Path | None = None) -> tuple[PreTrainedToken
     Raises ModelError.
     """
     _check_device(settings.device)
+    if not sys.stderr.isatty():  # transformers' bar would be a line without an end in the log
+        disable_progress_bar()  # type: ignore[no-untyped-call]
     with ThreadPoolExecutor(1, thread_name_prefix="kernels") as pool:
         # Compiling takes ten seconds, only the first time. Meanwhile the files are found, and the tokenizer is read.
         compiling = pool.submit(_build_kernels, user_cache_path("parley")) if _on_cpu(settings) else None

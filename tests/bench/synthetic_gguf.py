@@ -1,13 +1,15 @@
-"""GGUF files of the shapes and types of models that people have, with random weights and the embedded model's tokenizer."""
+"""GGUF files with the shapes and types of models that people have: random weights, and the embedded model's tokenizer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
+from numpy.typing import NDArray
 
 Type = GGMLQuantizationType
 HALF_FLOATS = {  # where a block has half floats that scale its numbers
@@ -111,7 +113,9 @@ def _tensors(shape: Shape) -> list[tuple[str, tuple[int, ...], Type]]:
         "ffn_down": (hidden, shape.inner),
     }
     outer = ["token_embd"] if shape.tied else ["token_embd", "output"]
-    found = [(f"{name}.weight", (shape.vocabulary, hidden), shape.type_of(name, -1)) for name in outer]
+    found: list[tuple[str, tuple[int, ...], Type]] = [
+        (f"{name}.weight", (shape.vocabulary, hidden), shape.type_of(name, -1)) for name in outer
+    ]
     found.append(("output_norm.weight", (hidden,), Type.F32))
     for layer in range(shape.layers):
         for name, sizes in matrices.items():
@@ -129,8 +133,8 @@ def _stored_shape(sizes: tuple[int, ...], type: Type) -> tuple[int, ...]:
     return (*sizes[:-1], sizes[-1] // length * size)
 
 
-def _data(source: numpy.random.Generator, sizes: tuple[int, ...], type: Type) -> numpy.ndarray:
-    """Random blocks of weights around zero, about as large as those of a new model; ones for norms, zeros for biases."""
+def _data(source: numpy.random.Generator, sizes: tuple[int, ...], type: Type) -> NDArray[Any]:
+    """Random blocks of weights around zero, about as large as those of a new model; ones for norms and biases."""
     if type == Type.F32:
         return numpy.ones(sizes, numpy.float32)
     _, size = GGML_QUANT_SIZES[type]
