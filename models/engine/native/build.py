@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ def library_path(cache: Path, source: Path = KERNELS) -> Path:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     cpu = next((line for line in lines if line.startswith(("flags", "Features"))), "")  # x86, ARM
-    texts = [path.read_text(encoding="utf-8") for path in (source, *sorted(source.parent.glob("*.h")))]
+    texts = [path.read_text(encoding="utf-8") for path in (*_parts(source), *sorted(source.parent.glob("*.h")))]
     parts = "\n".join([*texts, str(torch.__version__), cpu, *FLAGS])
     return cache / f"{source.stem}-{hashlib.sha256(parts.encode()).hexdigest()[:16]}.so"
 
@@ -47,13 +48,25 @@ def build_library(cache: Path, source: Path = KERNELS, subprocesses: Subprocesse
             return path
         unfinished = folder / path.name
         torch_home = Path(torch.__file__).parent
-        folders = [f"-I{torch_home}/include", f"-I{torch_home}/include/torch/csrc/api/include", f"-L{torch_home}/lib"]
-        command = [compiler, *FLAGS, *folders, str(source), "-o", str(unfinished), "-lc10", "-ltorch_cpu"]
-        code, stderr = (subprocesses or Subprocesses()).run(command)
-        if code:
-            raise KernelsUnavailableError(f"{compiler} failed: {_reason(stderr)}")
+        includes = [f"-I{torch_home}/include", f"-I{torch_home}/include/torch/csrc/api/include"]
+        libraries = [f"-L{torch_home}/lib", "-lc10", "-ltorch_cpu"]
+        parts = {part: folder / f"{part.stem}.o" for part in _parts(source)}
+        commands = [[compiler, *FLAGS, *includes, "-c", str(part), "-o", str(made)] for part, made in parts.items()]
+        with ThreadPoolExecutor(len(parts)) as pool:  # two cores take ten seconds for the kernels, one takes twenty
+            outcomes = list(pool.map(lambda command: (subprocesses or Subprocesses()).run(command), commands))
+        link = [compiler, *FLAGS, *map(str, parts.values()), *libraries, "-o", str(unfinished)]
+        if not any(code for code, _ in outcomes):
+            outcomes.append((subprocesses or Subprocesses()).run(link))
+        for code, stderr in outcomes:
+            if code:
+                raise KernelsUnavailableError(f"{compiler} failed: {_reason(stderr)}")
         unfinished.rename(path)  # atomic, since another process may load it at any time
     return path
+
+
+def _parts(source: Path) -> list[Path]:
+    """A source, and the others that belong to its library: what its name begins with, and then an underscore."""
+    return [source, *sorted(source.parent.glob(f"{source.stem}_*.cpp"))]
 
 
 def _is_built(path: Path) -> bool:

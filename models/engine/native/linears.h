@@ -19,23 +19,15 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
 #include <cstring>
 #include <numeric>
 #include <vector>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+
+#include "vectors.h"
 
 namespace parley {
 
-constexpr int LANES = 16, GROUP = 32, PANEL = 32;
-
-typedef float Floats __attribute__((vector_size(64), aligned(4)));
-typedef int32_t Integers __attribute__((vector_size(64), aligned(4)));
-typedef uint16_t Shorts __attribute__((vector_size(64), aligned(2)));
-typedef uint8_t Bytes __attribute__((vector_size(64), aligned(1)));
-typedef int8_t Smalls __attribute__((vector_size(16), aligned(1)));
+constexpr int GROUP = 32, PANEL = 32;
 
 // In the order of the names in quantization.py.
 enum Format { Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q6_16, Q4_16, IQ4, MXFP4, FORMATS };
@@ -57,10 +49,6 @@ constexpr int record_size(Format f) { return low_at(f) + GROUP * PANEL * bits_of
 constexpr uint8_t TABLES[2][16] = {
     {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241},
     {128, 129, 130, 131, 132, 134, 136, 140, 128, 127, 126, 125, 124, 122, 120, 116}};
-
-inline Floats load(const float* from) { return *(const Floats*)from; }
-inline Floats fill(float value) { return value - Floats{}; }
-inline Integers fill(int32_t value) { return value - Integers{}; }
 
 #ifdef __AVX512F__
 inline Floats halves(const uint16_t* from) { return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from)); }
