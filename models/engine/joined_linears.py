@@ -74,9 +74,11 @@ def _groups(model: nn.Module, run: Callable[[], Any]) -> list[list[tuple[nn.Modu
         for name, child in parent.named_children()
         if isinstance(child, QuantizedLinear)
     ]
-    with torch.inference_mode():
-        run()
-    for handle in hooks:
-        handle.remove()
+    try:
+        with torch.inference_mode():
+            run()
+    finally:
+        for handle in hooks:
+            handle.remove()
     called = [linear for group in groups for _, _, linear in group]
     return groups if len(set(called)) == len(called) else []  # if some run twice, the order has no meaning

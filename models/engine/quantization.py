@@ -6,8 +6,9 @@ computed alone, so its bits do not depend on the other rows of a batch.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -57,8 +58,9 @@ class QuantizedLinear(nn.Module):
 class QuantizedEmbedding(nn.Module):
     """An embedding that unpacks the rows it is asked for. `scale` multiplies them, as Gemma's embedding does."""
 
-    def __init__(self, weight: QuantizedWeight, scale: float | None = None) -> None:
+    def __init__(self, weight: QuantizedWeight, dtype: torch.dtype, scale: float | None = None) -> None:
         super().__init__()
+        self.dtype = dtype
         self.weight = weight
         self.num_embeddings, self.embedding_dim = weight.outputs, weight.inputs
         self.scale = scale
@@ -66,7 +68,7 @@ class QuantizedEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         rows = self.weight.rows(ids.flatten())
         rows = rows if self.scale is None else rows * self.scale
-        return rows.view(*ids.shape, self.embedding_dim)
+        return rows.to(self.dtype).view(*ids.shape, self.embedding_dim)
 
 
 def quantized_experts(experts: nn.Module, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
@@ -74,10 +76,12 @@ def quantized_experts(experts: nn.Module, x: Tensor, chosen: Tensor, shares: Ten
 
     x is (tokens, hidden), `chosen` (tokens, choices), `shares` the same; the result is (tokens, hidden).
     """
+    if not isinstance(experts.down_proj, QuantizedWeight):  # of a layer whose sizes do not fit
+        return type(experts).forward.__wrapped__(experts, x, chosen, shares)  # type: ignore[attr-defined,no-any-return]
     name = "gate_up_proj" if experts.has_gate else "up_proj"
     inner = _of_experts(experts, name, x, chosen)  # (tokens, choices, 2 * intermediate)
     inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)  # type: ignore[operator]
-    outer = _of_experts(experts, "down_proj", inner.flatten(0, 1), chosen.view(-1, 1)).view(*chosen.shape, -1)
+    outer = _of_experts(experts, "down_proj", inner.flatten(0, 1), chosen.reshape(-1, 1)).view(*chosen.shape, -1)
     if experts.has_post_expert_norm:
         outer = experts.post_expert_norm(outer)  # type: ignore[operator]
     return (outer * shares.unsqueeze(-1)).sum(1).to(x.dtype)
@@ -89,7 +93,7 @@ ALL_EXPERTS_FUNCTIONS.register(EXPERTS, quantized_experts)
 def _of_experts(experts: nn.Module, name: str, x: Tensor, chosen: Tensor) -> Tensor:
     """The linears of the chosen experts, (tokens, choices, outputs)."""
     weight: QuantizedWeight = getattr(experts, name)
-    bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
+    bias = getattr(experts, f"{name}_bias").float() if experts.has_bias else None
     result: Tensor = torch.ops.parley.linear_of_experts(
         x.float().contiguous(), chosen.contiguous(), weight.panels, bias, int(weight.format), weight.outputs
     )
@@ -148,11 +152,23 @@ def put_quantized(model: PreTrainedModel, weights: Mapping[str, QuantizedWeight]
             delattr(module, parameter)
             setattr(module, parameter, weight)
         elif isinstance(module, nn.Embedding):
-            model.set_submodule(path, QuantizedEmbedding(weight, _scale_of(module)))
+            model.set_submodule(path, QuantizedEmbedding(weight, module.weight.dtype, _scale_of(module)))
         else:
             model.set_submodule(path, QuantizedLinear([weight], getattr(module, "bias", None)))
     if any(name.endswith(EXPERT_WEIGHTS) for name in weights):
         model.set_experts_implementation(EXPERTS)
+
+
+def not_quantized(model: nn.Module, kept: Container[str] = ()) -> list[str]:
+    """The linears and experts of a model that stay as they are, but for parameters in `kept`; * is any layer."""
+    names = (
+        path
+        for path, module in model.named_modules()
+        for name, _ in module.named_parameters(recurse=False)
+        if (name in EXPERT_WEIGHTS if _has_experts(module) else name == "weight" and _is_linear(module))
+        and f"{path}.{name}" not in kept
+    )
+    return list(dict.fromkeys(re.sub(r"\b\d+\b", "*", name) for name in names))
 
 
 def shares(model: nn.Module) -> dict[str, float]:
@@ -178,12 +194,19 @@ def _places(module: nn.Module, is_outer: bool) -> Iterator[Place]:
         yield Place(module, "weight", is_outer=True)
     elif type(module) is Conv1D:
         yield Place(module, "weight", transposed=True)
-    elif hasattr(module, "is_transposed") and hasattr(
-        module, "has_gate"
-    ):  # the experts that transformers' functions take
+    elif _has_experts(module):
         for name in EXPERT_WEIGHTS:
             if name in module._parameters:
                 yield Place(module, name, bool(module.is_transposed))
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def _has_experts(module: nn.Module) -> bool:
+    """Whether a module has the experts that transformers' functions take."""
+    return hasattr(module, "is_transposed") and hasattr(module, "has_gate")
 
 
 def _has_scale(module: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +13,10 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from models.engine.quantization import Place, put_quantized, quantizable
+from models.engine.quantization import Place, not_quantized, put_quantized, quantizable
 from models.engine.quantized_weight import QuantizedWeight
+
+logger = logging.getLogger("parley")
 
 METHOD = "parley"  # the name in transformers' registries
 
@@ -64,6 +67,8 @@ class ParleyQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         put_quantized(model, self.weights)
+        if names := not_quantized(model, self.quantization_config.kept):
+            logger.warning("these layers are not quantized: %s", ", ".join(names))
         self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
         return model
 

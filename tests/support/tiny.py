@@ -106,13 +106,14 @@ def tiny_model(config: PreTrainedConfig) -> PreTrainedModel:
     return model
 
 
-def to_int8(model: PreTrainedModel) -> PreTrainedModel:
-    """The model itself, after its linears were replaced by int8 ones."""
+def to_int8(model: PreTrainedModel, join: bool = True) -> PreTrainedModel:
+    """The model itself, after its linears were replaced by int8 ones, and joined."""
     places = quantizable(model).items()
     put_quantized(
         model, {name: QuantizedWeight.of_numbers(place.oriented(model.get_parameter(name))) for name, place in places}
     )
-    join_linears(model, lambda: model(input_ids=torch.tensor([[1, 2, 3]]), use_cache=False))
+    if join:
+        join_linears(model, lambda: model(input_ids=torch.tensor([[1, 2, 3]]), use_cache=False))
     return model
 
 

@@ -66,7 +66,8 @@ at::Tensor linear_of_experts(const at::Tensor& x, const at::Tensor& experts, con
   check_rows(x);
   TORCH_CHECK(experts.dim() == 2 && experts.size(0) == x.size(0) && experts.scalar_type() == at::kLong && experts.is_contiguous(),
               "the experts must be contiguous int64 of (", x.size(0), ", choices)");
-  TORCH_CHECK(weight.dim() == 2, "the weight must be (experts, bytes)");
+  TORCH_CHECK(weight.dim() == 2 && weight.size(0) > 0 && weight.is_contiguous(),
+              "the weights must be contiguous, (experts, bytes)");
   const auto part = part_of(weight[0], format, columns, x.size(1));
   const int64_t count = weight.size(0), choices = experts.size(1), *chosen = experts.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < experts.numel(); i++) TORCH_CHECK(chosen[i] >= 0 && chosen[i] < count, "there is no expert ", chosen[i]);

@@ -29,7 +29,7 @@ namespace parley {
 
 constexpr int GROUP = 32, PANEL = 32;
 
-// In the order of the names in quantization.py.
+// In the order of the names in quantized_weight.py.
 enum Format { Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q6_16, Q4_16, IQ4, MXFP4, FORMATS };
 
 constexpr int bits_of(Format f) {
@@ -52,6 +52,13 @@ constexpr uint8_t TABLES[2][16] = {
 
 #ifdef __AVX512F__
 inline Floats halves(const uint16_t* from) { return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from)); }
+#elif defined(__F16C__)
+inline Floats halves(const uint16_t* from) {
+  Floats result;
+  for (int half = 0; half < 2; half++)
+    _mm256_storeu_ps((float*)&result + 8 * half, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from + half)));
+  return result;
+}
 #else
 inline Floats halves(const uint16_t* from) {
   const _Float16* numbers = (const _Float16*)from;
@@ -130,13 +137,21 @@ struct Activations {
     scales.resize(rows * groups), sums.resize(rows * groups), seconds.resize(rows * groups);
   }
 
+  // A row with a number that is not finite gives NaN everywhere.
   void take(int64_t row, const float* x) {
     float *tops = &scales[row * groups], squares = 0;
+    Floats zeros = {};  // or NaN
     for (int64_t group = 0; group < groups; group++) {
       const Floats first = load(x + group * GROUP), second = load(x + group * GROUP + LANES);
       const Floats sizes[2] = {first < 0 ? -first : first, second < 0 ? -second : second};
       tops[group] = std::max(1e-20f, largest_of(sizes[0] > sizes[1] ? sizes[0] : sizes[1]));
       squares += tops[group] * tops[group];
+      zeros += first * 0.f + second * 0.f;
+    }
+    if (sum_of((Integers)(zeros != zeros))) {
+      std::fill_n(tops, groups, NAN), std::fill_n(&sums[row * groups], groups, NAN);
+      seconds[row * groups] = -1;
+      return;
     }
     const float most = OUTSTANDING * std::sqrt(squares / groups);
     int64_t* second = &seconds[row * groups];

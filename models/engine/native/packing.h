@@ -21,12 +21,15 @@ inline float half_at(const uint8_t* from) {
   return number;
 }
 
+// Weights of more than a million would need larger scales; infinite ones would make their zeros NaN.
+inline Half to_half(float number) { return (Half)std::clamp(number, -65504.f, 65504.f); }
+
 // The record was zeros.
 inline void put(const Group& group, Format format, int column, uint8_t* record) {
   const int block = column / LANES, lane = column % LANES, low = low_at(format);
   Half* factors = (Half*)record + column;
-  for (int part = 0; part < scales_of(format); part++) factors[part * PANEL] = (Half)group.scales[part];
-  if (has_minimum(format)) factors[PANEL] = (Half)group.minimum;
+  for (int part = 0; part < scales_of(format); part++) factors[part * PANEL] = to_half(group.scales[part]);
+  if (has_minimum(format)) factors[PANEL] = to_half(group.minimum);
   for (int i = 0; i < GROUP; i++) {
     const int number = group.numbers[i], half = i / 16, j = i % 16 / 4;
     if (format == Q8_0) {
@@ -170,17 +173,17 @@ inline void fit_q4_1(const float* x, Group& group) {
   const auto [least, most] = std::minmax_element(x, x + GROUP);
   float scale = (*most - *least) / 15, minimum = *least, best = INFINITY;
   for (int round = 0; round < 6; round++) {
-    const float by = (Half)scale, from = (Half)minimum;
+    const float by = to_half(scale), from = to_half(minimum);
     float error = 0, sum = 0, squares = 0, sum_x = 0, products = 0;
     uint8_t numbers[GROUP];
     for (int i = 0; i < GROUP; i++) {
-      const float number = by ? std::clamp(std::nearbyint((x[i] - from) / by), 0.f, 15.f) : 0;
+      const float number = by > 0 ? std::clamp(std::nearbyint((x[i] - from) / by), 0.f, 15.f) : 0;
       const float difference = number * by + from - x[i];
       numbers[i] = (uint8_t)number;
       error += difference * difference;
       sum += number, squares += number * number, sum_x += x[i], products += number * x[i];
     }
-    if (error < best) {
+    if (round == 0 || error < best) {
       best = error, group.scales[0] = by, group.minimum = from;
       std::copy(numbers, numbers + GROUP, group.numbers);
     }
@@ -194,7 +197,7 @@ inline void fit_q4_1(const float* x, Group& group) {
 inline void fit_q8_0(const float* x, Group& group) {
   float top = 0;
   for (int i = 0; i < GROUP; i++) top = std::max(top, std::abs(x[i]));
-  const float scale = (Half)(top / 127);
+  const float scale = to_half(top / 127);
   group.scales[0] = scale;
   for (int i = 0; i < GROUP; i++)
     group.numbers[i] = 128 + (scale ? (int)std::clamp(std::nearbyint(x[i] / scale), -127.f, 127.f) : 0);
@@ -208,7 +211,7 @@ void fill_panels(Format format, int64_t columns, int64_t depth, uint8_t* to, Rea
   for (int64_t panel = 0; panel < (columns + PANEL - 1) / PANEL; panel++)
     for (int64_t group = 0; group < groups; group++)
       for (int64_t column = panel * PANEL; column < std::min(columns, (panel + 1) * PANEL); column++) {
-        Group numbers;
+        Group numbers = {};
         read(column, group, numbers);
         put(numbers, format, column % PANEL, to + (panel * groups + group) * size);
       }
@@ -229,7 +232,10 @@ void quantize(Format format, const T* weights, int64_t columns, int64_t depth, u
   fill_panels(format, columns, depth, to, [&](int64_t column, int64_t group, Group& numbers) {
     float x[GROUP];
     for (int i = 0; i < GROUP; i++) x[i] = weights[column * depth + group * GROUP + i];
-    fit(x, numbers);
+    if (std::all_of(x, x + GROUP, [](float number) { return std::isfinite(number); }))
+      fit(x, numbers);
+    else  // all of them become NaN
+      numbers.scales[0] = NAN;
   });
 }
 
