@@ -34,6 +34,7 @@ class KVCache:
         self.context = context
         self.dtype = dtype
         self.tensors: list[tuple[Tensor, Tensor]] = []  # the keys and values of each module and call
+        self.size = 0  # bytes of all tensors for slots, when they are full
 
     @property
     def dtype_name(self) -> str:
@@ -79,12 +80,14 @@ class KVCache:
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """A tensor for all slots. Raises CacheTooLargeError."""
+        size = math.prod(shape) * dtype.itemsize
+        self.size += size
         try:
             if device.type != "cpu":
                 return torch.zeros(shape, dtype=dtype, device=device)
             # The system adds each page when it is first written. torch.zeros writes all pages. numpy.zeros asks for
             # huge pages: then short sequences in many slots use gigabytes (5.0 GB after 32 chats, not 1.2).
-            memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+            memory = mmap.mmap(-1, size)
             with torch.inference_mode(False):  # the compiler accepts no inference tensors
                 return torch.frombuffer(memory, dtype=dtype).view(shape)
         except (RuntimeError, OSError, OverflowError) as error:

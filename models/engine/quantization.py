@@ -138,14 +138,13 @@ def quantizable(model: PreTrainedModel) -> dict[str, Place]:
         places = list(_places(module, module in outer))
         if all(place.fits for place in places):  # of all weights of experts or of none
             found |= {f"{path}.{place.parameter}": place for place in places}
-    return {name: place for name, place in found.items() if name not in read}
+    halves = {name for pair in model.all_tied_weights_keys.items() if read & {*pair} for name in pair}
+    return {name: place for name, place in found.items() if name not in read | halves}
 
 
 def put_quantized(model: PreTrainedModel, weights: Mapping[str, QuantizedWeight]) -> None:
     """Put quantized weights, by the names of the parameters, in the place of those parameters."""
-    tied = model.all_tied_weights_keys.items()
-    twins = {twin: weights[name] for pair in tied for name, twin in (pair, pair[::-1]) if name in weights}
-    for name, weight in {**twins, **weights}.items():
+    for name, weight in _with_tied(model, weights).items():
         path, _, parameter = name.rpartition(".")
         module = model.get_submodule(path)
         if parameter in EXPERT_WEIGHTS:
@@ -169,6 +168,18 @@ def not_quantized(model: nn.Module, kept: Container[str] = ()) -> list[str]:
         and f"{path}.{name}" not in kept
     )
     return list(dict.fromkeys(re.sub(r"\b\d+\b", "*", name) for name in names))
+
+
+def _with_tied(model: PreTrainedModel, weights: Mapping[str, QuantizedWeight]) -> dict[str, QuantizedWeight]:
+    """The weights, and one for both of tied parameters, unless the files have two that differ."""
+    result = dict(weights)
+    for name, twin in model.all_tied_weights_keys.items():
+        one, other = result.get(name), result.get(twin)
+        if one is not None and (other is None or torch.equal(one.panels, other.panels)):
+            result[twin] = one
+        elif other is not None and one is None:
+            result[name] = other
+    return result
 
 
 def shares(model: nn.Module) -> dict[str, float]:

@@ -27,6 +27,23 @@ class Format(IntEnum):
     IQ4 = 7
     MXFP4 = 8
 
+    @property
+    def bits(self) -> float:
+        """What a weight takes, with its share of the scales."""
+        return BITS[self]
+
+
+BITS = {
+    Format.Q4_0: 4.5,
+    Format.Q4_1: 5.0,
+    Format.Q5_0: 5.5,
+    Format.Q5_1: 6.0,
+    Format.Q8_0: 8.5,
+    Format.Q6_16: 7.0,
+    Format.Q4_16: 5.0,
+    Format.IQ4: 4.5,
+    Format.MXFP4: 4.5,
+}
 
 # The types of GGUF's blocks that are kept, by their numbers there. Q4_K and Q5_K become Q4_1 and Q5_1: the product of
 # their two scales is rounded to a half float, an error of 1% of a step. The others keep each number to the bit, but for

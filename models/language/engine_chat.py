@@ -25,6 +25,7 @@ from models.errors import MessagesRejectedError
 from models.language.chat_template import ChatTemplate
 from models.language.detokenizer import Detokenizer
 from models.language.events import Done, Event, TextPiece
+from models.language.memory import Memory, size_of_model, tell_memory
 from models.language.model_config import context_length, default_options, stop_token_ids
 from models.language.prompt import PromptBuilder
 from models.language.reply_text import ReplyText
@@ -49,6 +50,7 @@ class EngineChat:
         self.context = context_length(model, settings)
         self.defaults = default_options(model, settings)
         self._weights = {kind: round(share, 4) for kind, share in shares(model).items()}
+        size = size_of_model(model)  # without the cache, which the runner adds
         self._tokenizer = tokenizer
         template = ChatTemplate.of(tokenizer, self.defaults.instructions)
         self._prompts = PromptBuilder(template, self.context, self.defaults.instructions)
@@ -57,6 +59,7 @@ class EngineChat:
         self._engine = Engine(
             ModelRunner(model, settings.slots, self.context, cache_dtype=DTYPES.get(settings.kv_cache))
         )
+        tell_memory(Memory(size, self._engine.runner.cache.size, settings.slots, self.context), model.device)
         self._async_engine = AsyncEngine(self._engine, on_shrink, on_step)
         if settings.compile and self._engine.runner.native:
             self._async_engine.compile(user_cache_path("parley") / "compiled")

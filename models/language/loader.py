@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +23,7 @@ from models.language.adapter import Adapter
 from models.language.chat_template import read_chat_template
 from models.language.gguf.gguf_file import GGUFFile
 from models.language.load_errors import why_not_loaded
+from models.language.memory import return_freed_memory
 from models.language.model_files import find_model, model_label, print_progress
 from models.language.weights import load_folder, load_gguf
 from models.settings import Settings
@@ -39,47 +42,42 @@ def load(settings: Settings, cache: Path | None = None) -> tuple[PreTrainedToken
     _check_device(settings.device)
     if not sys.stderr.isatty():  # transformers' bar would be a line without an end in the log
         disable_progress_bar()  # type: ignore[no-untyped-call]
+    return_freed_memory()
     with ThreadPoolExecutor(1, thread_name_prefix="kernels") as pool:
         # Compiling takes ten seconds, only the first time. Meanwhile the files are found, and the tokenizer is read.
         compiling = pool.submit(_build_kernels, user_cache_path("parley")) if _on_cpu(settings) else None
         path = find_model(settings, cache or user_cache_path("parley"))
         try:
-            if path.is_file():
-                return _load_file(GGUFFile(path), settings, compiling)
-            return _load_folder(path, settings, compiling)
+            return _load(path, settings, compiling)
         except ModelError as error:
-            raise ModelError(f"{model_label(settings)} cannot be loaded: {error}") from error
+            reason = str(error).removeprefix(f"{path}: ")
+            raise ModelError(f"{model_label(settings)} cannot be loaded: {reason}") from error
         except Exception as error:  # transformers and safetensors raise many types of errors
             raise ModelError(f"{model_label(settings)} cannot be loaded: {why_not_loaded(error)}") from error
 
 
-def _load_folder(
-    folder: Path, settings: Settings, compiling: Future[Path] | None
+def _load(
+    path: Path, settings: Settings, compiling: Future[Path] | None
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    adapter = Adapter.of(folder)
-    base = adapter.find_base() if adapter else folder
-    code = settings.trust_remote_code
-    if adapter:
-        tokenizer = adapter.load_tokenizer(base, trust_remote_code=code)
+    fill: Callable[..., PreTrainedModel]
+    if path.is_file():
+        file = GGUFFile(path)
+        tokenizer, fill = file.tokenizer(), partial(load_gguf, file)
     else:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=code)
+        code, adapter = settings.trust_remote_code, Adapter.of(path)
+        base = adapter.find_base() if adapter else path
+        if adapter:
+            tokenizer = adapter.load_tokenizer(base, trust_remote_code=code)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=code)
+        fill = partial(load_folder, base, adapter, code)
     read_chat_template(tokenizer, settings)
     format = _format(settings, compiling)
-    return tokenizer, _joined(load_folder(base, adapter, format, _dtype(settings), settings.device, code))
-
-
-def _load_file(
-    file: GGUFFile, settings: Settings, compiling: Future[Path] | None
-) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    tokenizer = file.tokenizer()
-    read_chat_template(tokenizer, settings)
-    format = _format(settings, compiling)
-    return tokenizer, _joined(load_gguf(file, format, _dtype(settings), settings.device))
-
-
-def _joined(model: PreTrainedModel) -> PreTrainedModel:
-    join_linears(model, lambda: model(input_ids=torch.tensor([[1, 2, 3]]), use_cache=False))
-    return model
+    # For auto, accelerate would put on the disk what does not fit the memory in the dtype, though it is quantized.
+    model = fill(format=format, dtype=_dtype(settings), device="cpu" if _on_cpu(settings) else settings.device)
+    if format is not None:
+        join_linears(model, lambda: model(input_ids=torch.tensor([[1, 2, 3]]), use_cache=False))
+    return tokenizer, model
 
 
 def _build_kernels(cache: Path) -> Path:

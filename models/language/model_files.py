@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 from models.errors import ModelError, one_line
@@ -25,6 +26,7 @@ CONVERTED = re.compile(r".+-[0-9a-f]{12}-(float32|bfloat16|float16)")  # copies 
 
 def find_model(settings: Settings, cache: Path) -> Path:
     """A GGUF file, or a folder that transformers can load. `cache` is for the embedded model. Raises ModelError."""
+    _delete_converted(cache)
     if settings.model is None:
         return _embedded(cache)
     path = Path(settings.model).expanduser()
@@ -47,7 +49,6 @@ def _embedded(cache: Path) -> Path:
     path = cache / f"{EMBEDDED}-{WHEEL_SHA256[:12]}.gguf"
     try:
         make_private_folder(cache)
-        _delete_converted(cache)
         if path.is_file():
             check_owners(path)
             return path
@@ -61,9 +62,10 @@ def _embedded(cache: Path) -> Path:
 
 def _delete_converted(cache: Path) -> None:
     """Delete the float32 copies of GGUF files that earlier versions made: five times the size of the files."""
-    for folder in cache.iterdir():
-        if CONVERTED.fullmatch(folder.name) and folder.is_dir():
-            shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):  # there is no cache yet
+        for folder in cache.iterdir():
+            if CONVERTED.fullmatch(folder.name) and folder.is_dir():
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def download_embedded(folder: Path) -> Path:

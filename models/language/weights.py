@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import suppress
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from gguf import GGMLQuantizationType
 from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -23,18 +25,23 @@ from models.engine.quantized_weight import BLOCK_TYPES, Format, QuantizedWeight
 from models.errors import ModelError
 from models.language.adapter import Adapter
 from models.language.gguf.gguf_file import GGUFFile
-from models.language.gguf.tensors import PLAIN, Source
+from models.language.gguf.tensors import Source
+from models.language.memory import check_weights, free_memory, size_of_weights
 from models.language.quantizer import ParleyConfig, Quantize
 from models.language.stored_weights import StoredWeight, stored_weights
+
+REPORTS = "transformers.modeling_utils"  # the logger of its reports, of many lines
+
+logger = logging.getLogger("parley")
 
 
 def load_folder(
     folder: Path,
     adapter: Adapter | None,
+    trust_remote_code: bool,
     format: Format | None,
     dtype: torch.dtype,
     device: str,
-    trust_remote_code: bool,
 ) -> PreTrainedModel:
     """The model in a folder, with an adapter merged. `format` is that of quantized weights; None quantizes none.
 
@@ -42,13 +49,16 @@ def load_folder(
     """
     code = {"trust_remote_code": trust_remote_code}
     config = AutoConfig.from_pretrained(folder, **code)
-    options: dict[str, Any] = {"dtype": dtype, "device_map": device}
-    if format is not None:
-        options["quantization_config"] = ParleyConfig(_round_to(format, adapter))
-    if weights := stored_weights(folder):
-        _forget_packing(config)
-        with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(config, **code)  # type: ignore[no-untyped-call]
+    weights = stored_weights(folder)
+    _forget_packing(config)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config, **code)  # type: ignore[no-untyped-call]
+    formats = {} if format is None else {name: _rounded(place, format) for name, place in quantizable(empty).items()}
+    check_weights(
+        size_of_weights(empty, formats, dtype), free_memory(device), device == "cpu" and format is not Format.Q4_1
+    )
+    options = _options(_round_to(formats, adapter), formats, dtype, device)
+    if weights:
         model = _load(type(empty), None, config=config, state_dict=weights, **options)
         with suppress(OSError):  # it has none
             model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -70,56 +80,71 @@ def load_gguf(file: GGUFFile, format: Format | None, dtype: torch.dtype, device:
         empty = kind(config)
     sources = file.sources(empty)
     buffers = {name: sources.pop(name) for name, _ in empty.named_buffers() if name in sources}
-    quantized = {} if format is None else quantizable(empty)
-    kept = _plain(sources)
-    ours = quantized.keys() - kept  # read as blocks, so not through transformers
-    parameters = {name: StoredWeight(_nothing if name in ours else source.values) for name, source in sources.items()}
-    options: dict[str, Any] = {"dtype": dtype, "device_map": device}
-    if format is not None:
-        options["quantization_config"] = ParleyConfig(_blocks_of(sources, format), kept)
-    model = _load(kind, None, config=config, state_dict=parameters, **options)
+    formats = {} if format is None else _formats(sources, quantizable(empty), format)
+    check_weights(size_of_weights(empty, formats, dtype), free_memory(device), can_round=False)
+    weights = {  # what is quantized is not read here, but as blocks
+        name: StoredWeight(_nothing if name in formats else source.values) for name, source in sources.items()
+    }
+    options = _options(_blocks_of(sources, formats), formats, dtype, device)
+    model = _load(kind, None, config=config, state_dict=weights, **options)
     for name, source in buffers.items():
         model.get_buffer(name).copy_(source.values())
     model.generation_config.eos_token_id = sorted(file.stop_token_ids())
     return model
 
 
-def _round_to(format: Format, adapter: Adapter | None = None) -> Quantize:
-    """Rounds numbers to a format, but those of heads and embeddings to 8 bits: replies suffer most from theirs."""
+def _rounded(place: Place, format: Format) -> Format:
+    """The format that a weight is rounded to: 8 bits for heads and embeddings, where replies suffer most."""
+    return Format.Q8_0 if place.is_outer else format
+
+
+def _round_to(formats: Mapping[str, Format], adapter: Adapter | None = None) -> Quantize:
+    """Rounds numbers to the format of each weight, after an adapter has changed them."""
 
     def quantize(name: str, place: Place, tensor: Tensor) -> QuantizedWeight:
-        tensor = adapter.changed(name, tensor) if adapter else tensor
-        return QuantizedWeight.of_numbers(
-            place.oriented(tensor).contiguous(), Format.Q8_0 if place.is_outer else format
-        )
+        tensor = place.oriented(adapter.changed(name, tensor) if adapter else tensor)
+        if tuple(tensor.shape) != place.shape:
+            raise _misshapen(name, tensor.shape, place.shape)
+        return QuantizedWeight.of_numbers(tensor.contiguous(), formats[name])
 
     return quantize
 
 
-def _blocks_of(sources: Mapping[str, Source], format: Format) -> Quantize:
-    """Keeps the blocks of GGUF files where our kernels can, and rounds other weights."""
-    rounded = _round_to(format)
+def _formats(sources: Mapping[str, Source], places: Mapping[str, Place], format: Format) -> dict[str, Format]:
+    """The formats of a GGUF file's weights in our layout: those of their blocks where these stay.
+
+    What a file of other types has left in float32, such as routers, must be precise, and has no format.
+    """
+    types = {part.kind for source in sources.values() for part in source.parts}
+    float32 = {GGMLQuantizationType.F32}
+    formats = {}
+    for name in places.keys() & sources.keys():  # of tied weights, the file has one
+        source, place = sources[name], places[name]
+        if (kept := _kept(source, place)) is not None:
+            formats[name] = BLOCK_TYPES[kept]
+        elif types == float32 or {part.kind for part in source.parts} != float32:
+            formats[name] = _rounded(place, format)
+    return formats
+
+
+def _kept(source: Source, place: Place) -> int | None:
+    """The type of the blocks of a weight, if our layout can hold them as they are."""
+    types = {part.kind for part in source.parts}
+    plain = len(types) == 1 and not source.change and source.transposed == place.transposed
+    return next((type for type in types if plain and type in BLOCK_TYPES), None)
+
+
+def _blocks_of(sources: Mapping[str, Source], formats: Mapping[str, Format]) -> Quantize:
+    """Keeps the blocks of GGUF files where our layout can, and rounds other weights."""
+    rounded = _round_to(formats)
 
     def quantize(name: str, place: Place, tensor: Tensor) -> QuantizedWeight:
         source = sources[name]
-        kinds = {part.kind for part in source.parts}
-        if (
-            kinds <= BLOCK_TYPES.keys()
-            and len(kinds) == 1
-            and not source.change
-            and source.transposed == place.transposed
-        ):
-            return QuantizedWeight.of_blocks(source.blocks(), kinds.pop())
+        if (kept := _kept(source, place)) is not None:
+            return QuantizedWeight.of_blocks(source.blocks(), kept)
         return rounded(name, place, source.values())
 
     return quantize
-
-
-def _plain(sources: Mapping[str, Source]) -> frozenset[str]:
-    """The weights that a quantized file has left in float32, such as routers, since they must be precise."""
-    if all(part.kind in PLAIN for source in sources.values() for part in source.parts):
-        return frozenset()
-    return frozenset(name for name, source in sources.items() if all(part.kind == 0 for part in source.parts))
 
 
 def _nothing() -> Tensor:
@@ -133,10 +158,41 @@ def _forget_packing(config: PreTrainedConfig) -> None:
             del part.quantization_config
 
 
+def _options(quantize: Quantize, formats: Mapping[str, Format], dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """The options of `from_pretrained`."""
+    options: dict[str, Any] = {"dtype": dtype, "device_map": device}
+    return options | ({"quantization_config": ParleyConfig(quantize, formats)} if formats else {})
+
+
 def _load(kind: Any, *arguments: Any, **options: Any) -> PreTrainedModel:
-    """`from_pretrained` of a class. Raises ModelError if weights are missing."""
+    """`from_pretrained` of a class. Raises ModelError if weights are missing or have other shapes."""
     model: PreTrainedModel
-    model, loading = kind.from_pretrained(*arguments, output_loading_info=True, **options)
-    if missing := loading["missing_keys"]:
+    with _without_reports():
+        model, found = kind.from_pretrained(
+            *arguments, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    if mismatched := found["mismatched_keys"]:
+        raise _misshapen(*min(mismatched))
+    if missing := found["missing_keys"]:
         raise ModelError(f"{len(missing)} weights are missing, first {min(missing)}: download it again")
+    if unused := found["unexpected_keys"]:
+        logger.warning("%d weights of the model are not used, first %s", len(unused), min(unused))
     return model
+
+
+def _misshapen(name: str, stored: tuple[int, ...], expected: tuple[int, ...]) -> ModelError:
+    return ModelError(
+        f"{name} has the shape {tuple(stored)}, and {tuple(expected)} by config.json: download both again"
+    )
+
+
+@contextmanager
+def _without_reports() -> Iterator[None]:
+    """While the context lasts, transformers logs no tables about weights: our errors say it in a line."""
+    reports = logging.getLogger(REPORTS)
+    before = reports.disabled
+    reports.disabled = True
+    try:
+        yield
+    finally:
+        reports.disabled = before

@@ -2,30 +2,17 @@ from __future__ import annotations
 
 import itertools
 
-import numpy
 import pytest
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 from torch import Tensor
 
 from models.engine.quantized_weight import BLOCK_TYPES, Format, QuantizedWeight
+from tests.support import gguf_blocks
 
 pytestmark = pytest.mark.compiler
 
-HALF_FLOATS = {  # where a block has half floats that scale its numbers
-    "Q4_0": [0],
-    "Q4_1": [0, 2],
-    "Q5_0": [0],
-    "Q5_1": [0, 2],
-    "Q8_0": [0],
-    "Q3_K": [108],
-    "Q4_K": [0, 2],
-    "Q5_K": [0, 2],
-    "Q6_K": [208],
-    "IQ4_NL": [0],
-    "IQ4_XS": [0],
-}
 EXACT = {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4"}
 STEPS = 127
 
@@ -38,16 +25,7 @@ def random(*sizes: int, seed: int = 0) -> Tensor:
 
 
 def random_blocks(type: GGMLQuantizationType, outputs: int, inputs: int) -> Tensor:
-    """Blocks with random bits everywhere, and scales of a usual size."""
-    source = numpy.random.default_rng(0)
-    length, size = GGML_QUANT_SIZES[type]
-    blocks = source.integers(0, 256, (outputs, inputs // length, size), dtype=numpy.uint8)
-    for start in HALF_FLOATS.get(type.name, []):
-        scales = source.uniform(-0.01, 0.01, (*blocks.shape[:2], 1)).astype(numpy.float16)
-        blocks[:, :, start : start + 2] = scales.view(numpy.uint8)
-    if type.name == "MXFP4":
-        blocks[:, :, 0] = source.integers(110, 135, blocks.shape[:2])
-    return torch.from_numpy(blocks.reshape(outputs, -1))
+    return torch.from_numpy(gguf_blocks.random_blocks(type, (outputs, inputs)))
 
 
 def values(type: GGMLQuantizationType, blocks: Tensor) -> Tensor:
@@ -90,6 +68,12 @@ def test_blocks_keep_their_numbers(type: GGMLQuantizationType) -> None:
         assert torch.equal(result, expected)
     else:  # products of two scales are rounded to half floats
         assert (result - expected).abs().max() < 5e-4 * expected.abs().max()
+
+
+@all_formats
+def test_a_format_says_how_many_bits_a_weight_takes(format: Format) -> None:
+    weight = weight_of(format, 64, 512)
+    assert weight.panels.nbytes * 8 == weight.count * format.bits
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

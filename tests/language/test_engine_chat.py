@@ -355,7 +355,7 @@ async def test_the_arguments_say_how_the_model_runs(tokenizer: PreTrainedTokeniz
             "context": 256,
             "device": "cpu",
             "dtype": "float32",
-            "quantize": "none",
+            "weights": {"float32": 1.0},
             "kv_cache": "float32",
             "compiled": False,
             "options": {**Options(top_k=7).as_json(), "instructions": None},

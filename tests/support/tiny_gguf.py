@@ -1,78 +1,102 @@
-"""A tiny llama.cpp model file with random weights."""
+"""A tiny Llama with random weights as a llama.cpp model file, in any of the format's types."""
 
 from __future__ import annotations
 
-import os
-from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy
-import torch
-from gguf import GGUFWriter, TokenType
+from gguf import GGMLQuantizationType, TokenType
+from gguf.quants import quantize
 
-from models.language.model_files import find_model
-from models.settings import Settings
+from tests.support.gguf_blocks import random_blocks
+from tests.support.gguf_models import write_gguf
 from tests.support.tiny import SHAPE, SPECIAL, TEMPLATE, tiny_tokenizer
 
-LAYERS = 2
-STDERR = 2
+PLAIN = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
+HEAD_SIZE = 16
 
 
-def write_tiny_gguf(path: Path, template: str | None = TEMPLATE) -> Path:
-    """Write a Llama of two layers with the tiny tokenizer, in float32."""
-    hidden, inner, heads, key_heads = (
-        SHAPE[name] for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
-    )
-    writer = GGUFWriter(path, "llama")
-    writer.add_context_length(512)
-    writer.add_embedding_length(hidden)
-    writer.add_block_count(LAYERS)
-    writer.add_feed_forward_length(inner)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(key_heads)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(hidden // heads)
-    ids = tiny_tokenizer().get_vocab()
-    tokens = [*sorted(ids, key=ids.__getitem__), "ab"]  # the token of the one merge that the format needs
-    writer.add_vocab_size(len(tokens))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([TokenType.CONTROL if token in SPECIAL else TokenType.NORMAL for token in tokens])
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    if template:
-        writer.add_chat_template(template)
+def write_tiny_gguf(
+    path: Path,
+    kind: GGMLQuantizationType = GGMLQuantizationType.F32,
+    *,
+    template: str | None = TEMPLATE,
+    hidden: int = SHAPE["hidden_size"],
+    inner: int = SHAPE["intermediate_size"],
+    layers: int = 2,
+    experts: int = 0,
+    tied: bool = False,
+) -> Path:
+    """Write a Llama, or a Mixtral if there are experts, with the tiny tokenizer. Its matrices are of `kind`.
 
-    source = numpy.random.default_rng(0)
-    key_size = hidden // heads * key_heads
-    shapes: dict[str, tuple[int, ...]] = {
-        "token_embd.weight": (len(tokens), hidden),
-        "output.weight": (len(tokens), hidden),
-        "output_norm.weight": (hidden,),
+    Norms and routers are in float32, as llama.cpp's converter leaves them.
+    """
+    tokens = _tokens()
+    heads, key_heads = hidden // HEAD_SIZE, hidden // HEAD_SIZE // 2
+    metadata: dict[str, Any] = {
+        "general.architecture": "llama",
+        "llama.context_length": 512,
+        "llama.embedding_length": hidden,
+        "llama.block_count": layers,
+        "llama.feed_forward_length": inner,
+        "llama.attention.head_count": heads,
+        "llama.attention.head_count_kv": key_heads,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5,
+        "llama.rope.dimension_count": HEAD_SIZE,
+        "llama.expert_count": experts or None,
+        "llama.expert_used_count": 2 if experts else None,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [TokenType.CONTROL if token in SPECIAL else TokenType.NORMAL for token in tokens],
+        "tokenizer.ggml.merges": ["a b"],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.chat_template": template,
     }
-    for layer in range(LAYERS):
+    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (len(tokens), hidden), "output_norm.weight": (hidden,)}
+    if not tied:
+        shapes["output.weight"] = (len(tokens), hidden)
+    for layer in range(layers):
         shapes |= {
-            f"blk.{layer}.attn_norm.weight": (hidden,),
-            f"blk.{layer}.ffn_norm.weight": (hidden,),
-            f"blk.{layer}.attn_q.weight": (hidden, hidden),
-            f"blk.{layer}.attn_k.weight": (key_size, hidden),
-            f"blk.{layer}.attn_v.weight": (key_size, hidden),
-            f"blk.{layer}.attn_output.weight": (hidden, hidden),
-            f"blk.{layer}.ffn_gate.weight": (inner, hidden),
-            f"blk.{layer}.ffn_up.weight": (inner, hidden),
-            f"blk.{layer}.ffn_down.weight": (hidden, inner),
+            f"blk.{layer}.{name}.weight": shape
+            for name, shape in {
+                "attn_norm": (hidden,),
+                "ffn_norm": (hidden,),
+                "attn_q": (hidden, hidden),
+                "attn_k": (key_heads * HEAD_SIZE, hidden),
+                "attn_v": (key_heads * HEAD_SIZE, hidden),
+                "attn_output": (hidden, hidden),
+                **_feed_forward(hidden, inner, experts),
+            }.items()
         }
-    for name, shape in shapes.items():
-        writer.add_tensor(name, source.standard_normal(shape).astype("float32"))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    kinds = {name: kind for name, shape in shapes.items() if len(shape) > 1 and "ffn_gate_inp" not in name}
+    tensors = {
+        name: _tensor(kinds.get(name, GGMLQuantizationType.F32), shape, seed)
+        for seed, (name, shape) in enumerate(shapes.items())
+    }
+    return write_gguf(path, metadata, tensors, kinds)
 
 
-def convert(gguf: Path, cache: Path, stderr: Connection) -> None:
-    """Convert a file, in a process of its own; `stderr` gets what it prints."""
-    os.dup2(stderr.fileno(), STDERR)
-    find_model(Settings(model=str(gguf)), torch.float32, cache)
+def _tokens() -> list[str]:
+    ids = tiny_tokenizer().get_vocab()
+    return [*sorted(ids, key=ids.__getitem__), "ab"]  # the token of the one merge that the format needs
+
+
+def _feed_forward(hidden: int, inner: int, experts: int) -> dict[str, tuple[int, ...]]:
+    if not experts:
+        return {"ffn_gate": (inner, hidden), "ffn_up": (inner, hidden), "ffn_down": (hidden, inner)}
+    return {
+        "ffn_gate_inp": (experts, hidden),
+        "ffn_gate_exps": (experts, inner, hidden),
+        "ffn_up_exps": (experts, inner, hidden),
+        "ffn_down_exps": (experts, hidden, inner),
+    }
+
+
+def _tensor(kind: GGMLQuantizationType, shape: tuple[int, ...], seed: int) -> Any:
+    """Random numbers, or random blocks."""
+    if kind not in PLAIN:
+        return random_blocks(kind, shape, seed)
+    numbers = numpy.random.default_rng(seed).standard_normal(shape).astype("float32")
+    return numbers if kind == GGMLQuantizationType.F32 else quantize(numbers, kind)
