@@ -119,7 +119,7 @@ def test_a_window_that_only_the_mask_has_is_kept() -> None:
     ("config", "reason"),
     [
         (BloomConfig(vocab_size=256, hidden_size=32, n_layer=2, n_head=2), "attention interface"),
-        (DogeConfig(**SHAPE, is_moe=False), "Mask"),
+        (DogeConfig(**SHAPE, is_moe=False), "it computes with its attention masks"),
         (
             LlamaConfig(**SHAPE | {"layer_types": ["full_attention", "chunked_attention", "full_attention"]}),
             "chunked_attention",
