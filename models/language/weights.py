@@ -89,9 +89,7 @@ def _round_to(format: Format, adapter: Adapter | None = None) -> Quantize:
 
     def quantize(name: str, place: Place, tensor: Tensor) -> QuantizedWeight:
         tensor = adapter.changed(name, tensor) if adapter else tensor
-        return QuantizedWeight.of_numbers(
-            place.oriented(tensor).contiguous(), Format.Q8_0 if place.is_outer else format
-        )
+        return QuantizedWeight.of_numbers(place.oriented(tensor), Format.Q8_0 if place.is_outer else format)
 
     return quantize
 
