@@ -89,7 +89,7 @@ class QuantizedWeight(nn.Module):
     @classmethod
     def of_numbers(cls, numbers: Tensor, format: Format = Format.Q8_0) -> QuantizedWeight:
         """Numbers, ([experts,] outputs, inputs), rounded to Q8_0 or Q4_1; the inputs are a multiple of 32."""
-        panels = torch.ops.parley.quantize(numbers.reshape(-1, numbers.shape[-1]), format)
+        panels = torch.ops.parley.quantize(numbers.reshape(-1, numbers.shape[-1]).contiguous(), format)
         return cls(panels.view(*numbers.shape[:-2], -1), format, numbers.shape[-2], numbers.shape[-1])
 
     @property

@@ -105,7 +105,7 @@ def _round_to(formats: Mapping[str, Format], adapter: Adapter | None = None) -> 
         tensor = place.oriented(adapter.changed(name, tensor) if adapter else tensor)
         if tuple(tensor.shape) != place.shape:
             raise _misshapen(name, tensor.shape, place.shape)
-        return QuantizedWeight.of_numbers(tensor.contiguous(), formats[name])
+        return QuantizedWeight.of_numbers(tensor, formats[name])
 
     return quantize
 

@@ -18,9 +18,11 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 #include "vectors.h"
@@ -273,7 +275,12 @@ template <Format F, int COUNT, int PART>
   }
 }
 
-constexpr int ROWS = 6;  // rows whose sums fit the registers; weights are unpacked once for all of them
+// Rows whose sums fit the registers; weights are unpacked once for all of them. More would take minutes to compile.
+#ifdef __AVX512F__
+constexpr int ROWS = 6;
+#else
+constexpr int ROWS = 2;
+#endif
 
 // Sums of COUNT rows for one panel, by the first bytes.
 template <Format F, int COUNT>
@@ -305,10 +312,17 @@ inline void store(Floats value, float* to, int64_t count) {
   }
 }
 
+typedef void (*ProductsOfCount)(const Tile& tile, const uint8_t* record, bool fetch, Floats (*results)[2]);
+
+// `products` of 1 to ROWS rows.
+template <Format F, int... BEFORE>
+constexpr std::array<ProductsOfCount, ROWS> products_of_counts(std::integer_sequence<int, BEFORE...>) {
+  return {products<F, BEFORE + 1>...};
+}
+
 template <Format F>
 void products_of_rows(int64_t rows, const Tile& tile, const uint8_t* record, bool fetch) {
-  constexpr void (*RUN[])(const Tile&, const uint8_t*, bool, Floats(*)[2]) = {
-      products<F, 1>, products<F, 2>, products<F, 3>, products<F, 4>, products<F, 5>, products<F, 6>};
+  constexpr auto RUN = products_of_counts<F>(std::make_integer_sequence<int, ROWS>());
   Floats results[ROWS][2];  // not yet in `to`: reading it would wait for memory
   RUN[rows - 1](tile, record, fetch, results);
   for (int64_t row = 0; row < rows; row++) {
