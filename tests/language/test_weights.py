@@ -131,7 +131,7 @@ def test_plain_numbers_are_rounded(tmp_path: Path, kind: Type) -> None:
     fewer = from_gguf(path, Format.Q4_1)
     assert formats(fewer) == {"Q8_0", "Q4_1"}
     assert {weight.format for weight in (fewer.lm_head.weights[0], fewer.model.embed_tokens.weight)} == {Format.Q8_0}
-    assert error(logits(fewer), logits(plain)) < 0.3
+    assert error(logits(fewer), logits(plain)) < 0.5
 
 
 @compiler
