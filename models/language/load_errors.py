@@ -39,7 +39,10 @@ REASONS = (  # what an error of transformers, safetensors or torch says, and wha
         r"Couldn't instantiate the backend tokenizer|Can't load tokenizer",
         "it has no tokenizer that can be read: tokenizer.json is missing, and Parley reads no other format",
     ),
-    (r"ignore_mismatched_sizes", "the shapes of its weights differ from those in config.json"),
+    (
+        r"ignore_mismatched_sizes|automatic conversion of the weights",
+        "the shapes of its weights differ from those in config.json: download it again",
+    ),
     (r"[Vv]alidation error.*?Error: (?P<reason>.*)", "config.json is wrong: {reason}"),
     (r"not a valid JSON file", "config.json is damaged: download it again"),
     (

@@ -26,7 +26,7 @@ from models.language.load_errors import why_not_loaded
 from models.language.memory import return_freed_memory
 from models.language.model_files import find_model, model_label, print_progress
 from models.language.weights import load_folder, load_gguf
-from models.settings import Settings
+from models.settings import PREFIX, Settings
 
 FORMATS = {"auto": Format.Q8_0, "int8": Format.Q8_0, "int4": Format.Q4_1}  # by the setting, of weights that are rounded
 
@@ -49,11 +49,9 @@ def load(settings: Settings, cache: Path | None = None) -> tuple[PreTrainedToken
         path = find_model(settings, cache or user_cache_path("parley"))
         try:
             return _load(path, settings, compiling)
-        except ModelError as error:
-            reason = str(error).removeprefix(f"{path}: ")
-            raise ModelError(f"{model_label(settings)} cannot be loaded: {reason}") from error
         except Exception as error:  # transformers and safetensors raise many types of errors
-            raise ModelError(f"{model_label(settings)} cannot be loaded: {why_not_loaded(error)}") from error
+            reason = str(error) if isinstance(error, ModelError) else why_not_loaded(error)
+            raise ModelError(_with_the_setting(reason, settings, path)) from error
 
 
 def _load(
@@ -78,6 +76,16 @@ def _load(
     if format is not None:
         join_linears(model, lambda: model(input_ids=torch.tensor([[1, 2, 3]]), use_cache=False))
     return tokenizer, model
+
+
+def _with_the_setting(reason: str, settings: Settings, path: Path) -> str:
+    """Why a model cannot be loaded, after what names it, unless the reason names that or another setting itself."""
+    label = model_label(settings)
+    if reason.startswith((PREFIX, label)):
+        return reason
+    if reason.startswith(f"{path} "):
+        reason = f"it{reason.removeprefix(str(path))}"
+    return f"{label} cannot be loaded: {reason.removeprefix(f'{path}: ')}"
 
 
 def _build_kernels(cache: Path) -> Path:

@@ -41,19 +41,21 @@ def stored_weights(folder: Path) -> dict[str, StoredWeight]:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """The file of each weight. Raises ModelError."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
+    """The file of each weight. As in transformers, a file with all of them counts first. Raises ModelError."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        with safe_open(single, framework="pt") as file:
+            return dict.fromkeys(file.keys(), single)
+    if not index.is_file():
+        return {}
+    try:
         places: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = {name: folder / place for name, place in places.items()}
-        if missing := sorted({path.name for path in files.values() if not path.is_file()}):
-            raise ModelError(f"{len(missing)} files are missing in {folder}, first {missing[0]}: download them")
-        return files
-    single = folder / "model.safetensors"
-    if not single.is_file():
-        return {}
-    with safe_open(single, framework="pt") as file:
-        return dict.fromkeys(file.keys(), single)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index.name} is damaged: download it again") from error
+    if missing := sorted({path.name for path in files.values() if not path.is_file()}):
+        raise ModelError(f"{len(missing)} files are missing in {folder}, first {missing[0]}: download them")
+    return files
 
 
 def _read(path: Path, name: str) -> Tensor:

@@ -1,19 +1,23 @@
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Type
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import MixtralConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from models.engine.quantization import Int8Linear, int8_is_faster
+from models.engine.joined_linears import LinearPart
+from models.engine.quantization import is_faster, shares
 from models.errors import ModelError
 from models.language.loader import load
 from models.settings import Settings
-from tests.support.tiny import TEMPLATE
+from tests.support.gguf_models import write_gguf
+from tests.support.tiny import SHAPE, TEMPLATE, tiny_model
 from tests.support.tiny_gguf import write_tiny_gguf
 
 
@@ -63,10 +67,16 @@ def test_a_folder_is_loaded(folder: Path, llama: PreTrainedModel, cache: Path) -
     assert not cache.exists()
 
 
-def test_a_gguf_file_is_loaded(tmp_path: Path, cache: Path) -> None:
-    tokenizer, model = load(settings(write_tiny_gguf(tmp_path / "tiny.gguf")), cache)
+@pytest.mark.parametrize("kind", [Type.F32, Type.Q4_0], ids=lambda kind: kind.name)
+def test_a_gguf_file_is_loaded_and_nothing_is_written(tmp_path: Path, cache: Path, kind: Type) -> None:
+    file = write_tiny_gguf(tmp_path / "tiny.gguf", kind)
+    tokenizer, model = load(settings(file), cache)
     assert (model.config.num_hidden_layers, model.dtype) == (2, torch.float32)
     assert tokenizer.chat_template == TEMPLATE
+    os.utime(file, (1, 1))
+    _, again = load(settings(file), cache)
+    assert torch.equal(again.model.embed_tokens.weight, model.model.embed_tokens.weight)
+    assert not cache.exists()
 
 
 @pytest.mark.parametrize(
@@ -88,22 +98,53 @@ def test_missing_weights_are_refused_by_name(folder: Path, cache: Path) -> None:
     tensors = load_file(file)
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, file, metadata={"format": "pt"})
-    message = refusal(settings(folder), cache)
-    assert "1 weights are missing, first model.layers.1.mlp.up_proj.weight" in message
+    assert refusal(settings(folder), cache) == (
+        f"PARLEY_MODEL={folder} cannot be loaded: 1 weights are missing, first model.layers.1.mlp.up_proj.weight: "
+        "download it again"
+    )
 
 
 def test_a_cut_weights_file_is_refused(folder: Path, cache: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
-    assert "cannot be loaded" in refusal(settings(folder), cache)
+    message = refusal(settings(folder), cache)
+    assert message.startswith(f"PARLEY_MODEL={folder} cannot be loaded: a file of its weights is cut or damaged (")
 
 
-def test_a_broken_converted_model_is_refused_with_the_folder_to_delete(tmp_path: Path, cache: Path) -> None:
+@pytest.mark.parametrize("quantize", ["none", pytest.param("int8", marks=pytest.mark.compiler)])
+def test_experts_of_different_shapes_are_refused(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, cache: Path, quantize: str
+) -> None:
+    tiny_model(MixtralConfig(**SHAPE | {"num_local_experts": 4})).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    (name,) = (name for name in tensors if name.endswith("layers.1.block_sparse_moe.experts.2.w2.weight"))
+    save_file(tensors | {name: torch.zeros(3, 3)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert refusal(settings(tmp_path, quantize=quantize), cache) == (
+        f"PARLEY_MODEL={tmp_path} cannot be loaded: the shapes of its weights differ from those in config.json: "
+        "download it again"
+    )
+
+
+def test_a_folder_without_weights_is_refused(folder: Path, cache: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    assert refusal(settings(folder), cache) == (
+        f"PARLEY_MODEL={folder} cannot be loaded: it has no weights: model.safetensors is missing"
+    )
+
+
+def test_a_cut_gguf_file_is_refused(tmp_path: Path, cache: Path) -> None:
     file = write_tiny_gguf(tmp_path / "tiny.gguf")
-    load(settings(file), cache)
-    (converted,) = cache.glob("tiny-*")
-    (converted / "model.safetensors").write_bytes(b"cut")
-    assert refusal(settings(file), cache).endswith(f"; delete {converted} to convert the model again")
+    file.write_bytes(file.read_bytes()[:-1000])
+    assert refusal(settings(file), cache) == (f"PARLEY_MODEL={file} cannot be loaded: it is cut off: download it again")
+
+
+def test_a_gguf_file_of_an_unknown_architecture_is_refused(tmp_path: Path, cache: Path) -> None:
+    file = write_gguf(tmp_path / "odd.gguf", {"general.architecture": "odd"}, {})
+    assert refusal(settings(file), cache) == (
+        f"PARLEY_MODEL={file} cannot be loaded: Parley cannot run the architecture odd from a GGUF file: use a folder "
+        "of the model with safetensors"
+    )
 
 
 # Chat templates
@@ -156,11 +197,17 @@ def test_a_missing_device_is_refused_before_any_download(device: str, cache: Pat
     assert not cache.exists()
 
 
-# int8
+def test_a_device_of_this_machine_may_be_chosen_or_not(folder: Path, cache: Path) -> None:
+    for device in ("auto", "cpu"):
+        _, model = load(Settings(model=str(folder), device=device), cache)
+        assert model.device.type in ("cpu", "cuda", "mps", "xpu")
 
 
-def int8_linears(model: PreTrainedModel) -> int:
-    return sum(isinstance(module, Int8Linear) for module in model.modules())
+# Quantization
+
+
+def is_quantized(model: PreTrainedModel) -> bool:
+    return set(shares(model)) == {"Q8_0", "float32"}
 
 
 @pytest.mark.compiler
@@ -173,26 +220,47 @@ def int8_linears(model: PreTrainedModel) -> int:
         pytest.param({}, None, id="auto"),
     ],
 )
-def test_the_setting_decides_about_int8_linears(
+def test_the_setting_decides_about_quantization(
     folder: Path, cache: Path, changes: dict[str, str], expected: bool | None
 ) -> None:
     _, model = load(settings(folder, **changes), cache)
-    assert bool(int8_linears(model)) == (int8_is_faster() if expected is None else expected)
+    assert is_quantized(model) == (is_faster() if expected is None else expected)
 
 
-def test_without_a_compiler_the_linears_stay_and_the_log_says_why(
+@pytest.mark.compiler
+def test_the_setting_can_ask_for_four_bits(folder: Path, cache: Path) -> None:
+    _, model = load(settings(folder, quantize="int4"), cache)
+    assert set(shares(model)) == {"Q4_1", "Q8_0", "float32"}
+
+
+@pytest.mark.compiler
+def test_quantized_linears_of_the_same_input_are_joined(folder: Path, cache: Path) -> None:
+    _, model = load(settings(folder, quantize="int8"), cache)
+    attention = model.model.layers[0].self_attn
+    assert {type(part) for part in (attention.q_proj, attention.k_proj, attention.v_proj)} == {LinearPart}
+
+
+@pytest.mark.compiler
+def test_the_blocks_of_a_gguf_file_are_kept(tmp_path: Path, cache: Path) -> None:
+    file = write_tiny_gguf(tmp_path / "tiny.gguf", Type.Q5_0)
+    for quantize in ("int8", "int4"):
+        _, model = load(settings(file, quantize=quantize), cache)
+        assert set(shares(model)) == {"Q5_0", "float32"}
+
+
+def test_without_a_compiler_the_weights_stay_and_the_log_says_why(
     folder: Path, cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     _, model = load(settings(folder), cache)
-    assert (model.dtype, int8_linears(model)) == (torch.float32, 0)
+    assert shares(model) == {"float32": 1.0}
     assert "replies will be several times slower" in caplog.text
     assert "there is no C++ compiler no-such-compiler (on Debian: apt-get install g++)" in caplog.text
 
 
-def test_without_a_compiler_int8_is_refused(folder: Path, cache: Path) -> None:
-    message = refusal(settings(folder, quantize="int8"), cache)
-    assert message.startswith("PARLEY_QUANTIZE=int8 is not possible: ")
-    assert "there is no C++ compiler no-such-compiler" in message
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_without_a_compiler_quantization_is_refused(folder: Path, cache: Path, quantize: str) -> None:
+    message = refusal(settings(folder, quantize=quantize), cache)
+    assert message.startswith(f"PARLEY_QUANTIZE={quantize} is not possible: there is no C++ compiler no-such-compiler")
 
 
 # Threads

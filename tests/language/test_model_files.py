@@ -4,17 +4,13 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from models.errors import ModelError
-from models.language.model_files import check_space, find_model, model_label
+from models.language.model_files import WHEEL_SHA256, check_space, find_model, model_label
 from models.settings import EMBEDDED, Settings
-from tests.support.process import processes
-from tests.support.tiny import TEMPLATE
-from tests.support.tiny_gguf import convert, write_tiny_gguf
+from tests.support.tiny_gguf import write_tiny_gguf
 
-LOCK = "model.lock"  # all that a failed conversion leaves in the cache
+LOCK = "model.lock"  # all that a failed download leaves in the cache
 
 
 @pytest.fixture
@@ -31,15 +27,15 @@ def settings(model: Path | str | None) -> Settings:
     return Settings(model=str(model) if model else None)
 
 
-def found(model: Path | str | None, cache: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """The folder that is found for a model."""
-    return Path(find_model(settings(model), dtype, cache))
+def found(model: Path | str | None, cache: Path) -> Path:
+    """The file or folder that is found for a model."""
+    return find_model(settings(model), cache)
 
 
 def refusal(model: Path | str | None, cache: Path) -> str:
     """The message of the error that finding a model raises."""
     with pytest.raises(ModelError) as raised:
-        find_model(settings(model), torch.float32, cache)
+        find_model(settings(model), cache)
     message = str(raised.value)
     assert len(message.splitlines()) == 1
     return message
@@ -82,19 +78,11 @@ def test_errors_name_the_model_or_the_setting(model: str | None, name: str) -> N
 # GGUF files
 
 
-def test_a_gguf_file_is_converted_once(gguf: Path, cache: Path) -> None:
-    folder = found(gguf, cache)
-    assert folder.parent == cache
-    written = (folder / "model.safetensors").stat().st_mtime_ns
-    assert found(gguf, cache) == folder
-    assert (folder / "model.safetensors").stat().st_mtime_ns == written
-    assert names(cache) == sorted([LOCK, folder.name])
-
-
-@pytest.mark.parametrize("name", ["sha256-0123abc", "model.bin", "noending"])
-def test_a_gguf_file_of_any_name_is_converted(gguf: Path, cache: Path, name: str) -> None:
-    folder = found(gguf.rename(gguf.with_name(name)), cache)
-    assert (folder / "model.safetensors").is_file()
+@pytest.mark.parametrize("name", ["tiny.gguf", "sha256-0123abc", "model.bin", "noending"])
+def test_a_gguf_file_of_any_name_is_used_as_it_is(gguf: Path, cache: Path, name: str) -> None:
+    file = gguf.rename(gguf.with_name(name))
+    assert found(file, cache) == file
+    assert not cache.exists()
 
 
 def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path, cache: Path) -> None:
@@ -103,53 +91,34 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path, cache: Path) -> None:
     assert refusal(file, cache).startswith(f"PARLEY_MODEL={file}: it is a file, but no GGUF")
 
 
-def test_a_changed_gguf_file_is_converted_again(gguf: Path, cache: Path) -> None:
-    folder = found(gguf, cache)
-    os.utime(gguf, (1, 1))
-    assert found(gguf, cache) != folder
+# The cache
 
 
-def test_a_gguf_file_is_converted_for_each_dtype(gguf: Path, cache: Path) -> None:
-    folders = {dtype: found(gguf, cache, dtype) for dtype in (torch.float32, torch.bfloat16)}
-    for dtype, folder in folders.items():
-        assert AutoModelForCausalLM.from_pretrained(folder, dtype="auto").dtype == dtype
+@pytest.mark.parametrize("embedded", [True, False], ids=["embedded", "another model"])
+def test_copies_that_earlier_versions_made_are_deleted(gguf: Path, cache: Path, embedded: bool) -> None:
+    copies = [f"{EMBEDDED}-{WHEEL_SHA256[:12]}-float32", "tiny-0123456789ab-bfloat16"]
+    others = ["compiled", "tiny-0123456789ab", "my-float32", f"{EMBEDDED}-{WHEEL_SHA256[:12]}.gguf"]
+    for name in [*copies, *others[:-1]]:
+        (cache / name).mkdir(parents=True)
+        (cache / name / "model.safetensors").write_bytes(b"weights")
+    (cache / others[-1]).write_bytes(b"GGUF")
+    (cache / "notes-0123456789ab-float16").write_text("a file")
+    cache.chmod(0o700)
+    found(None if embedded else gguf, cache)
+    assert names(cache) == sorted([*others, "notes-0123456789ab-float16"])
 
 
-def test_a_converted_model_has_its_weights_and_its_chat_template(gguf: Path, cache: Path) -> None:
-    folder = found(gguf, cache)
-    original = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    converted = AutoModelForCausalLM.from_pretrained(folder)
-    expected = original.state_dict()
-    assert converted.state_dict().keys() == expected.keys()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in converted.state_dict().items())
-    assert AutoTokenizer.from_pretrained(folder).chat_template == TEMPLATE
+def test_the_embedded_model_is_the_file_in_the_cache(cache: Path) -> None:
+    cache.mkdir(mode=0o700)
+    file = cache / f"{EMBEDDED}-{WHEEL_SHA256[:12]}.gguf"
+    file.write_bytes(b"GGUF")
+    assert found(None, cache) == file
+    assert names(cache) == [file.name]
 
 
-@pytest.mark.slow
-def test_a_killed_conversion_leaves_nothing_that_is_used_later(gguf: Path, cache: Path) -> None:
-    printed, stderr = processes.Pipe(duplex=False)
-    process = processes.Process(target=convert, args=(gguf, cache, stderr))
-    process.start()
-    stderr.close()
-    with printed, open(printed.fileno(), closefd=False) as lines:
-        assert "Converting" in lines.readline()
-        process.kill()
-        process.join()
-    assert list(cache.glob("unfinished-*"))
-    assert not list(cache.glob("tiny-*"))
-    folder = found(gguf, cache)
-    assert names(cache) == sorted([LOCK, folder.name])
-
-
-def test_a_broken_gguf_file_is_refused_and_leaves_nothing(gguf: Path, cache: Path) -> None:
-    gguf.write_bytes(gguf.read_bytes()[:5000])
-    assert "tiny.gguf cannot be converted" in refusal(gguf, cache)
-    assert names(cache) == [LOCK]
-
-
-def test_a_cache_that_cannot_be_written_is_refused(gguf: Path, cache: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_refused(cache: Path) -> None:
     cache.write_text("a file in its place")
-    assert f"the model cannot be kept in {cache}: " in refusal(gguf, cache)
+    assert f"the model cannot be kept in {cache}: " in refusal(None, cache)
 
 
 def test_too_little_space_on_the_disk_is_told_with_both_numbers(tmp_path: Path) -> None:

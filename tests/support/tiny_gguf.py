@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import numpy
 from gguf import GGMLQuantizationType, TokenType
-from gguf.quants import quantize
+from gguf.quants import dequantize, quantize
 
 from tests.support.gguf_blocks import random_blocks
 from tests.support.gguf_models import write_gguf
@@ -27,10 +29,11 @@ def write_tiny_gguf(
     layers: int = 2,
     experts: int = 0,
     tied: bool = False,
+    float32: Collection[str] = (),
 ) -> Path:
     """Write a Llama, or a Mixtral if there are experts, with the tiny tokenizer. Its matrices are of `kind`.
 
-    Norms and routers are in float32, as llama.cpp's converter leaves them.
+    Norms and routers are in float32, as llama.cpp's converter leaves them, and so are the tensors in `float32`.
     """
     tokens = _tokens()
     heads, key_heads = hidden // HEAD_SIZE, hidden // HEAD_SIZE // 2
@@ -70,7 +73,11 @@ def write_tiny_gguf(
                 **_feed_forward(hidden, inner, experts),
             }.items()
         }
-    kinds = {name: kind for name, shape in shapes.items() if len(shape) > 1 and "ffn_gate_inp" not in name}
+    kinds = {
+        name: kind
+        for name, shape in shapes.items()
+        if len(shape) > 1 and "ffn_gate_inp" not in name and name not in float32
+    }
     tensors = {
         name: _tensor(kinds.get(name, GGMLQuantizationType.F32), shape, seed)
         for seed, (name, shape) in enumerate(shapes.items())
@@ -95,8 +102,16 @@ def _feed_forward(hidden: int, inner: int, experts: int) -> dict[str, tuple[int,
 
 
 def _tensor(kind: GGMLQuantizationType, shape: tuple[int, ...], seed: int) -> Any:
-    """Random numbers, or random blocks."""
+    """Random numbers, or random blocks, of such a size that outputs are about twice as large as inputs."""
+    size = 2 / math.sqrt(shape[-1])
     if kind not in PLAIN:
-        return random_blocks(kind, shape, seed)
+        usual = dequantize(random_blocks(kind, (1, 4096), seed), kind).std()
+        return random_blocks(kind, shape, seed, 0.01 * size / float(usual))
     numbers = numpy.random.default_rng(seed).standard_normal(shape).astype("float32")
-    return numbers if kind == GGMLQuantizationType.F32 else quantize(numbers, kind)
+    if len(shape) == 1:  # a norm
+        return 1 + numbers / numpy.float32(10)
+    return (
+        numbers * numpy.float32(size)
+        if kind == GGMLQuantizationType.F32
+        else quantize(numbers * numpy.float32(size), kind)
+    )
