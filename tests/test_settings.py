@@ -109,7 +109,7 @@ def test_several_options_are_set_together() -> None:
         ("DEVICE", "gpu", "cuda"),
         ("DEVICE", "cuda:", "cuda:N"),
         ("DTYPE", "float8", "float32, bfloat16 or float16"),
-        ("QUANTIZE", "int4", "none"),
+        ("QUANTIZE", "int3", "none"),
         ("KV_CACHE", "int8", "float16 or float8"),
         ("COMPILE", "on", "true or false"),
         ("CONTEXT", "15", "a whole number from 16 to"),

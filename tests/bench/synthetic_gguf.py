@@ -1,4 +1,4 @@
-"""GGUF files with the shapes and types of models that people have: random weights, and the embedded model's tokenizer."""
+"""GGUF files with the shapes and types of models that people have: random weights, the embedded model's tokenizer."""
 
 from __future__ import annotations
 
