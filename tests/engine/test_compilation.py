@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from models.engine import attention, compilation, model_runner, quantization
+from models.engine import attention, compilation, joined_linears, model_runner, quantization, quantized_weight
 from models.engine.compilation import _name, _sources, compile_program
 from models.engine.model_runner import Forward
 from models.engine.subprocesses import Subprocesses
 from models.errors import CompilationError, UntrustedPathError
-from tests.support.tiny import tiny_llama, to_int8
+from tests.support.tiny import tiny_gpt_oss, tiny_llama, to_int8
 
 
 class Scaled(nn.Module):
@@ -167,11 +167,19 @@ def test_a_program_does_not_depend_on_files_of_torch_or_transformers() -> None:
     assert set(_sources(tiny_llama())) == ALWAYS
 
 
+FORWARD = {*ALWAYS, Path(model_runner.__file__)}
+
+
 def test_the_program_of_a_model_depends_on_no_other_file_of_the_project() -> None:
-    forward = {*ALWAYS, Path(model_runner.__file__)}
-    assert set(_sources(Forward(tiny_llama(), native=False))) == forward
-    quantized = Forward(to_int8(tiny_llama()), native=False)
-    assert set(_sources(quantized)) == {*forward, Path(quantization.__file__)}
+    assert set(_sources(Forward(tiny_llama(), native=False))) == FORWARD
+
+
+@pytest.mark.compiler
+def test_the_program_of_a_quantized_model_depends_on_the_files_of_our_modules_too() -> None:
+    modules = {Path(str(module.__file__)) for module in (quantization, quantized_weight, joined_linears)}
+    assert set(_sources(Forward(to_int8(tiny_llama()), native=False))) == FORWARD | modules
+    experts = modules - {Path(str(joined_linears.__file__))}
+    assert set(_sources(to_int8(tiny_gpt_oss(), join=False))) == ALWAYS | experts
 
 
 def test_a_class_without_a_file_is_no_source() -> None:

@@ -86,7 +86,7 @@ def test_weights_of_several_formats_and_biases_are_joined_to_the_bit(biases: tup
     expected = model(x)
     join_linears(model, lambda: model(random(1, 32)))
     assert [type(linear) for linear in model.linears.values()] == [LinearPart] * 3
-    assert model.linears["0"].joined.formats == list(formats)
+    assert model.get_submodule("linears.0.joined").formats == list(formats)
     assert torch.equal(model(x), expected)
 
 

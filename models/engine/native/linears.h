@@ -18,7 +18,6 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <cstring>
 #include <numeric>
@@ -312,19 +311,18 @@ inline void store(Floats value, float* to, int64_t count) {
   }
 }
 
-typedef void (*ProductsOfCount)(const Tile& tile, const uint8_t* record, bool fetch, Floats (*results)[2]);
-
-// `products` of 1 to ROWS rows.
+// `products` of `count` rows, 1 to ROWS.
 template <Format F, int... BEFORE>
-constexpr std::array<ProductsOfCount, ROWS> products_of_counts(std::integer_sequence<int, BEFORE...>) {
-  return {products<F, BEFORE + 1>...};
+void products_of_count(int64_t count, const Tile& tile, const uint8_t* record, bool fetch, Floats (*results)[2],
+                       std::integer_sequence<int, BEFORE...>) {
+  constexpr void (*RUN[])(const Tile&, const uint8_t*, bool, Floats(*)[2]) = {products<F, BEFORE + 1>...};
+  RUN[count - 1](tile, record, fetch, results);
 }
 
 template <Format F>
 void products_of_rows(int64_t rows, const Tile& tile, const uint8_t* record, bool fetch) {
-  constexpr auto RUN = products_of_counts<F>(std::make_integer_sequence<int, ROWS>());
   Floats results[ROWS][2];  // not yet in `to`: reading it would wait for memory
-  RUN[rows - 1](tile, record, fetch, results);
+  products_of_count<F>(rows, tile, record, fetch, results, std::make_integer_sequence<int, ROWS>());
   for (int64_t row = 0; row < rows; row++) {
     add_second<F>(tile, row, record, results[row]);
     for (int block = 0; block < 2; block++)

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -138,6 +138,17 @@ def test_a_changed_source_gets_a_library_of_its_own(cache: Path, tmp_path: Path)
     assert build.library_path(cache, source) != before
 
 
+def test_headers_beside_a_source_count_and_other_files_do_not(cache: Path, tmp_path: Path) -> None:
+    source, header = tmp_path / "sums.cpp", tmp_path / "numbers.h"
+    source.write_text('#include "numbers.h"')
+    header.write_text("int one() { return 1; }")
+    before = build.library_path(cache, source)
+    (tmp_path / "notes.txt").write_text("no header")
+    assert build.library_path(cache, source) == before
+    header.write_text("int two() { return 2; }")
+    assert build.library_path(cache, source) != before
+
+
 def test_without_a_compiler_the_message_says_how_to_get_one(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -264,7 +275,6 @@ def test_a_library_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
 # The operators
 
 TOKENS, HEADS, KEY_HEADS, SIZE, VALUE_SIZE, SLOTS, BLOCKS = 5, 4, 2, 12, 20, 3, 2
-OUTPUTS = 2 * build.LANES
 
 
 def attention_arguments() -> dict[str, Any]:
@@ -284,20 +294,38 @@ def attention_arguments() -> dict[str, Any]:
     }
 
 
-def linear_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
-    """Each operator of quantized weights, with arguments."""
-    operators, rows = torch.ops.parley, torch.arange(3)
-    blocks = torch.zeros(64, 18, dtype=torch.uint8)
-    panels, format, inputs = operators.pack(blocks, 2)
-    x, bias, experts = torch.randn(5, inputs), torch.randn(128), torch.tensor([[0, 1]] * 5)
+def panels(outputs: int, *experts: int) -> Tensor:
+    """Panels of 8 bits for 64 inputs, with small scales."""
+    numbers = torch.randn(*experts, outputs, 64, generator=torch.Generator().manual_seed(0)).flatten(0, -2)
+    result: Tensor = torch.ops.parley.quantize(numbers, 4)
+    return result.view(*experts, -1)
+
+
+def linear_arguments() -> dict[str, Any]:
+    """Two weights, of 8 bits."""
     return {
-        "linear": (operators.linear.default, (x, [panels, panels], bias, [format] * 2, [64] * 2)),
-        "linear_of_experts": (
-            operators.linear_of_experts.default,
-            (x, experts, torch.stack([panels, panels]), bias.view(2, 64), format, 64),
-        ),
-        "unpack_rows": (operators.unpack_rows.default, (panels, rows, format, 64, inputs)),
+        "x": torch.randn(7, 64, generator=torch.Generator().manual_seed(0)),
+        "weights": [panels(40), panels(32)],
+        "bias": torch.zeros(72),
+        "formats": [4, 4],
+        "columns": [40, 32],
     }
+
+
+def expert_arguments() -> dict[str, Any]:
+    """Three experts, of which each row chooses two."""
+    return {
+        "x": torch.randn(7, 64, generator=torch.Generator().manual_seed(0)),
+        "experts": torch.tensor([[0, 1], [1, 2]]).repeat(4, 1)[:7],
+        "weight": panels(32, 3),
+        "bias": torch.zeros(3, 32),
+        "format": 4,
+        "columns": 32,
+    }
+
+
+def row_arguments() -> dict[str, Any]:
+    return {"weight": panels(40), "rows": torch.tensor([39, 0, 0]), "format": 4, "columns": 40, "depth": 64}
 
 
 def strided(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -318,10 +346,28 @@ def test_the_declared_shapes_and_mutations_of_attention_are_true(changes: dict[s
 
 
 @pytest.mark.compiler
-@pytest.mark.parametrize("name", ["linear", "linear_of_experts", "unpack_rows"])
-def test_the_declared_shapes_and_mutations_of_quantized_operators_are_true(name: str) -> None:
-    operator, arguments = linear_calls()[name]
-    torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("linear", linear_arguments), ("linear_of_experts", expert_arguments), ("unpack_rows", row_arguments)],
+)
+def test_the_declared_shapes_and_mutations_of_quantized_linears_are_true(
+    name: str, arguments: Callable[[], dict[str, Any]]
+) -> None:
+    checks = ("test_schema", "test_faketensor")
+    operator = getattr(torch.ops.parley, name).default
+    torch.library.opcheck(operator, tuple(arguments().values()), test_utils=checks)
+
+
+@pytest.mark.compiler
+def test_no_rows_give_an_empty_result() -> None:
+    linear = torch.ops.parley.linear(**linear_arguments() | {"x": torch.zeros(0, 64)})
+    assert linear.shape == (0, 72)
+    none = {"x": torch.zeros(0, 64), "experts": torch.zeros(0, 2, dtype=torch.int64)}
+    assert torch.ops.parley.linear_of_experts(**expert_arguments() | none).shape == (0, 2, 32)
+    none = {"experts": torch.zeros(7, 0, dtype=torch.int64)}
+    assert torch.ops.parley.linear_of_experts(**expert_arguments() | none).shape == (7, 0, 32)
+    none = {"rows": torch.zeros(0, dtype=torch.int64)}
+    assert torch.ops.parley.unpack_rows(**row_arguments() | none).shape == (0, 64)
 
 
 INPUTS = r"query, key and value must be float32 of \(1, heads, tokens, size\)"
@@ -349,7 +395,6 @@ VALUE_CACHE = (SLOTS, KEY_HEADS, BLOCKS * build.LANES, 2 * build.LANES)
         pytest.param("key", torch.zeros(1, KEY_HEADS, TOKENS, SIZE + 1), FIT, id="keys larger than queries"),
         pytest.param("value", torch.zeros(1, 1, TOKENS, SIZE), FIT, id="fewer value heads than key heads"),
         pytest.param("value", torch.zeros(1, KEY_HEADS, TOKENS - 1, SIZE), FIT, id="fewer values than keys"),
-        pytest.param("keys", torch.zeros(CACHE, dtype=torch.float64), VALUES, id="float64 cached keys"),
         pytest.param("keys", torch.zeros(CACHE[1:]), KEYS, id="cached keys of four dimensions"),
         pytest.param("keys", strided(*CACHE), KEYS, id="strided cached keys"),
         pytest.param("keys", torch.zeros(SLOTS, 1, BLOCKS, SIZE, build.LANES), KEYS, id="cached keys of one head"),
@@ -392,4 +437,84 @@ def test_attention_refuses_tensors_that_do_not_fit_and_writes_nothing(name: str,
     assert not arguments["values"].any()
 
 
-X = r"x must be contiguous float32 of \(rows, inputs\)"
+@pytest.mark.compiler
+def test_attention_refuses_a_cache_of_another_dtype() -> None:
+    caches = {"keys": torch.zeros(CACHE).double(), "values": torch.zeros(VALUE_CACHE).double()}
+    with pytest.raises(RuntimeError, match="must be float32, bfloat16, float16 or float8_e4m3fn"):
+        torch.ops.parley.attention(**attention_arguments() | caches)
+
+
+X = r"the input must be contiguous float32 of \(rows, inputs\)"
+WEIGHT = "the weight must be contiguous uint8, and as many bytes as its outputs and 64 inputs need"
+EACH = "each weight needs a format and a number of outputs"
+BIAS = "the bias must be contiguous float32 of 72"
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        pytest.param({"x": torch.zeros(64)}, X, id="x of one dimension"),
+        pytest.param({"x": torch.zeros(7, 64, dtype=torch.bfloat16)}, X, id="bfloat16 x"),
+        pytest.param({"x": strided(7, 64)}, X, id="strided x"),
+        pytest.param({"x": torch.zeros(7, 96)}, "96 inputs need", id="more inputs than weights"),
+        pytest.param({"x": torch.zeros(7, 63)}, "inputs in groups of 32", id="inputs not in groups"),
+        pytest.param({"x": torch.zeros(7, 0)}, "inputs in groups of 32", id="no inputs"),
+        pytest.param({"weights": []}, EACH, id="no weights"),
+        pytest.param({"formats": [4]}, EACH, id="fewer formats than weights"),
+        pytest.param({"columns": [40, 32, 0]}, EACH, id="more sizes than weights"),
+        pytest.param({"formats": [4, 9]}, "there is no format 9", id="unknown format"),
+        pytest.param({"formats": [-1, 4]}, "there is no format -1", id="negative format"),
+        pytest.param({"formats": [4, 0]}, WEIGHT, id="another format"),
+        pytest.param({"columns": [40, 0]}, "a quantized weight needs outputs", id="no outputs"),
+        pytest.param({"columns": [40, 33]}, WEIGHT, id="too many outputs"),
+        pytest.param({"columns": [32, 32]}, WEIGHT, id="too few outputs"),
+        pytest.param({"bias": torch.zeros(71)}, BIAS, id="fewer biases than outputs"),
+        pytest.param({"bias": torch.zeros(72, dtype=torch.bfloat16)}, BIAS, id="bfloat16 bias"),
+        pytest.param({"bias": strided(72)}, BIAS, id="strided bias"),
+    ],
+)
+def test_linear_refuses_arguments_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.parley.linear(**linear_arguments() | changes)
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize(
+    "change", [lambda weight: weight.char(), lambda weight: weight.repeat_interleave(2)[::2]], ids=["int8", "strided"]
+)
+def test_linear_refuses_a_weight_of_another_dtype_or_layout(change: Callable[[Tensor], Tensor]) -> None:
+    arguments = linear_arguments()
+    with pytest.raises(RuntimeError, match=WEIGHT):
+        torch.ops.parley.linear(**arguments | {"weights": [change(weight) for weight in arguments["weights"]]})
+
+
+CHOICES = r"the experts must be contiguous int64 of \(7, choices\)"
+STACK = r"the weights must be contiguous, \(experts, bytes\)"
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        pytest.param("x", lambda x: x[:6], r"of \(6, choices\)", id="more choices than rows"),
+        pytest.param("experts", lambda chosen: chosen.int(), CHOICES, id="int32 choices"),
+        pytest.param("experts", lambda chosen: chosen[:, 0], CHOICES, id="choices of one dimension"),
+        pytest.param("experts", lambda chosen: chosen[:, :1], CHOICES, id="strided choices"),
+        pytest.param("experts", lambda chosen: chosen + 1, "there is no expert 3", id="expert too high"),
+        pytest.param("experts", lambda chosen: chosen - 1, "there is no expert -1", id="negative expert"),
+        pytest.param("weight", lambda weight: weight[0], STACK, id="one expert"),
+        pytest.param("weight", lambda weight: weight[:0], STACK, id="no experts"),
+        pytest.param("weight", lambda weight: weight[:1].expand(3, -1), STACK, id="experts that share memory"),
+        pytest.param("weight", lambda weight: weight[:, :-64], STACK, id="fewer bytes, strided"),
+        pytest.param("weight", lambda weight: weight[:, :-64].clone(), WEIGHT, id="fewer bytes"),
+        pytest.param("bias", lambda bias: bias[:2], "the bias must be contiguous float32 of 96", id="too few biases"),
+        pytest.param("columns", lambda columns: 33, WEIGHT, id="too many outputs"),
+    ],
+)
+def test_linear_of_experts_refuses_arguments_that_do_not_fit(
+    name: str, change: Callable[[Any], object], message: str
+) -> None:
+    arguments = expert_arguments()
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.parley.linear_of_experts(**arguments | {name: change(arguments[name])})
