@@ -71,8 +71,7 @@ def _load(
         fill = partial(load_folder, base, adapter, code)
     read_chat_template(tokenizer, settings)
     format = _format(settings, compiling)
-    # For auto, accelerate would put on the disk what does not fit the memory in the dtype, though it is quantized.
-    model = fill(format=format, dtype=_dtype(settings), device="cpu" if _on_cpu(settings) else settings.device)
+    model = fill(format=format, dtype=_dtype(settings), device=device_map(settings))
     if format is not None:
         join_linears(model, lambda: model(input_ids=torch.tensor([[1, 2, 3]]), use_cache=False))
     return tokenizer, model
@@ -123,6 +122,12 @@ def _check_device(device: str) -> None:
         raise ModelError(
             f"PARLEY_DEVICE={device}: this machine or this build of torch has no such device; use cpu or auto"
         )
+
+
+def device_map(settings: Settings) -> str:
+    """Where transformers puts the weights: a device, or auto for all accelerators."""
+    # Without one, auto would leave on the disk what does not fit the memory in the dtype, though it is quantized.
+    return "cpu" if _on_cpu(settings) else settings.device
 
 
 def _dtype(settings: Settings) -> torch.dtype:

@@ -14,7 +14,7 @@ from transformers import MixtralConfig, PreTrainedModel, PreTrainedTokenizerBase
 from models.engine.joined_linears import LinearPart
 from models.engine.quantization import is_faster, shares
 from models.errors import ModelError
-from models.language.loader import load
+from models.language.loader import device_map, load
 from models.settings import Settings
 from tests.support.gguf_models import write_gguf
 from tests.support.tiny import SHAPE, TEMPLATE, tiny_model
@@ -197,10 +197,10 @@ def test_a_missing_device_is_refused_before_any_download(device: str, cache: Pat
     assert not cache.exists()
 
 
-def test_a_device_of_this_machine_may_be_chosen_or_not(folder: Path, cache: Path) -> None:
-    for device in ("auto", "cpu"):
-        _, model = load(Settings(model=str(folder), device=device), cache)
-        assert model.device.type in ("cpu", "cuda", "mps", "xpu")
+def test_without_an_accelerator_all_weights_are_for_the_cpu() -> None:
+    assert device_map(Settings()) == ("auto" if torch.accelerator.is_available() else "cpu")
+    assert device_map(Settings(device="cpu")) == "cpu"
+    assert device_map(Settings(device="cuda:1")) == "cuda:1"
 
 
 # Quantization

@@ -173,17 +173,22 @@ void attend(const Shape& shape, const float* queries, const int64_t* positions, 
   }
 }
 
-constexpr int TILE = 6;  // rows whose sums fit the registers; each key and value is loaded once for all of them
+// Rows whose sums fit the registers; each key and value is loaded once for all of them. Without AVX-512, compiling more takes
+// minutes.
+#ifdef __AVX512F__
+constexpr int TILE = 6;
+#else
+constexpr int TILE = 2;
+#endif
 
-template <typename T, typename... Arguments>
-void attend_tile(int64_t rows, Arguments... arguments) {
-  switch (rows) {
-    case 1: return attend<1, T>(arguments...);
-    case 2: return attend<2, T>(arguments...);
-    case 3: return attend<3, T>(arguments...);
-    case 4: return attend<4, T>(arguments...);
-    case 5: return attend<5, T>(arguments...);
-    default: return attend<6, T>(arguments...);
+template <int ROWS, typename T, typename... Arguments>
+void attend_rows(int64_t rows, Arguments... arguments) {
+  if constexpr (ROWS == 1) {
+    attend<1, T>(arguments...);
+  } else if (rows == ROWS) {
+    attend<ROWS, T>(arguments...);
+  } else {
+    attend_rows<ROWS - 1, T>(rows, arguments...);
   }
 }
 
@@ -248,7 +253,7 @@ void attention_of(const at::Tensor& query, const at::Tensor& key, const at::Tens
           const float* from = queries + query_head[row] * query_step[1] + token[row] * query_step[2];
           for (int64_t i = 0; i < shape.size; i++) rows[row * shape.size + i] = from[i * query_step[3]];
         }
-        attend_tile<T>(count, shape, rows.data(), where, sinks ? sink : nullptr, all_keys + slot * length * shape.size,
+        attend_rows<TILE, T>(count, shape, rows.data(), where, sinks ? sink : nullptr, all_keys + slot * length * shape.size,
                        all_values + slot * length * shape.value_size, scores.data(), result.data());
         for (int64_t row = 0; row < count; row++)
           std::memcpy(results + (token[row] * heads + query_head[row]) * width, &result[row * shape.value_size],
