@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from operator import itemgetter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from models.engine.state_cache import Run, StateCache, States
 
 WRITERS = {"update_conv_state", "update_recurrent_state"}  # by these, layers of transformers keep states in a `Cache`
 CACHE_ARGUMENTS = ("cache_params", "past_key_values")
+SCAN = 32  # tokens that Mamba 2 scans at once, on a CPU: a short chunk of a prompt would be padded to its 256
 
 
 class Memory:
@@ -69,6 +70,9 @@ class RecurrentLayer(nn.Module):
         self.signature = inspect.signature(layer.forward)
         self.cache_argument = next(name for name in CACHE_ARGUMENTS if name in self.signature.parameters)
         cache.layers.append(self.states)
+        size = getattr(layer, "chunk_size", None)
+        if isinstance(size, int) and all(parameter.device.type == "cpu" for parameter in layer.parameters()):
+            cast(Any, layer).chunk_size = min(size, SCAN)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the tokens of a step, (1, tokens, ...). Outside of a step, do what the layer itself does."""

@@ -13,7 +13,7 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 from models.engine.architecture import check_architecture
 from models.engine.engine import Engine
 from models.engine.recovery import StepRecovery
-from models.engine.recurrent_layer import RecurrentLayer
+from models.engine.recurrent_layer import SCAN, RecurrentLayer
 from models.engine.sampling_params import SamplingParams
 from models.engine.sequence import Sequence
 from models.errors import CompilationError, UnsupportedModelError
@@ -138,6 +138,12 @@ def test_streams_that_decode_are_one_call_of_a_layer() -> None:
 def test_a_layer_that_ignores_a_state_before_several_tokens_gets_them_one_by_one(family: str, at_once: bool) -> None:
     engine = make_engine(tiny_recurrent(family), slots=1, context=96)
     assert {layer.continues for layer in recurrent_layers(engine.runner.model)} == {at_once}
+
+
+def test_a_layer_does_not_pad_a_short_chunk_of_a_prompt_to_the_length_of_its_scan() -> None:
+    engine = make_engine(tiny_recurrent("mamba2", chunk_size=256), slots=1, context=96, prefill_chunk=7)
+    assert {layer.layer.chunk_size for layer in recurrent_layers(engine.runner.model)} == {SCAN}
+    assert greedy_misses(tiny_recurrent("mamba2"), run(engine, [Sequence(prompts(70)[0], GREEDY, 9)])) == [0]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -56,7 +56,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "lfm2_moe": EXPERTS | {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
     "lfm3": {"layer_types": ["conv", "sliding_attention", "conv"], "sliding_window": 12},
     "mamba": {"state_size": 16},
-    "mamba2": {"state_size": 16, "num_heads": 4, "head_dim": 32, "n_groups": 2, "chunk_size": 8},
+    "mamba2": {"state_size": 16, "num_heads": 4, "head_dim": 32, "n_groups": 2, "chunk_size": 64},
     "nemotron_h": EXPERTS
     | {
         "layers_block_type": ["mamba", "attention", "mamba", "moe"],
