@@ -23,6 +23,7 @@ from torch.export import Dim, export
 
 from models.engine import attention
 from models.engine.native import build
+from models.engine.quantized_weight import QuantizedWeight
 from models.engine.subprocesses import Subprocesses
 from models.errors import CompilationError
 from models.private_files import check_program
@@ -75,7 +76,9 @@ def _name(module: nn.Module, mark: str) -> str:
     shapes = [f"{name} {tensor.dtype} {tensor.shape}" for name, tensor in _tensors(module).items()]
     versions = [str(torch.__version__), transformers.__version__, str(torch.cpu.get_capabilities())]
     sources = [source.read_text(encoding="utf-8") for source in _sources(module)]
-    text = "\n".join([*versions, str(build.loaded_library()), mark, repr(module), *shapes, *sources])
+    # Panels of several formats have the same size, and the format is a constant in the program.
+    formats = [part.format.name for part in module.modules() if isinstance(part, QuantizedWeight)]
+    text = "\n".join([*versions, str(build.loaded_library()), mark, repr(module), *shapes, *formats, *sources])
     return f"step-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 

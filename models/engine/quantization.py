@@ -118,6 +118,10 @@ class Place:
         return tuple(self.oriented(self.module.get_parameter(self.parameter)).shape)
 
     @property
+    def is_of_experts(self) -> bool:
+        return self.parameter in EXPERT_WEIGHTS
+
+    @property
     def fits(self) -> bool:
         """Whether our layout can hold the weight: inputs, and outputs of experts, come in groups."""
         *experts, outputs, inputs = self.shape

@@ -113,7 +113,8 @@ def _round_to(formats: Mapping[str, Format], adapter: Adapter | None = None) -> 
 def _formats(sources: Mapping[str, Source], places: Mapping[str, Place], format: Format) -> dict[str, Format]:
     """The formats of a GGUF file's weights in our layout: those of their blocks where these stay.
 
-    What a file of other types has left in float32, such as routers, must be precise, and has no format.
+    What a file of other types has left in float32, such as routers, must be precise, and has no format; but all weights
+    of experts have one.
     """
     types = {part.kind for source in sources.values() for part in source.parts}
     float32 = {GGMLQuantizationType.F32}
@@ -122,7 +123,7 @@ def _formats(sources: Mapping[str, Source], places: Mapping[str, Place], format:
         source, place = sources[name], places[name]
         if (kept := _kept(source, place)) is not None:
             formats[name] = BLOCK_TYPES[kept]
-        elif types == float32 or {part.kind for part in source.parts} != float32:
+        elif types == float32 or place.is_of_experts or {part.kind for part in source.parts} != float32:
             formats[name] = _rounded(place, format)
     return formats
 

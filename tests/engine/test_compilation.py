@@ -17,6 +17,8 @@ from torch.export import Dim
 from models.engine import attention, compilation, joined_linears, model_runner, quantization, quantized_weight
 from models.engine.compilation import _name, _sources, compile_program
 from models.engine.model_runner import Forward
+from models.engine.quantization import QuantizedLinear
+from models.engine.quantized_weight import Format, QuantizedWeight
 from models.engine.subprocesses import Subprocesses
 from models.errors import CompilationError, UntrustedPathError
 from tests.support.tiny import tiny_gpt_oss, tiny_llama, to_int8
@@ -180,6 +182,12 @@ def test_the_program_of_a_quantized_model_depends_on_the_files_of_our_modules_to
     assert set(_sources(Forward(to_int8(tiny_llama()), native=False))) == FORWARD | modules
     experts = modules - {Path(str(joined_linears.__file__))}
     assert set(_sources(to_int8(tiny_gpt_oss(), join=False))) == ALWAYS | experts
+
+
+def test_formats_of_one_size_have_programs_of_their_own() -> None:
+    panels = torch.zeros(576, dtype=torch.uint8)
+    weights = [QuantizedWeight(panels, format, 32, 32) for format in (Format.Q4_0, Format.IQ4, Format.MXFP4)]
+    assert len({_name(nn.Sequential(QuantizedLinear([weight])), "") for weight in weights}) == 3
 
 
 def test_a_class_without_a_file_is_no_source() -> None:

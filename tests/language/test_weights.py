@@ -158,6 +158,19 @@ def test_experts_are_quantized_and_routers_stay_precise(tmp_path: Path, kind: Ty
 
 
 @compiler
+@pytest.mark.parametrize(
+    "names", [("ffn_down_exps",), ("ffn_gate_exps",), ("ffn_gate_exps", "ffn_up_exps")], ids=" ".join
+)
+def test_experts_of_which_a_file_has_some_in_float32_are_all_quantized(tmp_path: Path, names: tuple[str, ...]) -> None:
+    float32 = tuple(f"blk.0.{name}.weight" for name in names)
+    path = write_tiny_gguf(tmp_path / "tiny.gguf", Type.Q8_0, experts=4, float32=float32)
+    model = load_gguf(GGUFFile(path), Format.Q8_0, torch.float32, "cpu")
+    assert isinstance(model.model.layers[0].mlp.experts.gate_up_proj, QuantizedWeight)
+    with torch.inference_mode():
+        assert model(input_ids=torch.tensor([[1, 2, 3]]), use_cache=False).logits.isfinite().all()
+
+
+@compiler
 def test_a_router_that_is_a_plain_linear_stays_precise_beside_half_floats(tmp_path: Path) -> None:
     path = write_tiny_gguf(tmp_path / "tiny.gguf", Type.F16, float32=("blk.0.ffn_up.weight",))
     model = from_gguf(path, Format.Q8_0)
