@@ -77,6 +77,7 @@ def _read_plain(read: Callable[[], Tensor], name: str) -> Tensor:
 
 
 def _read(path: Path, version: FileVersion, name: str) -> Tensor:
+    version.check()
     # The file is opened for each tensor: pages of a mapped file count as memory of the process, and so go soon.
     with safe_open(path, framework="pt") as file:
         tensor: Tensor = file.get_tensor(name).clone()

@@ -182,7 +182,7 @@ def _load(kind: Any, names: Collection[str], *arguments: Any, **options: Any) ->
     if missing := found["missing_keys"]:
         raise ModelError(f"{len(missing)} weights are missing, first {min(missing)}: download it again")
     unused = found["unexpected_keys"]
-    if scales := sorted(key for key in unused if (scale := SCALE.fullmatch(key)) and scale["weight"] in names):
+    if scales := _scales_of_used(unused, names):
         raise ModelError(
             f"its weights are packed, and config.json does not say how, though there is {scales[0]}: download all "
             "files of the model again, or choose another version of it"
@@ -190,6 +190,17 @@ def _load(kind: Any, names: Collection[str], *arguments: Any, **options: Any) ->
     if unused:
         logger.warning("%d weights of the model are not used, first %s", len(unused), min(unused))
     return model
+
+
+def _scales_of_used(unused: Collection[str], names: Collection[str]) -> list[str]:
+    """Which of the tensors that are not used are scales of weights that are."""
+    scales = []
+    for key in unused:
+        # Weights of experts have names of their own in the files, and those of other parts are not used either.
+        weight = scale["weight"] if (scale := SCALE.fullmatch(key)) else ""
+        if weight in names or (weight.endswith("weight") and weight not in unused):
+            scales.append(key)
+    return sorted(scales)
 
 
 def _misshapen(name: str, stored: tuple[int, ...], expected: tuple[int, ...]) -> ModelError:

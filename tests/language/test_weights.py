@@ -335,9 +335,20 @@ def test_scales_of_a_weight_that_are_not_used_are_refused(tmp_path: Path, format
         from_folder(folder, format)
 
 
+def test_scales_of_experts_that_are_not_used_are_refused(tmp_path: Path) -> None:
+    shape = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    folder = saved(tmp_path, tiny_model(MixtralConfig(**SHAPE | shape)))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.block_sparse_moe.experts.3.w2.weight_scale_inv"] = torch.ones(1)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"there is model\.layers\.0\..*experts\.3\.w2\.weight_scale_inv: download"):
+        from_folder(folder)
+
+
 def test_scales_of_weights_that_are_not_used_either_are_no_fault(tmp_path: Path) -> None:
     folder, model = saved(tmp_path, tiny_llama()), tiny_llama()
-    names = ["model.layers.0.self_attn.k_scale", "model.layers.0.self_attn.k_proj.output_scale", "vision.weight_scale"]
+    names = ["model.layers.0.self_attn.k_scale", "model.layers.0.self_attn.k_proj.output_scale"]
+    names += ["vision.weight", "vision.weight_scale"]
     tensors = load_file(folder / "model.safetensors") | {name: torch.ones(1) for name in names}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     assert error(logits(from_folder(folder)), logits(model)) < 1e-6
