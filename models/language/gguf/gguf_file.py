@@ -81,7 +81,7 @@ def _check_layers(settings: ModelSettings) -> None:
     """Raise ModelError if a file has not as many layers as it says: to build them all could take for ever."""
     count = settings.need("block_count")
     if settings.layers < 1:
-        raise ModelError(f"{settings.path} is broken: {settings.layers} of its {count} layers are for text; get another file of it")
+        raise ModelError(f"{settings.path} is broken: none of its {count} layers is for text; get another file")
     if not any(name.startswith(f"blk.{count - 1}.") for name in settings.tensors):
         raise ModelError(
             f"{settings.path} is incomplete: it has no tensor of the last of its {count} layers; download all of it "
