@@ -12,7 +12,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from models.errors import ModelError
-from models.language.packed.checkpoint import PackedCheckpoint, quantization_of
+from models.language.file_version import FileVersion
+from models.language.packed.checkpoint import PackedCheckpoint, plain, quantization_of
 
 
 class StoredWeight:
@@ -32,12 +33,25 @@ def stored_weights(folder: Path) -> dict[str, StoredWeight]:
     """
     files = _files(folder)
     config: Mapping[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if quantization := quantization_of(config):
+    versions = {path: FileVersion(path) for path in {*files.values()}}
+    read = {name: partial(_read, path, versions[path], name) for name, path in files.items()}
+    if quantization := quantization_of(config) or _quantization_of_modelopt(folder):
         if not files:
             raise ModelError(f"it has no weights: model.safetensors is missing in {folder}")
-        packed = PackedCheckpoint(quantization, files, lambda name: _read(files[name], name))
+        packed = PackedCheckpoint(quantization, files, lambda name: read[name]())
         return {name: StoredWeight(partial(packed.tensor, name)) for name in packed.names}
-    return {name: StoredWeight(partial(_read, path, name)) for name, path in files.items()}
+    return {name: StoredWeight(partial(_read_plain, read[name], name)) for name in files}
+
+
+def _quantization_of_modelopt(folder: Path) -> Mapping[str, Any] | None:
+    """What ModelOpt's own file says about packed weights, like `quantization_config`. Raises ModelError."""
+    file = folder / "hf_quant_config.json"
+    if not file.is_file():
+        return None
+    try:
+        return {"quant_method": "modelopt", **json.loads(file.read_text(encoding="utf-8"))["quantization"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{file.name} is damaged: download it again") from error
 
 
 def _files(folder: Path) -> dict[str, Path]:
@@ -58,8 +72,14 @@ def _files(folder: Path) -> dict[str, Path]:
     return files
 
 
-def _read(path: Path, name: str) -> Tensor:
+def _read_plain(read: Callable[[], Tensor], name: str) -> Tensor:
+    return plain(name, read())
+
+
+def _read(path: Path, version: FileVersion, name: str) -> Tensor:
+    version.check()
     # The file is opened for each tensor: pages of a mapped file count as memory of the process, and so go soon.
     with safe_open(path, framework="pt") as file:
-        tensor: Tensor = file.get_tensor(name)
-        return tensor.clone()
+        tensor: Tensor = file.get_tensor(name).clone()
+    version.check()
+    return tensor

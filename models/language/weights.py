@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from models.language.memory import check_weights, free_memory, size_of_weights
 from models.language.quantizer import ParleyConfig, Quantize
 from models.language.stored_weights import StoredWeight, stored_weights
 
+SCALE = re.compile(r"(?P<weight>.+)_scale(_\w+)?")  # of a packed weight
 REPORTS = "transformers.modeling_utils"  # the logger of its reports, of many lines
 
 logger = logging.getLogger("parley")
@@ -59,11 +61,11 @@ def load_folder(
     )
     options = _options(_round_to(formats, adapter), formats, dtype, device)
     if weights:
-        model = _load(type(empty), None, config=config, state_dict=weights, **options)
+        model = _load(type(empty), empty.state_dict(), None, config=config, state_dict=weights, **options)
         with suppress(OSError):  # it has none
             model.generation_config = GenerationConfig.from_pretrained(folder)
     else:  # files of older formats
-        model = _load(AutoModelForCausalLM, folder, **code, **options)
+        model = _load(AutoModelForCausalLM, empty.state_dict(), folder, **code, **options)
     if adapter:
         adapter.merge(model)
     return model
@@ -86,7 +88,7 @@ def load_gguf(file: GGUFFile, format: Format | None, dtype: torch.dtype, device:
         name: StoredWeight(_nothing if name in formats else source.values) for name, source in sources.items()
     }
     options = _options(_blocks_of(sources, formats), formats, dtype, device)
-    model = _load(kind, None, config=config, state_dict=weights, **options)
+    model = _load(kind, empty.state_dict(), None, config=config, state_dict=weights, **options)
     for name, source in buffers.items():
         model.get_buffer(name).copy_(source.values())
     model.generation_config.eos_token_id = sorted(file.stop_token_ids())
@@ -165,8 +167,11 @@ def _options(quantize: Quantize, formats: Mapping[str, Format], dtype: torch.dty
     return options | ({"quantization_config": ParleyConfig(quantize, formats)} if formats else {})
 
 
-def _load(kind: Any, *arguments: Any, **options: Any) -> PreTrainedModel:
-    """`from_pretrained` of a class. Raises ModelError if weights are missing or have other shapes."""
+def _load(kind: Any, names: Collection[str], *arguments: Any, **options: Any) -> PreTrainedModel:
+    """`from_pretrained` of a class, whose parameters have these names.
+
+    Raises ModelError if weights are missing, have other shapes, or have scales that nothing has multiplied them with.
+    """
     model: PreTrainedModel
     with _without_reports():
         model, found = kind.from_pretrained(
@@ -176,9 +181,26 @@ def _load(kind: Any, *arguments: Any, **options: Any) -> PreTrainedModel:
         raise _misshapen(*min(mismatched))
     if missing := found["missing_keys"]:
         raise ModelError(f"{len(missing)} weights are missing, first {min(missing)}: download it again")
-    if unused := found["unexpected_keys"]:
+    unused = found["unexpected_keys"]
+    if scales := _scales_of_used(unused, names):
+        raise ModelError(
+            f"its weights are packed, and config.json does not say how, though there is {scales[0]}: download all "
+            "files of the model again, or choose another version of it"
+        )
+    if unused:
         logger.warning("%d weights of the model are not used, first %s", len(unused), min(unused))
     return model
+
+
+def _scales_of_used(unused: Collection[str], names: Collection[str]) -> list[str]:
+    """Which of the tensors that are not used are scales of weights that are."""
+    scales = []
+    for key in unused:
+        # Weights of experts have names of their own in the files, and those of other parts are not used either.
+        weight = scale["weight"] if (scale := SCALE.fullmatch(key)) else ""
+        if weight in names or (weight.endswith("weight") and weight not in unused):
+            scales.append(key)
+    return sorted(scales)
 
 
 def _misshapen(name: str, stored: tuple[int, ...], expected: tuple[int, ...]) -> ModelError:

@@ -85,6 +85,60 @@ def test_packed_weights_are_unpacked_when_they_are_read(tmp_path: Path) -> None:
     assert torch.equal(found["x.weight"], torch.full((4, 4), 0.5))
 
 
+def write_modelopt(folder: Path, quantization: Any) -> None:
+    """A weight in FP8 that only ModelOpt's own file tells of."""
+    write(folder, {})
+    fp8 = {"x.weight": torch.ones(4, 4).to(torch.float8_e4m3fn), "x.weight_scale": torch.tensor(0.5)}
+    save_file(fp8, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": quantization}))
+
+
+def test_weights_of_modelopt_without_an_entry_in_the_configuration_are_unpacked(tmp_path: Path) -> None:
+    write_modelopt(tmp_path, {"quant_algo": "FP8", "kv_cache_quant_algo": None})
+    found = values(tmp_path)
+    assert found.keys() == {"x.weight"}
+    assert torch.equal(found["x.weight"], torch.full((4, 4), 0.5))
+
+
+def test_an_algorithm_of_modelopt_that_is_not_read_is_refused_by_name(tmp_path: Path) -> None:
+    write_modelopt(tmp_path, {"quant_algo": "W4A16_AWQ"})
+    with pytest.raises(ModelError, match=r"are quantized with modelopt \(W4A16_AWQ\), which Parley does not read"):
+        stored_weights(tmp_path)
+
+
+@pytest.mark.parametrize("quantization", [None, [], 3], ids=str)
+def test_a_damaged_file_of_modelopt_is_refused(tmp_path: Path, quantization: Any) -> None:
+    write_modelopt(tmp_path, quantization)
+    with pytest.raises(ModelError, match=r"hf_quant_config\.json is damaged: download it again"):
+        stored_weights(tmp_path)
+
+
+def test_numbers_that_need_scales_are_refused_when_they_are_read(tmp_path: Path) -> None:
+    write_modelopt(tmp_path, {})
+    (tmp_path / "hf_quant_config.json").unlink()
+    weights = stored_weights(tmp_path)
+    with pytest.raises(ModelError, match=r"^x\.weight is packed as torch\.float8_e4m3fn without what is needed"):
+        weights["x.weight"][...]
+
+
+def test_tables_of_integers_stay_as_they_are(tmp_path: Path) -> None:
+    write(tmp_path, {})
+    table = {"positions": torch.arange(5), "mask": torch.tensor([True, False])}
+    save_file(table, tmp_path / "model.safetensors")
+    found = values(tmp_path)
+    assert all(torch.equal(found[name], tensor) for name, tensor in table.items())
+
+
+@pytest.mark.parametrize("config", [{}, {"quantization_config": {"quant_method": "fp8"}}], ids=["plain", "packed"])
+def test_a_file_that_is_replaced_between_two_weights_is_told(tmp_path: Path, config: dict[str, Any]) -> None:
+    weights = stored_weights(write(tmp_path, {"model.safetensors": ["a", "b"]}, **config))
+    assert torch.equal(weights["a"][...], TENSORS["a"])
+    save_file({"a": TENSORS["a"] * 0}, tmp_path / "new.safetensors")
+    (tmp_path / "new.safetensors").replace(tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=r"model\.safetensors has changed while it was read: start again"):
+        weights["b"][...]
+
+
 def test_a_weight_is_read_only_when_it_is_indexed() -> None:
     read = list[int]()
 

@@ -207,7 +207,7 @@ def test_a_file_that_becomes_shorter_while_it_is_loaded_is_told_in_a_line(
     path = write_tiny_gguf(tmp_path / "tiny.gguf", Type.Q8_0)
     file = GGUFFile(path)
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(ModelError, match=r"tiny\.gguf has become shorter while it was read"):
+    with pytest.raises(ModelError, match=r"tiny\.gguf has changed while it was read: start again"):
         load_gguf(file, format, torch.float32, "cpu")
 
 
@@ -305,6 +305,53 @@ def test_weights_that_have_no_place_are_logged_in_a_line(tmp_path: Path, caplog:
     with caplog.at_level(logging.WARNING):
         from_folder(folder)
     assert caplog.messages == ["1 weights of the model are not used, first model.extra.weight"]
+
+
+@pytest.mark.parametrize("format", [None, pytest.param(Format.Q8_0, marks=compiler)], ids=["plain", "quantized"])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8, torch.int32], ids=str)
+@pytest.mark.parametrize("name", [DOWN, "model.norm.weight"])
+def test_numbers_that_need_scales_are_refused_if_nothing_says_that_weights_are_packed(
+    tmp_path: Path, format: Format | None, dtype: torch.dtype, name: str
+) -> None:
+    folder = saved(tmp_path, tiny_llama())
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name] = tensors[name].to(dtype)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError) as raised:
+        from_folder(folder, format)
+    assert str(raised.value) == (
+        f"{name} is packed as {dtype} without what is needed to unpack it: download all files of the model again, or "
+        "choose another version of it"
+    )
+
+
+@pytest.mark.parametrize("format", [None, pytest.param(Format.Q8_0, marks=compiler)], ids=["plain", "quantized"])
+@pytest.mark.parametrize("ending", ["scale", "scale_inv", "scale_2"])
+def test_scales_of_a_weight_that_are_not_used_are_refused(tmp_path: Path, format: Format | None, ending: str) -> None:
+    folder = saved(tmp_path, tiny_llama())
+    tensors = load_file(folder / "model.safetensors") | {f"{DOWN}_{ending}": torch.ones(1)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=f"config.json does not say how, though there is {DOWN}_{ending}: download"):
+        from_folder(folder, format)
+
+
+def test_scales_of_experts_that_are_not_used_are_refused(tmp_path: Path) -> None:
+    shape = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    folder = saved(tmp_path, tiny_model(MixtralConfig(**SHAPE | shape)))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.block_sparse_moe.experts.3.w2.weight_scale_inv"] = torch.ones(1)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"there is model\.layers\.0\..*experts\.3\.w2\.weight_scale_inv: download"):
+        from_folder(folder)
+
+
+def test_scales_of_weights_that_are_not_used_either_are_no_fault(tmp_path: Path) -> None:
+    folder, model = saved(tmp_path, tiny_llama()), tiny_llama()
+    names = ["model.layers.0.self_attn.k_scale", "model.layers.0.self_attn.k_proj.output_scale"]
+    names += ["vision.weight", "vision.weight_scale"]
+    tensors = load_file(folder / "model.safetensors") | {name: torch.ones(1) for name in names}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert error(logits(from_folder(folder)), logits(model)) < 1e-6
 
 
 def test_the_generation_settings_of_a_folder_are_kept(tmp_path: Path) -> None:

@@ -203,14 +203,14 @@ def _gemma_scale(settings: ModelSettings, largest: int) -> int:
 
 def _two_ropes(settings: ModelSettings, base: float) -> dict[str, Any]:
     """Layers with a sliding window have a base of their own, and are not scaled."""
-    local = settings.get("rope.freq_base_swa", base)
+    local = settings.positive("rope.freq_base_swa", base)
     return {"full_attention": rope_parameters(settings), "sliding_attention": unscaled(settings, local)}
 
 
 def _gemma4(settings: ModelSettings) -> dict[str, Any]:
     """Layers with a window have heads of another width; the others rotate some dimensions, which factors tell."""
     sliding = settings.each("attention.sliding_window_pattern") or []
-    heads = settings.each("attention.head_count_kv") or [settings.need("attention.head_count_kv")] * settings.layers
+    heads = settings.each("attention.head_count_kv") or [settings.positive("attention.head_count_kv")] * settings.layers
     widths = settings.each("feed_forward_length") or [settings.need("feed_forward_length")]
     factors = settings.tensor("rope_freqs.weight").values()
     full = {"rope_type": "proportional", "partial_rotary_factor": (factors < 1e29).float().mean().item()}
@@ -229,8 +229,8 @@ def _gemma4(settings: ModelSettings) -> dict[str, Any]:
         "attention_k_eq_v": f"blk.{sliding.index(False)}.attn_v.weight" not in settings.tensors,
         "final_logit_softcapping": settings.get("final_logit_softcapping"),
         "rope_parameters": {
-            "full_attention": full | {"rope_theta": settings.need("rope.freq_base")},
-            "sliding_attention": {"rope_type": "default", "rope_theta": settings.need("rope.freq_base_swa")},
+            "full_attention": full | {"rope_theta": settings.positive("rope.freq_base")},
+            "sliding_attention": {"rope_type": "default", "rope_theta": settings.positive("rope.freq_base_swa")},
         },
         "enable_moe_block": bool(experts),
         "num_experts": experts or None,
@@ -267,7 +267,7 @@ def _gptneox(settings: ModelSettings) -> dict[str, Any]:
 
 
 def _falcon(settings: ModelSettings) -> dict[str, Any]:
-    groups = settings.get("attention.head_count_kv", 1)
+    groups = settings.positive("attention.head_count_kv", 1)
     return {
         "num_kv_heads": groups,
         "multi_query": groups == 1,
@@ -338,7 +338,7 @@ def _gpt_oss(settings: ModelSettings) -> dict[str, Any]:
 
 
 def _lfm2(settings: ModelSettings) -> dict[str, Any]:
-    heads = settings.each("attention.head_count_kv") or [settings.get("attention.head_count_kv")] * settings.layers
+    heads = settings.each("attention.head_count_kv") or [settings.positive("attention.head_count_kv")] * settings.layers
     return {
         "num_key_value_heads": max(heads),
         "layer_types": ["full_attention" if count else "conv" for count in heads],

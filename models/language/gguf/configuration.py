@@ -42,7 +42,7 @@ def make_config(kind: Kind, settings: ModelSettings) -> PreTrainedConfig:
 
 
 def _key_heads(settings: ModelSettings) -> int:
-    return int(settings.get("attention.head_count_kv", settings.need("attention.head_count")))
+    return int(settings.positive("attention.head_count_kv", settings.need("attention.head_count")))
 
 
 def _head_dim(settings: ModelSettings) -> int:
@@ -52,8 +52,8 @@ def _head_dim(settings: ModelSettings) -> int:
 
 
 def _epsilon(settings: ModelSettings) -> float:
-    epsilon = settings.get("attention.layer_norm_rms_epsilon", settings.get("attention.layer_norm_epsilon"))
-    return float(settings.need("attention.layer_norm_rms_epsilon") if epsilon is None else epsilon)
+    root, layer = "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"
+    return float(settings.positive(layer if settings.get(root) is None and settings.get(layer) is not None else root))
 
 
 COMMON: dict[str, Callable[[ModelSettings], Any]] = {  # settings that many configurations have, by their names there
@@ -62,7 +62,7 @@ COMMON: dict[str, Callable[[ModelSettings], Any]] = {  # settings that many conf
     "hidden_size": lambda settings: settings.need("embedding_length"),
     "intermediate_size": lambda settings: settings.need("feed_forward_length"),
     "num_hidden_layers": lambda settings: settings.layers,
-    "num_attention_heads": lambda settings: settings.need("attention.head_count"),
+    "num_attention_heads": lambda settings: settings.positive("attention.head_count"),
     "num_key_value_heads": _key_heads,
     "head_dim": _head_dim,
     "rms_norm_eps": _epsilon,

@@ -47,6 +47,7 @@ class GGUFFile:
 
     def config(self) -> PreTrainedConfig:
         """The configuration of the causal language model. Raises ModelError."""
+        _check_layers(self._settings)
         return make_config(self._kind, self._settings)
 
     def sources(self, model: PreTrainedModel) -> dict[str, Source]:
@@ -74,6 +75,18 @@ def _find_kind(path: Path, architecture: str | None) -> Kind:
             "with safetensors"
         )
     return ARCHITECTURES[architecture]
+
+
+def _check_layers(settings: ModelSettings) -> None:
+    """Raise ModelError if a file has not as many layers as it says: to build them all could take for ever."""
+    count = settings.need("block_count")
+    if settings.layers < 1:
+        raise ModelError(f"{settings.path} is broken: none of its {count} layers is for text; get another file")
+    if not any(name.startswith(f"blk.{count - 1}.") for name in settings.tensors):
+        raise ModelError(
+            f"{settings.path} is incomplete: it has no tensor of the last of its {count} layers; download all of it "
+            "again, with all its parts"
+        )
 
 
 def _read_parts(path: Path) -> list[Header]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy
 from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType
 
 from models.errors import ModelError, one_line
+from models.language.file_version import FileVersion
 from models.language.gguf.tensors import StoredTensor, stored_size
 
 VERSIONS = (2, 3)
@@ -68,12 +70,13 @@ def read_header(path: Path) -> Header:
 
 
 def _read(path: Path, file: BinaryIO) -> Header:
+    version = FileVersion(path, file.fileno())
     reader = _Reader(file)
     if reader.take(4) != b"GGUF":
         raise ModelError(f"{path} is not a GGUF file")
-    if (version := reader.integer(4)) not in VERSIONS:
+    if (edition := reader.integer(4)) not in VERSIONS:
         raise ModelError(
-            f"{path} is of GGUF version {version}, and Parley reads 2 and 3: get a newer file of the model"
+            f"{path} is of GGUF version {edition}, and Parley reads 2 and 3: get a newer file of the model"
         )
     tensors, entries = reader.integer(8), reader.integer(8)
     metadata = {}
@@ -90,10 +93,22 @@ def _read(path: Path, file: BinaryIO) -> Header:
     for name, shape, kind, offset in places:
         if name in stored:
             raise ValueError(f"two tensors have the name {name}")
-        stored[name] = StoredTensor(path, name, shape, kind, start + offset, stored_size(shape, kind))
+        stored[name] = StoredTensor(path, name, shape, kind, start + offset, stored_size(shape, kind), version)
         if start + offset + stored[name].size > reader.size:
             raise EOFError
+    _check_places(stored.values(), alignment)
     return Header(path, metadata, stored, size)
+
+
+def _check_places(tensors: Iterable[StoredTensor], alignment: int) -> None:
+    """Raise ValueError for tensors that lie across each other, or not where the alignment puts them."""
+    end, before = 0, ""
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.size)):
+        if tensor.offset % alignment:
+            raise ValueError(f"{tensor.name} does not begin at a multiple of {alignment} bytes")
+        if tensor.offset < end:
+            raise ValueError(f"{before} and {tensor.name} lie in the same place")
+        end, before = tensor.offset + tensor.size, tensor.name
 
 
 def _place(reader: _Reader) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:

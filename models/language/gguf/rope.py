@@ -15,7 +15,7 @@ DEFAULT_BASE = 10000.0  # llama.cpp's, as are the other defaults here
 
 def rope_parameters(settings: ModelSettings) -> dict[str, Any]:
     """transformers' `rope_parameters`. Raises ModelError for a scaling that is unknown."""
-    parameters = unscaled(settings, settings.get("rope.freq_base", DEFAULT_BASE))
+    parameters = unscaled(settings, settings.positive("rope.freq_base", DEFAULT_BASE))
     if "rope_factors_short.weight" in settings.tensors:
         return parameters | _longrope(settings)
     kind = settings.get("rope.scaling.type")

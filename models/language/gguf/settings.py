@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,13 @@ class ModelSettings:
             raise ModelError(
                 f"{self.path} is incomplete: {self.architecture}.{name} is missing; get another file of it"
             )
+        return value
+
+    def positive(self, name: str, default: Any = None) -> Any:
+        """A setting, or the default, that must be a number above zero. Raises ModelError."""
+        value = self.need(name) if default is None else self.get(name, default)
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ModelError(f"{self.path} is broken: {self.architecture}.{name} is {value}; download it again")
         return value
 
     def each(self, name: str) -> list[Any] | None:

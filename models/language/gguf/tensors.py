@@ -14,6 +14,7 @@ from gguf.quants import dequantize
 from torch import Tensor
 
 from models.errors import ModelError, one_line
+from models.language.file_version import FileVersion
 
 PLAIN = {  # kinds that torch knows
     GGMLQuantizationType.F32: torch.float32,
@@ -37,6 +38,7 @@ class StoredTensor:
     kind: GGMLQuantizationType
     offset: int  # bytes from the beginning of the file
     size: int  # bytes
+    version: FileVersion  # whose header was read
 
     @property
     def row_bytes(self) -> int:
@@ -47,11 +49,11 @@ class StoredTensor:
     def read(self) -> Tensor:
         """The bytes as they are stored: uint8 of (*shape[:-1], row_bytes). Raises ModelError."""
         try:  # a plain read: pages of a memory map would count as memory of the process
-            data = numpy.fromfile(self.path, numpy.uint8, self.size, offset=self.offset)
+            with self.path.open("rb") as file:
+                data = numpy.fromfile(file, numpy.uint8, self.size, offset=self.offset)
+                self.version.check(file.fileno())
         except OSError as error:
             raise ModelError(f"{self.path} cannot be read: {one_line(error)}") from error
-        if data.size < self.size:
-            raise ModelError(f"{self.path} has become shorter while it was read: start again when it is complete")
         return torch.from_numpy(data).view(*self.shape[:-1], self.row_bytes)
 
     def values(self) -> Tensor:

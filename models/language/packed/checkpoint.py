@@ -16,6 +16,8 @@ from models.language.packed import formats
 from models.language.packed.formats import Parts
 
 PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+TABLES = (torch.int64, torch.bool)  # of buffers; no format packs weights in them
+MODELOPT = (None, "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4")  # its algorithms that `scaled` undoes
 OF_ACTIVATIONS = re.compile(r".+\.(((input|output|activation|[qkv])_(global_)?scale(_ub)?)|input_zero_point)")
 
 
@@ -95,15 +97,22 @@ class PackedCheckpoint:
         """A weight: in float32 if it was packed, else as it is stored. Raises ModelError."""
         parts = self._packed.get(name)
         if parts is None:
-            weight = self._read(name)
-            if weight.dtype not in PLAIN:
-                raise ModelError(f"{name} is packed as {weight.dtype} without what is needed to unpack it")
-            return weight
+            return plain(name, self._read(name))
         try:
             return self._format.unpack({part: self._read(stored) for part, stored in parts.items()}, self._config)
         except (ValueError, KeyError, RuntimeError, StopIteration) as error:
             method = self._config.get("quant_method")
             raise ModelError(f"{name} cannot be unpacked from {method}: {one_line(error, 100)}") from error
+
+
+def plain(name: str, weight: Tensor) -> Tensor:
+    """A weight that is not packed. Raises ModelError if its numbers are of a kind that needs scales."""
+    if weight.dtype not in (*PLAIN, *TABLES):
+        raise ModelError(
+            f"{name} is packed as {weight.dtype} without what is needed to unpack it: download all files of the model "
+            "again, or choose another version of it"
+        )
+    return weight
 
 
 def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -129,6 +138,8 @@ def _format(config: Mapping[str, Any]) -> Format:
         unknown = f"gptq in {config['pack_dtype']}"
     elif method == "awq" and (variant not in ("", "gemm") or bits != 4):
         unknown = f"awq ({variant}, {bits} bits)"
+    elif method == "modelopt" and config.get("quant_algo") not in MODELOPT:
+        unknown = f"modelopt ({config['quant_algo']})"
     elif (sparsity := config.get("sparsity_config") or {}) and sparsity.get("format") not in (None, "dense"):
         unknown = f"{method} with sparse weights"
     elif config.get("transform_config"):

@@ -44,8 +44,8 @@ def gptq(parts: Parts, config: Mapping[str, Any]) -> Tensor:
     """GPTQ, as AutoGPTQ writes it: integers packed along the inputs, a scale and a zero for each group of inputs."""
     scales, bits = parts["scales"].float(), config["bits"]  # (groups, outputs)
     outputs, inputs = scales.shape[1], parts["qweight"].shape[0] * WORD // bits
-    size = config.get("group_size", -1)
-    group = parts["g_idx"].long() if "g_idx" in parts else torch.arange(inputs) // (size if size > 0 else inputs)
+    size = _group_size(inputs, len(scales), config.get("group_size") or -1)
+    group = parts["g_idx"].long() if "g_idx" in parts else torch.arange(inputs) // size
     numbers = unpack_bits(parts["qweight"].T, bits, inputs)  # (outputs, inputs)
     zeros = unpack_bits(parts["qzeros"], bits, outputs).int()  # (groups, outputs)
     if _name(config, "checkpoint_format", "format") != "gptq_v2":  # it keeps them less one
@@ -75,7 +75,7 @@ def scaled(parts: Parts, config: Mapping[str, Any]) -> Tensor:
     zeros = parts.get("zero_point")
     if "packed" in parts and parts["packed"].dtype == torch.int32:
         rows, columns = map(int, parts["shape"])
-        bits = parts["packed"].shape[-1] * WORD // columns
+        bits = _bits(parts["packed"].shape[-1], columns, config)
         half = 1 << bits - 1
         weight = unpack_bits(parts["packed"], bits, columns).float() - half
         if zeros is not None and zeros.dtype == torch.int32:  # packed along the outputs
@@ -125,6 +125,31 @@ def _name(config: Mapping[str, Any], *names: str) -> Any:
     return next((config[name] for name in names if config.get(name) is not None), None)
 
 
+def _group_size(inputs: int, groups: int, named: int) -> int:
+    """The inputs of a group: what the configuration says if that makes so many groups, which may not be so everywhere.
+
+    Else all groups are alike. Raises ValueError if they cannot be.
+    """
+    if named > 0 and ceil(inputs / named) == groups:
+        return named
+    if inputs % groups:
+        raise ValueError(f"{inputs} inputs cannot be in {groups} groups")
+    return inputs // groups
+
+
+def _bits(words: int, columns: int, config: Mapping[str, Any]) -> int:
+    """The bits of integers that fill so many words of a row without a gap. Raises ValueError if that is not certain.
+
+    Older versions of compressed-tensors leave a gap at the end of each word, unless whole integers fill it.
+    """
+    named = {weights["num_bits"] for weights in _weights(config) if weights.get("num_bits")}
+    fitting = [bits for bits in named or range(1, 9) if ceil(columns * bits / WORD) == words]
+    with_gaps = [bits for bits in fitting if WORD % bits and words == ceil(columns / (WORD // bits)) > 1]
+    if len(fitting) != 1 or with_gaps:
+        raise ValueError(f"{columns} integers in {words} words are packed in a way that is not known")
+    return fitting[0]
+
+
 def _power(exponents: Tensor) -> Tensor:
     """Two to the power of bytes with a bias of 127."""
     return torch.exp2(exponents.float() - 127)
@@ -145,9 +170,13 @@ def _scale(parts: Parts) -> Tensor | None:
 
 def _blocks(config: Mapping[str, Any]) -> list[Sequence[int]]:
     """The sizes of blocks, (outputs, inputs), that the configuration names."""
-    groups = [group.get("weights") or {} for group in (config.get("config_groups") or {}).values()]
-    blocks = [config.get("weight_block_size"), *(weights.get("block_structure") for weights in groups)]
+    blocks = [config.get("weight_block_size"), *(weights.get("block_structure") for weights in _weights(config))]
     return [block for block in blocks if block]
+
+
+def _weights(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What the configuration says about the weights of each of its groups."""
+    return [group.get("weights") or {} for group in (config.get("config_groups") or {}).values()]
 
 
 def _spread(scale: Tensor, shape: torch.Size, blocks: Sequence[Sequence[int]]) -> Tensor:

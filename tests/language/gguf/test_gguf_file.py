@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,38 @@ def test_layers_that_predict_further_tokens_are_left_out(path: Path) -> None:
 def test_a_setting_that_is_missing_is_named(path: Path) -> None:
     with pytest.raises(ModelError, match=r"is incomplete: llama\.embedding_length is missing"):
         GGUFFile(rewrite(path, metadata={"llama.embedding_length": None})).config()
+
+
+@pytest.mark.parametrize("count", [3, 4_000_000_000])
+def test_more_layers_than_a_file_has_are_refused(path: Path, count: int) -> None:
+    with pytest.raises(ModelError, match=f"is incomplete: it has no tensor of the last of its {count} layers"):
+        GGUFFile(rewrite(path, metadata={"llama.block_count": count})).config()
+
+
+@pytest.mark.parametrize(("count", "further"), [(2, 2), (2, 5), (0, 0)])
+def test_a_file_without_layers_for_text_is_refused(path: Path, count: int, further: int) -> None:
+    metadata = {"llama.block_count": count, "llama.nextn_predict_layers": further}
+    with pytest.raises(ModelError, match=f"is broken: none of its {count} layers is for text"):
+        GGUFFile(rewrite(path, metadata=metadata)).config()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("attention.head_count", 0),
+        ("attention.head_count_kv", 0),
+        ("attention.layer_norm_rms_epsilon", 0.0),
+        ("attention.layer_norm_rms_epsilon", -1e-5),
+        ("attention.layer_norm_rms_epsilon", math.nan),
+        ("attention.layer_norm_rms_epsilon", "x"),
+        ("rope.freq_base", 0.0),
+        ("rope.freq_base", -5.0),
+        ("rope.freq_base", math.inf),
+    ],
+)
+def test_a_setting_that_cannot_be_right_is_refused_by_name(path: Path, name: str, value: Any) -> None:
+    with pytest.raises(ModelError, match=rf"model\.gguf is broken: llama\.{name} is {value}; download it again"):
+        GGUFFile(rewrite(path, metadata={f"llama.{name}": value})).config()
 
 
 def test_an_architecture_that_is_unknown_is_named(path: Path) -> None:

@@ -130,6 +130,26 @@ def test_a_row_that_is_not_whole_blocks_is_refused(tmp_path: Path) -> None:
         read_header(path)
 
 
+@pytest.mark.parametrize(
+    ("offset", "reason"),
+    [
+        (0, r"y\.weight and x\.weight lie in the same place"),
+        (224, r"x\.weight and y\.weight lie in the same place"),
+        (257, r"y\.weight does not begin at a multiple of 32 bytes"),
+    ],
+)
+def test_tensors_that_lie_where_they_cannot_are_refused(tmp_path: Path, offset: int, reason: str) -> None:
+    path = tmp_path / "model.gguf"
+    tensors = {"x.weight": MATRIX, "y.weight": MATRIX[:1], "z.weight": MATRIX}
+    content = bytearray(write_gguf(path, {"general.architecture": "llama"}, tensors).read_bytes())
+    place = content.index(b"y.weight") + len(b"y.weight") + 4 + 16 + 4
+    assert content[place : place + 8] == struct.pack("<Q", 256)
+    content[place : place + 8] = struct.pack("<Q", offset)
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match=f"is a broken GGUF file: ValueError: {reason}; download it again"):
+        read_header(path)
+
+
 def test_the_digest_changes_with_the_metadata_but_not_with_the_weights(tmp_path: Path) -> None:
     first = read_header(small_file(tmp_path / "a.gguf", name="a"))
     other = read_header(small_file(tmp_path / "b.gguf", name="b"))

@@ -67,7 +67,14 @@ def test_a_kind_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 def test_a_file_that_has_been_cut_since_is_told(tmp_path: Path) -> None:
     tensor = stored(tmp_path / "model.gguf", GGMLQuantizationType.Q4_0)
     (tmp_path / "model.gguf").write_bytes((tmp_path / "model.gguf").read_bytes()[:-60])
-    with pytest.raises(ModelError, match="has become shorter while it was read"):
+    with pytest.raises(ModelError, match="has changed while it was read: start again"):
+        tensor.read()
+
+
+def test_a_file_that_has_been_replaced_since_is_told(tmp_path: Path) -> None:
+    tensor = stored(tmp_path / "model.gguf", GGMLQuantizationType.Q4_0)
+    stored(tmp_path / "other.gguf", GGMLQuantizationType.Q4_0).path.replace(tmp_path / "model.gguf")
+    with pytest.raises(ModelError, match="has changed while it was read: start again"):
         tensor.read()
 
 

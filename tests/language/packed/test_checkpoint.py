@@ -64,6 +64,7 @@ def test_nothing_is_read_before_it_is_needed() -> None:
         pytest.param({}, "None", id="none"),
         pytest.param(GPTQ | {"bits": 5}, "gptq (, 5 bits)", id="bits"),
         pytest.param(GPTQ | {"checkpoint_format": "marlin"}, "gptq (marlin, 4 bits)", id="format"),
+        pytest.param({"quant_method": "modelopt", "quant_algo": "NVFP4_AWQ"}, "modelopt (NVFP4_AWQ)", id="algorithm"),
         pytest.param(GPTQ | {"pack_dtype": "int64"}, "gptq in int64", id="words"),
         pytest.param({"quant_method": "awq", "bits": 4, "version": "gemv"}, "awq (gemv, 4 bits)", id="version"),
         pytest.param(

@@ -78,6 +78,28 @@ def test_gptq_with_one_group_is_unpacked() -> None:
     assert torch.equal(formats.gptq(tensors, {"bits": 4, "group_size": -1}), expected)
 
 
+@pytest.mark.parametrize("named", [-1, 32, 40, None])
+def test_the_groups_of_gptq_are_as_many_as_there_are_scales(named: int | None) -> None:
+    tensors, expected = pack_gptq("weight", 4, 64, 96, 16)
+    del tensors["g_idx"]
+    assert torch.equal(formats.gptq(tensors, {"bits": 4, "group_size": named}), expected)
+
+
+def test_the_last_group_of_gptq_may_be_smaller() -> None:
+    tensors, _ = pack_gptq("weight", 4, 64, 96, 32)
+    expected = formats.gptq(tensors | {"g_idx": torch.arange(96) // 40}, {"bits": 4, "group_size": 40})
+    del tensors["g_idx"]
+    assert torch.equal(formats.gptq(tensors, {"bits": 4, "group_size": 40}), expected)
+
+
+def test_groups_of_gptq_that_do_not_fit_are_refused() -> None:
+    tensors, _ = pack_gptq("weight", 4, 64, 96, 32)
+    del tensors["g_idx"]
+    tensors["scales"] = torch.rand(5, 64)
+    with pytest.raises(ValueError, match="96 inputs cannot be in 5 groups"):
+        formats.gptq(tensors, {"bits": 4, "group_size": 32})
+
+
 def test_awq_is_unpacked() -> None:
     tensors, expected = pack_awq("weight", 64, 96, 32)
     assert torch.equal(formats.awq(tensors, {"bits": 4}), expected)
@@ -122,12 +144,41 @@ def test_int8_with_zeros_is_unpacked() -> None:
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("group", [32, 100], ids=["groups", "rows"])
+@pytest.mark.parametrize("bits", [3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize("group", [32, 132], ids=["groups", "rows"])
 def test_packed_integers_of_compressed_tensors_are_unpacked(bits: int, symmetric: bool, group: int) -> None:
-    inputs = 96 if group == 32 else 100
+    inputs = 96 if group == 32 else 132
     tensors, expected = pack_compressed("weight", bits, 72, inputs, group, symmetric)
     assert torch.equal(formats.scaled(parts_of(tensors, "weight"), {}), expected)
+
+
+def with_gaps(numbers: Tensor, bits: int) -> Tensor:
+    """Rows packed as older versions of compressed-tensors do: no number lies across two words."""
+    whole = 32 // bits
+    rows = [[row[first : first + whole] for first in range(0, len(row), whole)] for row in numbers.tolist()]
+    return torch.tensor([[pack_row(word, bits)[0] for word in row] for row in rows], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("bits", [3, 5, 6, 7])
+@pytest.mark.parametrize("columns", [11, 64, 100, 576])
+def test_integers_with_gaps_between_them_are_refused(bits: int, columns: int) -> None:
+    parts = {
+        "packed": with_gaps(integers(bits, 8, columns), bits),
+        "scale": torch.ones(8, 1),
+        "shape": torch.tensor([8, columns]),
+    }
+    config = {"config_groups": {"group_0": {"weights": {"num_bits": bits}}}}
+    with pytest.raises(ValueError, match=f"{columns} integers in .* words are packed in a way that is not known"):
+        formats.scaled(parts, config)
+
+
+def test_integers_of_bits_that_the_words_do_not_tell_are_those_of_the_configuration() -> None:
+    tensors, expected = pack_compressed("weight", 4, 72, 5, 5, True)
+    parts = parts_of(tensors, "weight")
+    with pytest.raises(ValueError, match="5 integers in 1 words are packed in a way that is not known"):
+        formats.scaled(parts, {})
+    config = {"config_groups": {"group_0": {"weights": {"num_bits": 4}}}}
+    assert torch.equal(formats.scaled(parts, config), expected)
 
 
 def test_groups_of_compressed_tensors_may_have_any_order() -> None:
