@@ -79,12 +79,11 @@ def _find_kind(path: Path, architecture: str | None) -> Kind:
 
 def _check_layers(settings: ModelSettings) -> None:
     """Raise ModelError if a file has not as many layers as it says: to build them all could take for ever."""
-    count = settings.need("block_count")
     if settings.layers < 1:
-        raise ModelError(f"{settings.path} is broken: none of its {count} layers is for text; get another file")
-    if not any(name.startswith(f"blk.{count - 1}.") for name in settings.tensors):
+        raise ModelError(f"{settings.path} is broken: none of its layers is for text; get another file")
+    if not any(name.startswith(f"blk.{settings.layers - 1}.") for name in settings.tensors):
         raise ModelError(
-            f"{settings.path} is incomplete: it has no tensor of the last of its {count} layers; download all of it "
+            f"{settings.path} is incomplete: it has no tensor of the last of its {settings.layers} layers; download it "
             "again, with all its parts"
         )
 

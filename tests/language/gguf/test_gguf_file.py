@@ -145,7 +145,7 @@ def test_more_layers_than_a_file_has_are_refused(path: Path, count: int) -> None
 @pytest.mark.parametrize(("count", "further"), [(2, 2), (2, 5), (0, 0)])
 def test_a_file_without_layers_for_text_is_refused(path: Path, count: int, further: int) -> None:
     metadata = {"llama.block_count": count, "llama.nextn_predict_layers": further}
-    with pytest.raises(ModelError, match=f"is broken: none of its {count} layers is for text"):
+    with pytest.raises(ModelError, match="is broken: none of its layers is for text"):
         GGUFFile(rewrite(path, metadata=metadata)).config()
 
 
