@@ -102,7 +102,7 @@ def _round_to(formats: Mapping[str, Format], adapter: Adapter | None = None) -> 
     """Rounds numbers to the format of each weight, after an adapter has changed them."""
 
     def quantize(name: str, place: Place, tensor: Tensor) -> QuantizedWeight:
-        tensor = place.oriented(adapter.changed(name, tensor) if adapter else tensor)
+        tensor = place.oriented(adapter.changed(name, tensor, place.transposed) if adapter else tensor)
         if tuple(tensor.shape) != place.shape:
             raise _misshapen(name, tensor.shape, place.shape)
         return QuantizedWeight.of_numbers(tensor, formats[name])
