@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from models.engine import quantization
 from models.engine.joined_linears import join_linears
 from models.engine.native import build
 from models.engine.quantized_weight import Format
+from models.engine.subprocesses import Subprocesses
 from models.errors import KernelsUnavailableError, ModelError, one_line
 from models.language.adapter import Adapter
 from models.language.chat_template import read_chat_template
@@ -43,20 +45,23 @@ def load(settings: Settings, cache: Path | None = None) -> tuple[PreTrainedToken
     if not sys.stderr.isatty():  # transformers' bar would be a line without an end in the log
         disable_progress_bar()  # type: ignore[no-untyped-call]
     return_freed_memory()
-    with ThreadPoolExecutor(1, thread_name_prefix="kernels") as pool:
+    with ThreadPoolExecutor(1, thread_name_prefix="kernels") as pool, ExitStack() as stack:
+        compilers = Subprocesses()
+        stack.callback(compilers.stop)  # at an error or a signal: the pool waits for its thread
         # Compiling takes ten seconds, only the first time. Meanwhile the files are found, and the tokenizer is read.
-        compiling = pool.submit(_build_kernels, user_cache_path("parley")) if _on_cpu(settings) else None
+        compiling = pool.submit(_build_kernels, user_cache_path("parley"), compilers) if _on_cpu(settings) else None
         path = find_model(settings, cache or user_cache_path("parley"))
         try:
-            return _load(path, settings, compiling)
+            return _load_tokenizer_and_model(path, settings, compiling)
         except Exception as error:  # transformers and safetensors raise many types of errors
             reason = str(error) if isinstance(error, ModelError) else why_not_loaded(error)
             raise ModelError(_with_the_setting(reason, settings, path)) from error
 
 
-def _load(
+def _load_tokenizer_and_model(
     path: Path, settings: Settings, compiling: Future[Path] | None
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """The tokenizer and the model in a GGUF file or a folder; `compiling` are the kernels, None for an accelerator."""
     fill: Callable[..., PreTrainedModel]
     if path.is_file():
         file = GGUFFile(path)
@@ -82,15 +87,18 @@ def _with_the_setting(reason: str, settings: Settings, path: Path) -> str:
     label = model_label(settings)
     if reason.startswith((PREFIX, label)):
         return reason
+    for said in (f"{path} cannot be loaded: ", f"{path}: "):
+        reason = reason.removeprefix(said)
     if reason.startswith(f"{path} "):
         reason = f"it{reason.removeprefix(str(path))}"
-    return f"{label} cannot be loaded: {reason.removeprefix(f'{path}: ')}"
+    return f"{label} cannot be loaded: {reason}"
 
 
-def _build_kernels(cache: Path) -> Path:
+def _build_kernels(cache: Path, compilers: Subprocesses) -> Path:
     if not build.library_path(cache).is_file():
+        build.find_compiler()
         print_progress("Compiling for this processor, only once ...")
-    return build.build_library(cache)
+    return build.build_library(cache, subprocesses=compilers)
 
 
 def _format(settings: Settings, compiling: Future[Path] | None) -> Format | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
-    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -27,6 +26,7 @@ from models.language.adapter import Adapter
 from models.language.gguf.gguf_file import GGUFFile
 from models.language.gguf.tensors import Source
 from models.language.memory import check_weights, free_memory, size_of_weights
+from models.language.model_config import read_generation_config
 from models.language.quantizer import ParleyConfig, Quantize
 from models.language.stored_weights import StoredWeight, stored_weights
 
@@ -48,7 +48,7 @@ def load_folder(
     Raises ModelError and the errors of transformers.
     """
     code = {"trust_remote_code": trust_remote_code}
-    config = AutoConfig.from_pretrained(folder, **code)
+    config, generation_config = AutoConfig.from_pretrained(folder, **code), read_generation_config(folder)
     weights = stored_weights(folder)
     _forget_packing(config)
     with torch.device("meta"):
@@ -59,11 +59,11 @@ def load_folder(
     )
     options = _options(_round_to(formats, adapter), formats, dtype, device)
     if weights:
-        model = _load(type(empty), None, config=config, state_dict=weights, **options)
-        with suppress(OSError):  # it has none
-            model.generation_config = GenerationConfig.from_pretrained(folder)
+        model = _from_pretrained(type(empty), None, config=config, state_dict=weights, **options)
     else:  # files of older formats
-        model = _load(AutoModelForCausalLM, folder, **code, **options)
+        model = _from_pretrained(AutoModelForCausalLM, folder, **code, **options)
+    if generation_config:
+        model.generation_config = generation_config
     if adapter:
         adapter.merge(model)
     return model
@@ -86,7 +86,7 @@ def load_gguf(file: GGUFFile, format: Format | None, dtype: torch.dtype, device:
         name: StoredWeight(_nothing if name in formats else source.values) for name, source in sources.items()
     }
     options = _options(_blocks_of(sources, formats), formats, dtype, device)
-    model = _load(kind, None, config=config, state_dict=weights, **options)
+    model = _from_pretrained(kind, None, config=config, state_dict=weights, **options)
     for name, source in buffers.items():
         model.get_buffer(name).copy_(source.values())
     model.generation_config.eos_token_id = sorted(file.stop_token_ids())
@@ -165,7 +165,7 @@ def _options(quantize: Quantize, formats: Mapping[str, Format], dtype: torch.dty
     return options | ({"quantization_config": ParleyConfig(quantize, formats)} if formats else {})
 
 
-def _load(kind: Any, *arguments: Any, **options: Any) -> PreTrainedModel:
+def _from_pretrained(kind: Any, *arguments: Any, **options: Any) -> PreTrainedModel:
     """`from_pretrained` of a class. Raises ModelError if weights are missing or have other shapes."""
     model: PreTrainedModel
     with _without_reports():
