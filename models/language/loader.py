@@ -17,6 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from models.engine import quantization
 from models.engine.joined_linears import join_linears
+from models.engine.kv_cache import DTYPES
 from models.engine.native import build
 from models.engine.quantized_weight import Format
 from models.engine.subprocesses import Subprocesses
@@ -25,9 +26,10 @@ from models.language.adapter import Adapter
 from models.language.chat_template import read_chat_template
 from models.language.gguf.gguf_file import GGUFFile
 from models.language.load_errors import why_not_loaded
-from models.language.memory import return_freed_memory
+from models.language.memory import return_freed_memory, size_of_cache
+from models.language.model_config import context_length
 from models.language.model_files import find_model, model_label, print_progress
-from models.language.weights import load_folder, load_gguf
+from models.language.weights import load_folder, load_gguf, no_cache
 from models.settings import PREFIX, Settings
 
 FORMATS = {"auto": Format.Q8_0, "int8": Format.Q8_0, "int4": Format.Q4_1}  # by the setting, of weights that are rounded
@@ -76,7 +78,8 @@ def _load_tokenizer_and_model(
         fill = partial(load_folder, base, adapter, code)
     read_chat_template(tokenizer, settings)
     format = _format(settings, compiling)
-    model = fill(format=format, dtype=_dtype(settings), device=device_map(settings))
+    cache = no_cache if _on_cpu(settings) else partial(cache_on_accelerator, settings)
+    model = fill(format=format, dtype=_dtype(settings), device=device_map(settings), size_of_cache=cache)
     if format is not None:
         join_linears(model, lambda: model(input_ids=torch.tensor([[1, 2, 3]]), use_cache=False))
     return tokenizer, model
@@ -136,6 +139,12 @@ def device_map(settings: Settings) -> str:
     """Where transformers puts the weights: a device, or auto for all accelerators."""
     # Without one, auto would leave on the disk what does not fit the memory in the dtype, though it is quantized.
     return "cpu" if _on_cpu(settings) else settings.device
+
+
+def cache_on_accelerator(settings: Settings, model: PreTrainedModel) -> int:
+    """The bytes that a model's cache takes at least, all at once. Raises SettingsError."""
+    dtype = DTYPES.get(settings.kv_cache, _dtype(settings))
+    return size_of_cache(model.config, settings.slots, context_length(model, settings), dtype)
 
 
 def _dtype(settings: Settings) -> torch.dtype:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,21 @@ from models.errors import ModelError
 from models.language.adapter import Adapter
 from models.language.gguf.gguf_file import GGUFFile
 from models.language.gguf.tensors import Source
-from models.language.memory import check_weights, free_memory, size_of_weights
+from models.language.memory import check_memory, free_memory, size_of_weights
 from models.language.model_config import read_generation_config
 from models.language.quantizer import ParleyConfig, Quantize
 from models.language.stored_weights import StoredWeight, stored_weights
 
 REPORTS = "transformers.modeling_utils"  # the logger of its reports, of many lines
 
+SizeOfCache = Callable[[PreTrainedModel], int]  # the bytes that a model's cache takes from the beginning
+
 logger = logging.getLogger("parley")
+
+
+def no_cache(model: PreTrainedModel) -> int:
+    """The size of a cache that takes memory only as it fills."""
+    return 0
 
 
 def load_folder(
@@ -42,10 +49,11 @@ def load_folder(
     format: Format | None,
     dtype: torch.dtype,
     device: str,
+    size_of_cache: SizeOfCache = no_cache,
 ) -> PreTrainedModel:
     """The model in a folder, with an adapter merged. `format` is that of quantized weights; None quantizes none.
 
-    Raises ModelError and the errors of transformers.
+    `size_of_cache` tells what must have room beside the weights. Raises ModelError and the errors of transformers.
     """
     code = {"trust_remote_code": trust_remote_code}
     config, generation_config = AutoConfig.from_pretrained(folder, **code), read_generation_config(folder)
@@ -54,9 +62,8 @@ def load_folder(
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config, **code)  # type: ignore[no-untyped-call]
     formats = {} if format is None else {name: _rounded(place, format) for name, place in quantizable(empty).items()}
-    check_weights(
-        size_of_weights(empty, formats, dtype), free_memory(device), device == "cpu" and format is not Format.Q4_1
-    )
+    can_round = device == "cpu" and format is not Format.Q4_1
+    check_memory(size_of_weights(empty, formats, dtype), free_memory(device), can_round, size_of_cache(empty))
     options = _options(_round_to(formats, adapter), formats, dtype, device)
     if weights:
         model = _from_pretrained(type(empty), None, config=config, state_dict=weights, **options)
@@ -69,10 +76,12 @@ def load_folder(
     return model
 
 
-def load_gguf(file: GGUFFile, format: Format | None, dtype: torch.dtype, device: str) -> PreTrainedModel:
+def load_gguf(
+    file: GGUFFile, format: Format | None, dtype: torch.dtype, device: str, size_of_cache: SizeOfCache = no_cache
+) -> PreTrainedModel:
     """The model in a GGUF file, with its blocks as they are; `format` is for what cannot stay; None keeps no blocks.
 
-    Raises ModelError and the errors of transformers.
+    `size_of_cache` tells what must have room beside the weights. Raises ModelError and the errors of transformers.
     """
     config = file.config()
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -81,7 +90,7 @@ def load_gguf(file: GGUFFile, format: Format | None, dtype: torch.dtype, device:
     sources = file.sources(empty)
     buffers = {name: sources.pop(name) for name, _ in empty.named_buffers() if name in sources}
     formats = {} if format is None else _formats(sources, quantizable(empty), format)
-    check_weights(size_of_weights(empty, formats, dtype), free_memory(device), can_round=False)
+    check_memory(size_of_weights(empty, formats, dtype), free_memory(device), False, size_of_cache(empty))
     weights = {  # what is quantized is not read here, but as blocks
         name: StoredWeight(_nothing if name in formats else source.values) for name, source in sources.items()
     }

@@ -16,8 +16,10 @@ from transformers import MixtralConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from models.engine.joined_linears import LinearPart
 from models.engine.quantization import is_faster, shares
-from models.errors import ModelError
-from models.language.loader import device_map, load
+from models.errors import CacheTooLargeError, ModelError
+from models.language.gguf.gguf_file import GGUFFile
+from models.language.loader import cache_on_accelerator, device_map, load
+from models.language.weights import load_folder, load_gguf
 from models.settings import Settings
 from tests.support.endless_program import EndlessProgram
 from tests.support.gguf_models import write_gguf
@@ -236,6 +238,27 @@ def test_without_an_accelerator_all_weights_are_for_the_cpu() -> None:
     assert device_map(Settings()) == ("auto" if torch.accelerator.is_available() else "cpu")
     assert device_map(Settings(device="cpu")) == "cpu"
     assert device_map(Settings(device="cuda:1")) == "cuda:1"
+
+
+def test_the_cache_of_an_accelerator_has_the_context_and_the_dtype_of_the_settings(llama: PreTrainedModel) -> None:
+    numbers = 4 * 3 * 2 * (16 + 16)  # slots, layers, key heads, sizes of keys and values
+    assert cache_on_accelerator(Settings(slots=4, dtype="float16"), llama) == numbers * 512 * 2
+    assert cache_on_accelerator(Settings(slots=4, context=64, kv_cache="float8"), llama) == numbers * 64
+
+
+def test_a_cache_that_has_no_room_beside_the_weights_is_refused_before_these_are_read(
+    folder: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {
+        "format": None,
+        "dtype": torch.float32,
+        "device": "cpu",
+        "size_of_cache": lambda _: 10**18,
+    }
+    with pytest.raises(CacheTooLargeError, match="lower PARLEY_SLOTS"):
+        load_folder(folder, None, False, **options)
+    with pytest.raises(CacheTooLargeError, match="lower PARLEY_SLOTS"):
+        load_gguf(GGUFFile(write_tiny_gguf(tmp_path / "tiny.gguf")), **options)
 
 
 # Quantization
