@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import tempfile
@@ -17,11 +18,14 @@ INTERRUPT_SECONDS = 1.0  # that it has to end by itself after each
 
 
 class Subprocesses:
-    """Runs one program after the other. `stop` ends the one that is running, and no other can be started."""
+    """Runs programs, each in a process group with the programs that it starts.
+
+    `stop`, from any thread, ends all groups that are running, and no program can be started afterwards.
+    """
 
     def __init__(self) -> None:
         self.stopped = False
-        self._running: subprocess.Popen[bytes] | None = None
+        self._running: set[subprocess.Popen[bytes]] = set()
         self._lock = threading.Lock()
 
     def run(
@@ -39,20 +43,26 @@ class Subprocesses:
     ) -> int:
         with self._lock:
             self.check()
-            self._running = process = subprocess.Popen(
+            process = subprocess.Popen(
                 command,
+                process_group=0,  # a compiler's driver would end at a signal, and the compiler itself would go on
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
                 env=environment,
                 umask=0o077,  # what it writes is code that will run, so nobody else may change it
             )
-        with process:
-            try:
-                process.communicate(input)
-            except BaseException:
-                process.kill()
-                raise
+            self._running.add(process)
+        try:
+            with process:
+                try:
+                    process.communicate(input)
+                except BaseException:
+                    _signal_group(process, signal.SIGKILL)
+                    raise
+        finally:
+            with self._lock:
+                self._running.remove(process)
         return process.returncode
 
     def check(self) -> None:
@@ -61,14 +71,23 @@ class Subprocesses:
             raise CompilationError("the server stops")
 
     def stop(self) -> None:
-        """End the running program: it may remove its unfinished files, and is killed if it takes too long."""
+        """End the running programs: they may remove their unfinished files, and are killed if they take too long."""
         with self._lock:
             self.stopped = True
-            process = self._running
-        if process:
-            for _ in range(INTERRUPTS):  # Python drops one that comes at a bad moment, such as in a callback
-                process.send_signal(signal.SIGINT)
-                with suppress(subprocess.TimeoutExpired):
+            running = [*self._running]
+        for _ in range(INTERRUPTS):  # Python drops one that comes at a bad moment, such as in a callback
+            for process in running:
+                _signal_group(process, signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                for process in running:
                     process.wait(INTERRUPT_SECONDS)
-                    return
-            process.kill()
+                return
+        for process in running:
+            _signal_group(process, signal.SIGKILL)
+
+
+def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
+    """Send a signal to a program that runs, and to all programs that it has started."""
+    if process.poll() is None:
+        with suppress(ProcessLookupError):  # it has just ended
+            os.killpg(process.pid, number)

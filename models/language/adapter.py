@@ -10,15 +10,18 @@ import re
 from collections.abc import Mapping
 from math import sqrt
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from msgspec import Meta, Struct
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
-from models.errors import ModelError
+from models.errors import InvalidRequestError, InvalidValueError, ModelError
 from models.language.hub import fetch_model
+from models.validation import convert
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -33,6 +36,26 @@ MODEL_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 TEMPLATE = "chat_template.jinja"
 
+Rank = Annotated[int, Meta(ge=1, description="a whole number, 1 or more")]
+Alpha = Annotated[float, Meta(gt=-1e9, lt=1e9, description="a number")]  # NaN is outside of all bounds
+Name = Annotated[str | None, Meta(description="text")]
+Modules = Annotated[list[str] | str | None, Meta(description="text, or a list of texts")]
+Patterns = Meta(description="an object with patterns of names and numbers")
+
+
+class LoraConfig(Struct, frozen=True):
+    """What merging reads of adapter_config.json, and what would make an adapter useless if it were wrong."""
+
+    r: Rank = 8
+    lora_alpha: Alpha = 8
+    rank_pattern: Annotated[dict[str, Rank] | None, Patterns] = None
+    alpha_pattern: Annotated[dict[str, Alpha] | None, Patterns] = None
+    use_rslora: Annotated[bool, Meta(description="true or false")] = False
+    target_modules: Modules = None
+    modules_to_save: Modules = None
+    base_model_name_or_path: Name = None
+    revision: Name = None
+
 
 class Adapter:
     """A LoRA adapter in a folder. Its base model is in the same folder, in another one, or on the Hub.
@@ -40,7 +63,7 @@ class Adapter:
     Whoever loads the base model calls `changed` for each parameter, in any order, and then `check_used`.
     """
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], file: Any) -> None:
+    def __init__(self, folder: Path, config: LoraConfig, file: Any) -> None:
         self.folder = folder
         self._config = config
         self._file = file  # an open safetensors file
@@ -59,22 +82,27 @@ class Adapter:
             raise ModelError(f"the adapter in {folder} has no weights: {WEIGHTS} is missing") from error
         except (OSError, ValueError, SafetensorError) as error:
             raise ModelError(f"the adapter in {folder} cannot be read ({error}): download it again") from error
+        if not isinstance(config, dict):
+            raise ModelError(f"the adapter in {folder} cannot be read ({CONFIG} is no object): download it again")
         if reason := _unsupported(config):
             raise ModelError(f"the adapter in {folder} cannot be merged: {reason}; Parley merges plain LoRA adapters")
-        return cls(folder, config, file)
+        try:
+            return cls(folder, _checked(config), file)
+        except InvalidRequestError as error:
+            raise ModelError(f"the adapter in {folder} cannot be merged: in {CONFIG}, {error}") from error
 
     def find_base(self) -> Path:
         """The folder of the base model, which is downloaded if it is on the Hub. Raises ModelError."""
         if (self.folder / "config.json").is_file() and any(any(self.folder.glob(one)) for one in MODEL_WEIGHTS):
             return self.folder
-        name = self._config.get("base_model_name_or_path")
+        name = self._config.base_model_name_or_path
         if not name:
             raise ModelError(f"the adapter in {self.folder} names no base model: put it into the folder of its base")
         for path in (Path(name).expanduser(), self.folder / name):
             if (path / "config.json").is_file():
                 return path
         try:
-            return fetch_model(name, self._config.get("revision"))
+            return fetch_model(name, self._config.revision)
         except ModelError as error:
             raise ModelError(
                 f"{name}, the base model of the adapter in {self.folder}: {error}; or put the adapter into the folder "
@@ -96,10 +124,12 @@ class Adapter:
         """Whether the adapter changes the parameter of this name."""
         return not self._keys.keys().isdisjoint(_tensor_names(name))
 
-    def changed(self, name: str, weight: Tensor) -> Tensor:
+    def changed(self, name: str, weight: Tensor, transposed: bool = False) -> Tensor:
         """The parameter of this name with what the adapter adds, in float32, or what it puts in its place.
 
-        A parameter that the adapter does not touch is returned as it is. Raises ModelError.
+        `transposed` is whether its inputs come first, as in a Conv1D. The adapter's own `fan_in_fan_out` does not
+        count: PEFT too goes by the kind of module. A parameter that the adapter does not touch is returned as it is.
+        Raises ModelError.
         """
         for replacement in _replacements(name):
             if (new := self._take(replacement)) is not None:
@@ -114,14 +144,14 @@ class Adapter:
                 raise ModelError(f"the adapter in {self.folder} is damaged at {name}: download it again")
             rank = down.shape[0]
             change = up.float() @ down.float() * self._scale(module, rank)  # (outputs, inputs)
-            if self._config.get("fan_in_fan_out") or down_name == "lora_embedding_A":
+            if transposed or down_name == "lora_embedding_A":
                 change = change.T
             self._check_shape(name, change, weight)
             weight = weight.float() + change.to(weight.device)
         return weight
 
     def merge(self, model: PreTrainedModel) -> None:
-        """Change the other parameters of a loaded model in place. Raises ModelError."""
+        """Change the other parameters and buffers of a loaded model in place. Raises ModelError."""
         for pair in model.all_tied_weights_keys.items():
             if name := next(filter(self.touches, pair), None):
                 raise ModelError(
@@ -129,9 +159,10 @@ class Adapter:
                     "embeddings and its head: merge it with PEFT"
                 )
         with torch.no_grad():
-            for name, parameter in model.named_parameters():
+            for name, tensor in (*model.named_parameters(), *model.named_buffers()):  # biases may be buffers
                 if self.touches(name):
-                    parameter.copy_(self.changed(name, parameter))
+                    module = model.get_submodule(name.rpartition(".")[0])
+                    tensor.copy_(self.changed(name, tensor, isinstance(module, Conv1D)))
         self.check_used()
 
     def check_used(self) -> None:
@@ -151,10 +182,9 @@ class Adapter:
         return tensor
 
     def _scale(self, module: str, rank: int) -> float:
-        patterns: Mapping[str, float] = self._config.get("alpha_pattern") or {}
-        alphas = (alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module))
-        alpha: float = next(alphas, self._config.get("lora_alpha", 8))
-        return alpha / (sqrt(rank) if self._config.get("use_rslora") else rank)
+        patterns = self._config.alpha_pattern or {}
+        alphas = (alpha for pattern, alpha in patterns.items() if re.match(_whole(pattern), module))
+        return next(alphas, self._config.lora_alpha) / (sqrt(rank) if self._config.use_rslora else rank)
 
     def _check_shape(self, name: str, change: Tensor, weight: Tensor) -> None:
         if change.shape != weight.shape:
@@ -174,6 +204,23 @@ def _tensor_names(name: str) -> set[str]:
     """The names of all tensors of an adapter that change a parameter."""
     module = name.removesuffix(".weight")
     return {*_replacements(name), *(f"{module}.{part}" for pair in PAIRS for part in pair)}
+
+
+def _whole(pattern: str) -> str:
+    """What the whole name of a module matches if its end matches a pattern."""
+    return rf"(.*\.)?({pattern})$"
+
+
+def _checked(config: Mapping[str, Any]) -> LoraConfig:
+    """The settings of an adapter. Raises InvalidRequestError, which names the wrong field."""
+    checked = convert(config, LoraConfig)
+    for field in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(checked, field) or ():
+            try:
+                re.compile(_whole(pattern))
+            except re.error as error:
+                raise InvalidValueError(f"{field} has a pattern that is none: {pattern}", field) from error
+    return checked
 
 
 def _unsupported(config: Mapping[str, Any]) -> str | None:

@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -16,16 +17,19 @@ from transformers.utils.logging import disable_progress_bar
 
 from models.engine import quantization
 from models.engine.joined_linears import join_linears
+from models.engine.kv_cache import DTYPES
 from models.engine.native import build
 from models.engine.quantized_weight import Format
+from models.engine.subprocesses import Subprocesses
 from models.errors import KernelsUnavailableError, ModelError, one_line
 from models.language.adapter import Adapter
 from models.language.chat_template import read_chat_template
 from models.language.gguf.gguf_file import GGUFFile
 from models.language.load_errors import why_not_loaded
-from models.language.memory import return_freed_memory
+from models.language.memory import return_freed_memory, size_of_cache
+from models.language.model_config import context_length
 from models.language.model_files import find_model, model_label, print_progress
-from models.language.weights import load_folder, load_gguf
+from models.language.weights import load_folder, load_gguf, no_cache
 from models.settings import PREFIX, Settings
 
 FORMATS = {"auto": Format.Q8_0, "int8": Format.Q8_0, "int4": Format.Q4_1}  # by the setting, of weights that are rounded
@@ -43,20 +47,23 @@ def load(settings: Settings, cache: Path | None = None) -> tuple[PreTrainedToken
     if not sys.stderr.isatty():  # transformers' bar would be a line without an end in the log
         disable_progress_bar()  # type: ignore[no-untyped-call]
     return_freed_memory()
-    with ThreadPoolExecutor(1, thread_name_prefix="kernels") as pool:
+    with ThreadPoolExecutor(1, thread_name_prefix="kernels") as pool, ExitStack() as stack:
+        compilers = Subprocesses()
+        stack.callback(compilers.stop)  # at an error or a signal: the pool waits for its thread
         # Compiling takes ten seconds, only the first time. Meanwhile the files are found, and the tokenizer is read.
-        compiling = pool.submit(_build_kernels, user_cache_path("parley")) if _on_cpu(settings) else None
+        compiling = pool.submit(_build_kernels, user_cache_path("parley"), compilers) if _on_cpu(settings) else None
         path = find_model(settings, cache or user_cache_path("parley"))
         try:
-            return _load(path, settings, compiling)
+            return _load_tokenizer_and_model(path, settings, compiling)
         except Exception as error:  # transformers and safetensors raise many types of errors
             reason = str(error) if isinstance(error, ModelError) else why_not_loaded(error)
             raise ModelError(_with_the_setting(reason, settings, path)) from error
 
 
-def _load(
+def _load_tokenizer_and_model(
     path: Path, settings: Settings, compiling: Future[Path] | None
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """The tokenizer and the model in a GGUF file or a folder; `compiling` are the kernels, None for an accelerator."""
     fill: Callable[..., PreTrainedModel]
     if path.is_file():
         file = GGUFFile(path)
@@ -71,7 +78,8 @@ def _load(
         fill = partial(load_folder, base, adapter, code)
     read_chat_template(tokenizer, settings)
     format = _format(settings, compiling)
-    model = fill(format=format, dtype=_dtype(settings), device=device_map(settings))
+    cache = no_cache if _on_cpu(settings) else partial(cache_on_accelerator, settings)
+    model = fill(format=format, dtype=_dtype(settings), device=device_map(settings), size_of_cache=cache)
     if format is not None:
         join_linears(model, lambda: model(input_ids=torch.tensor([[1, 2, 3]]), use_cache=False))
     return tokenizer, model
@@ -82,15 +90,18 @@ def _with_the_setting(reason: str, settings: Settings, path: Path) -> str:
     label = model_label(settings)
     if reason.startswith((PREFIX, label)):
         return reason
+    for said in (f"{path} cannot be loaded: ", f"{path}: "):
+        reason = reason.removeprefix(said)
     if reason.startswith(f"{path} "):
         reason = f"it{reason.removeprefix(str(path))}"
-    return f"{label} cannot be loaded: {reason.removeprefix(f'{path}: ')}"
+    return f"{label} cannot be loaded: {reason}"
 
 
-def _build_kernels(cache: Path) -> Path:
+def _build_kernels(cache: Path, compilers: Subprocesses) -> Path:
     if not build.library_path(cache).is_file():
+        build.find_compiler()
         print_progress("Compiling for this processor, only once ...")
-    return build.build_library(cache)
+    return build.build_library(cache, subprocesses=compilers)
 
 
 def _format(settings: Settings, compiling: Future[Path] | None) -> Format | None:
@@ -128,6 +139,12 @@ def device_map(settings: Settings) -> str:
     """Where transformers puts the weights: a device, or auto for all accelerators."""
     # Without one, auto would leave on the disk what does not fit the memory in the dtype, though it is quantized.
     return "cpu" if _on_cpu(settings) else settings.device
+
+
+def cache_on_accelerator(settings: Settings, model: PreTrainedModel) -> int:
+    """The bytes that a model's cache takes at least, all at once. Raises SettingsError."""
+    dtype = DTYPES.get(settings.kv_cache, _dtype(settings))
+    return size_of_cache(model.config, settings.slots, context_length(model, settings), dtype)
 
 
 def _dtype(settings: Settings) -> torch.dtype:

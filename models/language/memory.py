@@ -8,19 +8,23 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
+from models.engine.architecture import ATTENTION_TYPES
 from models.engine.quantized_weight import Format
-from models.errors import ModelError
+from models.errors import CacheTooLargeError, ModelError
 from models.language.model_files import print_progress
 
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
 RECLAIMABLE = ("inactive_file", "active_file", "slab_reclaimable")  # what the system gives back when it is needed
 LARGE = 1 << 20  # bytes
+LOWER = "lower PARLEY_SLOTS or PARLEY_CONTEXT, or set PARLEY_KV_CACHE=float8"
 
 logger = logging.getLogger("parley")
 
@@ -75,16 +79,41 @@ def size_of_weights(model: nn.Module, formats: Mapping[str, Format], dtype: torc
     )
 
 
-def check_weights(needed: int, free: FreeMemory | None, can_round: bool) -> None:
-    """Raise ModelError if weights of `needed` bytes fit neither the memory nor the swap space.
+def size_of_cache(config: PreTrainedConfig, slots: int, context: int, dtype: torch.dtype) -> int:
+    """The bytes that the keys and values of all slots take at least, by the configuration of a model.
 
-    `can_round` is whether PARLEY_QUANTIZE=int4 would make them smaller.
+    It is all that they take in most models. What a configuration does not tell, such as recurrent states, counts as 0.
     """
-    if free is not None and needed > free.memory + free.swap:
-        raise ModelError(
-            f"its weights need {_gigabytes(needed)}, and {_gigabytes(free.memory)} of memory are free: choose a "
-            f"smaller model, or one in fewer bits{', or set PARLEY_QUANTIZE=int4' if can_round else ''}"
+    text: Any = config.get_text_config(decoder=True)
+    try:
+        types = getattr(text, "layer_types", None)
+        layers = sum(kind in ATTENTION_TYPES for kind in types) if types else text.num_hidden_layers
+        layers -= len(getattr(text, "cross_attention_layers", None) or ())  # of Mllama, for images: they have no slots
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        keys, values = (getattr(text, name, None) or size for name in ("qk_head_dim", "v_head_dim"))
+        return int(slots * context * layers * heads * (keys + values) * dtype.itemsize)
+    except Exception:  # a model without attention, or whose layers have different sizes: then classes raise their own
+        return 0
+
+
+def check_memory(weights: int, free: FreeMemory | None, can_round: bool, cache: int = 0) -> None:
+    """Raise ModelError if weights, or these and the cache, fit neither the memory nor the swap space.
+
+    All are bytes. `can_round` is whether PARLEY_QUANTIZE=int4 would make the weights smaller. `cache` is what the cache
+    takes from the beginning: on a CPU nothing, since it grows there.
+    """
+    if free is None or weights + cache <= free.memory + free.swap:
+        return
+    if weights <= free.memory + free.swap:
+        raise CacheTooLargeError(
+            f"its weights need {_gigabytes(weights)} and its cache {_gigabytes(cache)}, and {_gigabytes(free.memory)} "
+            f"of memory are free: {LOWER}"
         )
+    raise ModelError(
+        f"its weights need {_gigabytes(weights)}, and {_gigabytes(free.memory)} of memory are free: choose a "
+        f"smaller model, or one in fewer bits{', or set PARLEY_QUANTIZE=int4' if can_round else ''}"
+    )
 
 
 def size_of_model(model: nn.Module) -> int:
@@ -102,7 +131,7 @@ class Memory:
     context: int
 
     def line(self, free: FreeMemory | None) -> str:
-        """What the model takes, and what is free for its cache, if that is known."""
+        """What the model takes, and what is free for its cache beside the weights, if that is known."""
         taken = (
             f"The weights take {_gigabytes(self.weights)}, and {self.slots} slots of {self.context} tokens take up to "
             f"{_gigabytes(self.cache)}"
@@ -113,7 +142,7 @@ class Memory:
             return f"{taken}; {_gigabytes(free.memory)} are free."
         return (
             f"{taken}, but only {_gigabytes(free.memory)} are free: if many long conversations run at once, the memory "
-            "runs out; lower PARLEY_SLOTS or PARLEY_CONTEXT, or set PARLEY_KV_CACHE=float8"
+            f"runs out; {LOWER}"
         )
 
     def fits(self, free: FreeMemory | None) -> bool:
@@ -122,7 +151,7 @@ class Memory:
 
 
 def tell_memory(memory: Memory, device: torch.device) -> None:
-    """Print what a model takes on stderr, or log a warning if its cache may grow too large."""
+    """Print what a loaded model takes on stderr, or log a warning if its cache may grow too large."""
     free = free_memory("cpu") if device.type == "cpu" else None  # other devices hold the whole cache already
     if memory.fits(free):
         print_progress(memory.line(free))

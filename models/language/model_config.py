@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from pathlib import Path
 
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from models.engine.long_rope import can_be_long, short_context
-from models.errors import InvalidValueError, SettingsError
+from models.errors import InvalidValueError, ModelError, SettingsError
 from models.language.chat_template import ChatTemplate
 from models.options import Options
 from models.settings import Settings
@@ -41,6 +43,20 @@ def context_length(model: PreTrainedModel, settings: Settings) -> int:
     if settings.context and settings.context > limit:
         raise SettingsError(f"PARLEY_CONTEXT={settings.context} is not allowed: the model can hold at most {limit}")
     return settings.context or default
+
+
+def read_generation_config(folder: Path) -> GenerationConfig | None:
+    """The default options and end tokens beside a model; None if it has none. Raises ModelError if they are damaged."""
+    if not (folder / GENERATION_CONFIG_NAME).is_file():
+        return None
+    try:
+        config = GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # transformers raises many types of errors
+        raise ModelError(f"{GENERATION_CONFIG_NAME} is damaged: download it again") from error
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if not all(end is None or type(end) is int for end in ends):
+        raise ModelError(f"eos_token_id in {GENERATION_CONFIG_NAME} is no token id and no list of some: {ends}")
+    return config
 
 
 def default_options(model: PreTrainedModel, settings: Settings) -> Options:

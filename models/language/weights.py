@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
-    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -27,14 +26,22 @@ from models.errors import ModelError
 from models.language.adapter import Adapter
 from models.language.gguf.gguf_file import GGUFFile
 from models.language.gguf.tensors import Source
-from models.language.memory import check_weights, free_memory, size_of_weights
+from models.language.memory import check_memory, free_memory, size_of_weights
+from models.language.model_config import read_generation_config
 from models.language.quantizer import ParleyConfig, Quantize
 from models.language.stored_weights import StoredWeight, stored_weights
 
 SCALE = re.compile(r"(?P<weight>.+)_scale(_\w+)?")  # of a packed weight
 REPORTS = "transformers.modeling_utils"  # the logger of its reports, of many lines
 
+SizeOfCache = Callable[[PreTrainedModel], int]  # the bytes that a model's cache takes from the beginning
+
 logger = logging.getLogger("parley")
+
+
+def no_cache(model: PreTrainedModel) -> int:
+    """The size of a cache that takes memory only as it fills."""
+    return 0
 
 
 def load_folder(
@@ -44,37 +51,39 @@ def load_folder(
     format: Format | None,
     dtype: torch.dtype,
     device: str,
+    size_of_cache: SizeOfCache = no_cache,
 ) -> PreTrainedModel:
     """The model in a folder, with an adapter merged. `format` is that of quantized weights; None quantizes none.
 
-    Raises ModelError and the errors of transformers.
+    `size_of_cache` tells what must have room beside the weights. Raises ModelError and the errors of transformers.
     """
     code = {"trust_remote_code": trust_remote_code}
-    config = AutoConfig.from_pretrained(folder, **code)
+    config, generation_config = AutoConfig.from_pretrained(folder, **code), read_generation_config(folder)
     weights = stored_weights(folder)
     _forget_packing(config)
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config, **code)  # type: ignore[no-untyped-call]
     formats = {} if format is None else {name: _rounded(place, format) for name, place in quantizable(empty).items()}
-    check_weights(
-        size_of_weights(empty, formats, dtype), free_memory(device), device == "cpu" and format is not Format.Q4_1
-    )
+    can_round = device == "cpu" and format is not Format.Q4_1
+    check_memory(size_of_weights(empty, formats, dtype), free_memory(device), can_round, size_of_cache(empty))
     options = _options(_round_to(formats, adapter), formats, dtype, device)
     if weights:
-        model = _load(type(empty), empty.state_dict(), None, config=config, state_dict=weights, **options)
-        with suppress(OSError):  # it has none
-            model.generation_config = GenerationConfig.from_pretrained(folder)
+        model = _from_pretrained(type(empty), empty.state_dict(), None, config=config, state_dict=weights, **options)
     else:  # files of older formats
-        model = _load(AutoModelForCausalLM, empty.state_dict(), folder, **code, **options)
+        model = _from_pretrained(AutoModelForCausalLM, empty.state_dict(), folder, **code, **options)
+    if generation_config:
+        model.generation_config = generation_config
     if adapter:
         adapter.merge(model)
     return model
 
 
-def load_gguf(file: GGUFFile, format: Format | None, dtype: torch.dtype, device: str) -> PreTrainedModel:
+def load_gguf(
+    file: GGUFFile, format: Format | None, dtype: torch.dtype, device: str, size_of_cache: SizeOfCache = no_cache
+) -> PreTrainedModel:
     """The model in a GGUF file, with its blocks as they are; `format` is for what cannot stay; None keeps no blocks.
 
-    Raises ModelError and the errors of transformers.
+    `size_of_cache` tells what must have room beside the weights. Raises ModelError and the errors of transformers.
     """
     config = file.config()
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -83,12 +92,12 @@ def load_gguf(file: GGUFFile, format: Format | None, dtype: torch.dtype, device:
     sources = file.sources(empty)
     buffers = {name: sources.pop(name) for name, _ in empty.named_buffers() if name in sources}
     formats = {} if format is None else _formats(sources, quantizable(empty), format)
-    check_weights(size_of_weights(empty, formats, dtype), free_memory(device), can_round=False)
+    check_memory(size_of_weights(empty, formats, dtype), free_memory(device), False, size_of_cache(empty))
     weights = {  # what is quantized is not read here, but as blocks
         name: StoredWeight(_nothing if name in formats else source.values) for name, source in sources.items()
     }
     options = _options(_blocks_of(sources, formats), formats, dtype, device)
-    model = _load(kind, empty.state_dict(), None, config=config, state_dict=weights, **options)
+    model = _from_pretrained(kind, empty.state_dict(), None, config=config, state_dict=weights, **options)
     for name, source in buffers.items():
         model.get_buffer(name).copy_(source.values())
     model.generation_config.eos_token_id = sorted(file.stop_token_ids())
@@ -104,7 +113,7 @@ def _round_to(formats: Mapping[str, Format], adapter: Adapter | None = None) -> 
     """Rounds numbers to the format of each weight, after an adapter has changed them."""
 
     def quantize(name: str, place: Place, tensor: Tensor) -> QuantizedWeight:
-        tensor = place.oriented(adapter.changed(name, tensor) if adapter else tensor)
+        tensor = place.oriented(adapter.changed(name, tensor, place.transposed) if adapter else tensor)
         if tuple(tensor.shape) != place.shape:
             raise _misshapen(name, tensor.shape, place.shape)
         return QuantizedWeight.of_numbers(tensor, formats[name])
@@ -167,7 +176,7 @@ def _options(quantize: Quantize, formats: Mapping[str, Format], dtype: torch.dty
     return options | ({"quantization_config": ParleyConfig(quantize, formats)} if formats else {})
 
 
-def _load(kind: Any, names: Collection[str], *arguments: Any, **options: Any) -> PreTrainedModel:
+def _from_pretrained(kind: Any, names: Collection[str], *arguments: Any, **options: Any) -> PreTrainedModel:
     """`from_pretrained` of a class, whose parameters have these names.
 
     Raises ModelError if weights are missing, have other shapes, or have scales that nothing has multiplied them with.

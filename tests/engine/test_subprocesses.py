@@ -9,6 +9,7 @@ import pytest
 
 from models.engine.subprocesses import Subprocesses
 from models.errors import CompilationError
+from tests.support.endless_program import EndlessProgram
 
 PYTHON = [sys.executable, "-c"]
 ECHO = "import sys; sys.stderr.write(sys.stdin.read()); sys.exit(3)"
@@ -44,6 +45,19 @@ def test_a_stopped_program_may_clean_up_and_no_other_one_starts(tmp_path: Path) 
     assert ended.exists()
     with pytest.raises(CompilationError, match="the server stops"):
         subprocesses.run([*PYTHON, ECHO])
+
+
+def test_a_stop_ends_all_programs_and_those_that_they_have_started(tmp_path: Path) -> None:
+    subprocesses = Subprocesses()
+    with EndlessProgram.written(tmp_path) as program, ThreadPoolExecutor(2) as pool:
+        running = [pool.submit(subprocesses.run, [str(program.path)]) for _ in range(2)]
+        for _ in running:
+            program.wait_until_it_runs()
+        subprocesses.stop()
+        assert not program.came_to_its_end()
+        for each in running:
+            with pytest.raises(CompilationError, match="the server stops"):
+                each.result()
 
 
 def test_a_stop_of_nothing_only_keeps_programs_from_starting() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PhiConfig, PreTrainedModel
 
 from models.errors import ModelError
 from models.language.adapter import Adapter
@@ -20,6 +21,7 @@ from tests.support.tiny import SHAPE, TEMPLATE, tiny_llama, tiny_model, tiny_tok
 RANK = 4
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 IDS = torch.tensor([[5, 6, 7, 100, 30]])
+GPT2 = GPT2Config(vocab_size=SHAPE["vocab_size"], n_embd=64, n_layer=1, n_head=2, n_positions=64)
 PLAIN = {"peft_type": "LORA", "r": RANK, "lora_alpha": 16, "bias": "none", "fan_in_fan_out": False}
 
 
@@ -107,15 +109,59 @@ def test_modules_may_have_different_ranks(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_weights_with_inputs_first_get_the_change_the_other_way_round(tmp_path: Path) -> None:
-    model = tiny_model(GPT2Config(vocab_size=259, n_embd=32, n_layer=1, n_head=2, n_positions=64))
-    module = "transformer.h.0.mlp.c_fc"
-    weight = model.get_parameter(f"{module}.weight")
-    down, up = torch.randn(RANK, 32), torch.randn(128, RANK)
-    names = [f"base_model.model.{module}.lora_{side}.weight" for side in "AB"]
-    adapter = opened(write(tmp_path, dict(zip(names, (down, up), strict=True)), fan_in_fan_out=True))
-    torch.testing.assert_close(adapter.changed(f"{module}.weight", weight), weight + 4 * (up @ down).T)
-    adapter.check_used()
+def pair(module: str, inputs: int, outputs: int) -> dict[str, Tensor]:
+    """Random matrices for one module."""
+    sizes = {"A": (RANK, inputs), "B": (outputs, RANK)}
+    return {f"base_model.model.{module}.lora_{side}.weight": torch.randn(size) for side, size in sizes.items()}
+
+
+@pytest.mark.parametrize("fan_in_fan_out", [True, False])
+@pytest.mark.parametrize("quantize", ["none", pytest.param("int8", marks=pytest.mark.compiler)])
+@pytest.mark.parametrize(
+    ("make", "module", "inputs", "outputs", "transposed"),
+    [
+        pytest.param(tiny_llama, Q, 64, 64, False, id="Linear"),
+        pytest.param(lambda: tiny_model(GPT2), "transformer.h.0.attn.c_proj", 64, 64, True, id="Conv1D"),
+        pytest.param(
+            lambda: tiny_model(GPT2), "transformer.h.0.mlp.c_fc", 64, 256, True, id="Conv1D-that-is-not-square"
+        ),
+    ],
+)
+def test_the_kind_of_a_module_decides_which_way_round_its_change_is(
+    tmp_path: Path,
+    make: Callable[[], PreTrainedModel],
+    module: str,
+    inputs: int,
+    outputs: int,
+    transposed: bool,
+    quantize: str,
+    fan_in_fan_out: bool,
+) -> None:
+    tensors = pair(module, inputs, outputs)
+    make().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    write(tmp_path, tensors, fan_in_fan_out=fan_in_fan_out)
+    _, model = loaded(tmp_path, tmp_path, quantize)
+    down, up = tensors.values()
+    before = make().get_parameter(f"{module}.weight").detach()
+    expected = (before.T if transposed else before) + 4 * (up @ down)  # (outputs, inputs)
+    linear = model.get_submodule(module)
+    eye = torch.eye(inputs)[None]
+    with torch.no_grad():
+        result = (linear(eye) - linear(torch.zeros_like(eye)))[0].T  # (outputs, inputs), without the bias
+    assert (result - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("quantize", ["none", pytest.param("int8", marks=pytest.mark.compiler)])
+def test_biases_of_whole_modules_are_replaced(tmp_path: Path, quantize: str) -> None:
+    base = tiny_model(PhiConfig(**SHAPE))
+    base.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    bias = torch.randn(SHAPE["vocab_size"])
+    head = {"weight": base.get_parameter("lm_head.weight").detach().clone(), "bias": bias}
+    write(tmp_path, {f"base_model.model.lm_head.{kind}": tensor for kind, tensor in head.items()})
+    _, model = loaded(tmp_path, tmp_path, quantize)
+    assert torch.equal(model.lm_head.bias, bias)
 
 
 def test_embeddings_and_whole_modules_are_changed(tmp_path: Path) -> None:
@@ -157,6 +203,18 @@ def test_other_parameters_stay_as_they_are(tmp_path: Path) -> None:
 
 # What cannot be merged
 
+WRONG: dict[str, list[Any]] = {
+    "r": [0, -4, "four", 1.5, None],
+    "lora_alpha": [float("nan"), float("inf"), "16", None],
+    "rank_pattern": ["q_proj", [8], {"q_proj": 0}, {"q_proj": "8"}, {"(": 8}],
+    "alpha_pattern": ["q_proj", [8], {"q_proj": "8"}, {"(": 8}],
+    "target_modules": [5, [1], {"q_proj": 1}],
+    "modules_to_save": [5, [1]],
+    "use_rslora": ["yes"],
+    "base_model_name_or_path": [5],
+    "revision": [5],
+}
+
 
 def refusal(folder: Path, model: PreTrainedModel | None = None) -> str:
     """The message of the error that opening or merging an adapter raises."""
@@ -182,6 +240,17 @@ def refusal(folder: Path, model: PreTrainedModel | None = None) -> str:
 def test_adapters_that_are_no_plain_lora_are_refused(tmp_path: Path, config: dict[str, Any], reason: str) -> None:
     message = refusal(write(tmp_path, lora(tiny_llama(), Q), **config))
     assert f"cannot be merged: {reason}" in message
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in WRONG.items() for value in values])
+def test_a_wrong_field_of_the_config_is_named(tmp_path: Path, field: str, value: Any) -> None:
+    message = refusal(write(tmp_path, lora(tiny_llama(), Q), **{field: value}))
+    assert f"cannot be merged: in adapter_config.json, {field} " in message
+
+
+def test_a_config_that_is_no_object_is_refused(tmp_path: Path) -> None:
+    (write(tmp_path, {}) / "adapter_config.json").write_text("[]")
+    assert "cannot be read (adapter_config.json is no object)" in refusal(tmp_path)
 
 
 def test_a_module_that_the_base_lacks_is_refused(tmp_path: Path) -> None:
@@ -240,14 +309,15 @@ def base(tmp_path: Path) -> Path:
     return tmp_path / "base"
 
 
-def loaded(folder: Path, tmp_path: Path) -> tuple[Any, PreTrainedModel]:
-    return load(Settings(model=str(folder), device="cpu", quantize="none"), tmp_path / "cache")
+def loaded(folder: Path, tmp_path: Path, quantize: str = "none") -> tuple[Any, PreTrainedModel]:
+    return load(Settings(model=str(folder), device="cpu", quantize=quantize), tmp_path / "cache")
 
 
 @pytest.fixture(autouse=True)
-def no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
+def no_compiler(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.node.get_closest_marker("compiler") is None:
+        monkeypatch.setenv("CXX", "no-such-compiler")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
 
 
 def test_an_adapter_beside_its_base_is_merged(base: Path, tmp_path: Path) -> None:

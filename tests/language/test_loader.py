@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import json
 import os
+import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,12 @@ from transformers import MixtralConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from models.engine.joined_linears import LinearPart
 from models.engine.quantization import is_faster, shares
-from models.errors import ModelError
-from models.language.loader import device_map, load
+from models.errors import CacheTooLargeError, ModelError
+from models.language.gguf.gguf_file import GGUFFile
+from models.language.loader import cache_on_accelerator, device_map, load
+from models.language.weights import load_folder, load_gguf
 from models.settings import Settings
+from tests.support.endless_program import EndlessProgram
 from tests.support.gguf_models import write_gguf
 from tests.support.tiny import SHAPE, TEMPLATE, tiny_model
 from tests.support.tiny_gguf import write_tiny_gguf
@@ -126,6 +132,30 @@ def test_experts_of_different_shapes_are_refused(
     )
 
 
+@pytest.mark.parametrize("content", ['{"eos_token_id": [2, 7', "[]", "", "\xff"], ids=["cut", "list", "empty", "latin"])
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_a_damaged_generation_config_is_refused(folder: Path, cache: Path, file: str, content: str) -> None:
+    if file == "pytorch_model.bin":
+        torch.save(load_file(folder / "model.safetensors"), folder / file)
+        (folder / "model.safetensors").unlink()
+    load(settings(folder), cache)
+    (folder / "generation_config.json").write_text(content, encoding="latin-1")
+    reason = "generation_config.json is damaged: download it again"
+    assert refusal(settings(folder), cache) == f"PARLEY_MODEL={folder} cannot be loaded: {reason}"
+
+
+@pytest.mark.parametrize("end", ["<|end|>", 2.5, [[2]], [2, "7"]])
+def test_an_end_that_is_no_token_id_is_refused(folder: Path, cache: Path, end: object) -> None:
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+    assert "eos_token_id in generation_config.json is no token id" in refusal(settings(folder), cache)
+
+
+def test_a_folder_without_a_generation_config_is_loaded(folder: Path, cache: Path) -> None:
+    (folder / "generation_config.json").unlink()
+    _, model = load(settings(folder), cache)
+    assert model.generation_config.eos_token_id == SHAPE["eos_token_id"]
+
+
 def test_a_folder_without_weights_is_refused(folder: Path, cache: Path) -> None:
     (folder / "model.safetensors").unlink()
     assert refusal(settings(folder), cache) == (
@@ -137,6 +167,13 @@ def test_a_cut_gguf_file_is_refused(tmp_path: Path, cache: Path) -> None:
     file = write_tiny_gguf(tmp_path / "tiny.gguf")
     file.write_bytes(file.read_bytes()[:-1000])
     assert refusal(settings(file), cache) == (f"PARLEY_MODEL={file} cannot be loaded: it is cut off: download it again")
+
+
+def test_a_gguf_file_with_impossible_settings_is_refused_once(tmp_path: Path, cache: Path) -> None:
+    file = write_tiny_gguf(tmp_path / "tiny.gguf", changes={"llama.attention.head_count": 5})
+    message = refusal(settings(file), cache)
+    assert message.startswith(f"PARLEY_MODEL={file} cannot be loaded: ")
+    assert message.count("cannot be loaded") == 1
 
 
 def test_a_gguf_file_of_an_unknown_architecture_is_refused(tmp_path: Path, cache: Path) -> None:
@@ -203,6 +240,27 @@ def test_without_an_accelerator_all_weights_are_for_the_cpu() -> None:
     assert device_map(Settings(device="cuda:1")) == "cuda:1"
 
 
+def test_the_cache_of_an_accelerator_has_the_context_and_the_dtype_of_the_settings(llama: PreTrainedModel) -> None:
+    numbers = 4 * 3 * 2 * (16 + 16)  # slots, layers, key heads, sizes of keys and values
+    assert cache_on_accelerator(Settings(slots=4, dtype="float16"), llama) == numbers * 512 * 2
+    assert cache_on_accelerator(Settings(slots=4, context=64, kv_cache="float8"), llama) == numbers * 64
+
+
+def test_a_cache_that_has_no_room_beside_the_weights_is_refused_before_these_are_read(
+    folder: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {
+        "format": None,
+        "dtype": torch.float32,
+        "device": "cpu",
+        "size_of_cache": lambda _: 10**18,
+    }
+    with pytest.raises(CacheTooLargeError, match="lower PARLEY_SLOTS"):
+        load_folder(folder, None, False, **options)
+    with pytest.raises(CacheTooLargeError, match="lower PARLEY_SLOTS"):
+        load_gguf(GGUFFile(write_tiny_gguf(tmp_path / "tiny.gguf")), **options)
+
+
 # Quantization
 
 
@@ -249,10 +307,11 @@ def test_the_blocks_of_a_gguf_file_are_kept(tmp_path: Path, cache: Path) -> None
 
 
 def test_without_a_compiler_the_weights_stay_and_the_log_says_why(
-    folder: Path, cache: Path, caplog: pytest.LogCaptureFixture
+    folder: Path, cache: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, model = load(settings(folder), cache)
     assert shares(model) == {"float32": 1.0}
+    assert "Compiling" not in capsys.readouterr().err
     assert "replies will be several times slower" in caplog.text
     assert "there is no C++ compiler no-such-compiler (on Debian: apt-get install g++)" in caplog.text
 
@@ -261,6 +320,48 @@ def test_without_a_compiler_the_weights_stay_and_the_log_says_why(
 def test_without_a_compiler_quantization_is_refused(folder: Path, cache: Path, quantize: str) -> None:
     message = refusal(settings(folder, quantize=quantize), cache)
     assert message.startswith(f"PARLEY_QUANTIZE={quantize} is not possible: there is no C++ compiler no-such-compiler")
+
+
+# Compilers
+
+
+@pytest.fixture
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[EndlessProgram]:
+    """A compiler that does not end by itself."""
+    with EndlessProgram.written(tmp_path) as program:
+        monkeypatch.setenv("CXX", str(program.path))
+        yield program
+
+
+def kept_files(tmp_path: Path) -> set[str]:
+    """What is left where the kernels are kept, but for the lock."""
+    kept = tmp_path / "empty" / "parley"
+    return {path.name for path in kept.iterdir()} - {"kernels.lock"} if kept.exists() else set()
+
+
+def test_an_interrupt_ends_the_compilers_and_leaves_no_file(
+    folder: Path, tmp_path: Path, cache: Path, compiler: EndlessProgram, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt() -> None:
+        compiler.wait_until_it_runs()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        load(settings(folder), cache)
+    thread.join()
+    assert not compiler.came_to_its_end()
+    assert not kept_files(tmp_path)
+    assert "Compiling" in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_loaded_is_refused_without_waiting_for_compilers(
+    tmp_path: Path, cache: Path, compiler: EndlessProgram
+) -> None:
+    assert "there is no such file or folder" in refusal(settings(tmp_path / "nowhere"), cache)
+    assert not compiler.came_to_its_end()
+    assert not kept_files(tmp_path)
 
 
 # Threads

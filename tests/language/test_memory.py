@@ -1,25 +1,31 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from transformers import GPT2Config, PreTrainedModel
 
+from models.engine.model_runner import ModelRunner
 from models.engine.quantized_weight import Format
-from models.errors import ModelError
+from models.errors import CacheTooLargeError, ModelError
 from models.language.memory import (
     FreeMemory,
     Memory,
     cgroups_of,
-    check_weights,
+    check_memory,
     free_in_cgroup,
     free_memory,
+    size_of_cache,
     size_of_model,
     size_of_weights,
     tell_memory,
 )
+from tests.engine.architectures import EQUAL, small_model, written
+from tests.support.tiny import tiny_gemma2, tiny_gpt_oss, tiny_llama, tiny_model
 
 GB = 10**9
 CPU = torch.device("cpu")
@@ -81,12 +87,12 @@ def test_a_loaded_model_takes_its_parameters_and_buffers() -> None:
 
 
 def test_weights_that_fit_are_accepted() -> None:
-    check_weights(5 * GB, FreeMemory(5 * GB), can_round=True)
-    check_weights(5 * GB, FreeMemory(3 * GB, swap=2 * GB), can_round=True)
+    check_memory(5 * GB, FreeMemory(5 * GB), can_round=True)
+    check_memory(5 * GB, FreeMemory(3 * GB, swap=2 * GB), can_round=True)
 
 
 def test_nothing_is_refused_if_it_is_unknown_what_is_free() -> None:
-    check_weights(10**18, None, can_round=True)
+    check_memory(10**18, None, can_round=True)
 
 
 @pytest.mark.parametrize(
@@ -98,8 +104,47 @@ def test_nothing_is_refused_if_it_is_unknown_what_is_free() -> None:
 )
 def test_weights_that_do_not_fit_are_refused_with_both_numbers_and_advice(can_round: bool, advice: str) -> None:
     with pytest.raises(ModelError) as raised:
-        check_weights(int(30.12 * GB), FreeMemory(int(20.3 * GB), swap=GB), can_round)
+        check_memory(int(30.12 * GB), FreeMemory(int(20.3 * GB), swap=GB), can_round)
     assert str(raised.value) == f"its weights need 30.1 GB, and 20.3 GB of memory are free: {advice}"
+
+
+def test_a_cache_that_does_not_fit_beside_the_weights_is_refused_with_the_settings_to_lower() -> None:
+    check_memory(6 * GB, FreeMemory(8 * GB), can_round=True, cache=2 * GB)
+    with pytest.raises(CacheTooLargeError) as raised:
+        check_memory(6 * GB, FreeMemory(8 * GB), can_round=True, cache=4 * GB)
+    assert str(raised.value) == (
+        "its weights need 6.0 GB and its cache 4.0 GB, and 8.0 GB of memory are free: lower PARLEY_SLOTS or "
+        "PARLEY_CONTEXT, or set PARLEY_KV_CACHE=float8"
+    )
+
+
+def real_size_of_cache(model: PreTrainedModel, slots: int, context: int, dtype: torch.dtype) -> float:
+    """What the slots take, without the one for padding."""
+    return ModelRunner(model, slots, context, cache_dtype=dtype).cache.size * slots / (slots + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(tiny_llama, id="llama"),
+        pytest.param(tiny_gemma2, id="windows"),
+        pytest.param(tiny_gpt_oss, id="experts"),
+        pytest.param(lambda: tiny_model(GPT2Config(n_embd=64, n_layer=2, n_head=2)), id="no-key-heads"),
+    ],
+)
+def test_the_cache_takes_what_the_configuration_says(make: Callable[[], PreTrainedModel], dtype: torch.dtype) -> None:
+    model = make()
+    assert size_of_cache(model.config, 3, 64, dtype) == real_size_of_cache(model, 3, 64, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [name for name, verdict in written().items() if verdict == EQUAL])
+def test_the_cache_of_no_model_takes_less_than_the_configuration_says(name: str) -> None:
+    model = small_model(name)
+    expected = size_of_cache(model.config, 3, 64, torch.float32)
+    assert expected <= real_size_of_cache(model, 3, 64, torch.float32)
 
 
 # What the cache may take

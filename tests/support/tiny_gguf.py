@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,12 @@ def write_tiny_gguf(
     experts: int = 0,
     tied: bool = False,
     float32: Collection[str] = (),
+    changes: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a Llama, or a Mixtral if there are experts, with the tiny tokenizer. Its matrices are of `kind`.
 
     Norms and routers are in float32, as llama.cpp's converter leaves them, and so are the tensors in `float32`.
+    `changes` are those of its metadata.
     """
     tokens = _tokens()
     heads, key_heads = hidden // HEAD_SIZE, hidden // HEAD_SIZE // 2
@@ -82,7 +84,7 @@ def write_tiny_gguf(
         name: _tensor(kinds.get(name, GGMLQuantizationType.F32), shape, seed)
         for seed, (name, shape) in enumerate(shapes.items())
     }
-    return write_gguf(path, metadata, tensors, kinds)
+    return write_gguf(path, metadata | dict(changes or {}), tensors, kinds)
 
 
 def _tokens() -> list[str]:

@@ -35,14 +35,13 @@ def library_path(cache: Path, source: Path = KERNELS) -> Path:
 def build_library(cache: Path, source: Path = KERNELS, subprocesses: Subprocesses | None = None) -> Path:
     """The library of a source, compiled (in ten seconds) unless `cache` has it.
 
-    One that others can write is compiled again. Raises KernelsUnavailableError and UntrustedPathError.
+    One that others can write is compiled again. Raises KernelsUnavailableError and UntrustedPathError, and
+    CompilationError after `subprocesses.stop`.
     """
     path = library_path(cache, source)
     if _is_built(path):
         return path
-    compiler = os.environ.get("CXX", "g++")
-    if not shutil.which(compiler):
-        raise KernelsUnavailableError(f"there is no C++ compiler {compiler} (on Debian: apt-get install g++)")
+    compiler, subprocesses = find_compiler(), subprocesses or Subprocesses()
     with scratch_folder(cache, "kernels") as folder:
         if _is_built(path):  # another process has just made it
             return path
@@ -53,15 +52,23 @@ def build_library(cache: Path, source: Path = KERNELS, subprocesses: Subprocesse
         parts = {part: folder / f"{part.stem}.o" for part in _parts(source)}
         commands = [[compiler, *FLAGS, *includes, "-c", str(part), "-o", str(made)] for part, made in parts.items()]
         with ThreadPoolExecutor(len(parts)) as pool:  # two cores take ten seconds for the kernels, one takes twenty
-            outcomes = list(pool.map(lambda command: (subprocesses or Subprocesses()).run(command), commands))
+            outcomes = list(pool.map(subprocesses.run, commands))
         link = [compiler, *FLAGS, *map(str, parts.values()), *libraries, "-o", str(unfinished)]
         if not any(code for code, _ in outcomes):
-            outcomes.append((subprocesses or Subprocesses()).run(link))
+            outcomes.append(subprocesses.run(link))
         for code, stderr in outcomes:
             if code:
                 raise KernelsUnavailableError(f"{compiler} failed: {_reason(stderr)}")
         unfinished.rename(path)  # atomic, since another process may load it at any time
     return path
+
+
+def find_compiler() -> str:
+    """The C++ compiler's name or path: g++, or what the variable CXX says. Raises KernelsUnavailableError."""
+    compiler = os.environ.get("CXX", "g++")
+    if not shutil.which(compiler):
+        raise KernelsUnavailableError(f"there is no C++ compiler {compiler} (on Debian: apt-get install g++)")
+    return compiler
 
 
 def _parts(source: Path) -> list[Path]:
