@@ -36,23 +36,17 @@ MODEL_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 TEMPLATE = "chat_template.jinja"
 
-Rank = Annotated[int, Meta(ge=1, description="a whole number, 1 or more")]
 Alpha = Annotated[float, Meta(gt=-1e9, lt=1e9, description="a number")]  # NaN is outside of all bounds
 Name = Annotated[str | None, Meta(description="text")]
-Modules = Annotated[list[str] | str | None, Meta(description="text, or a list of texts")]
 Patterns = Meta(description="an object with patterns of names and numbers")
 
 
 class LoraConfig(Struct, frozen=True):
-    """What merging reads of adapter_config.json, and what would make an adapter useless if it were wrong."""
+    """What merging reads of adapter_config.json. The tensors tell the rest, such as ranks and names of modules."""
 
-    r: Rank = 8
     lora_alpha: Alpha = 8
-    rank_pattern: Annotated[dict[str, Rank] | None, Patterns] = None
     alpha_pattern: Annotated[dict[str, Alpha] | None, Patterns] = None
-    use_rslora: Annotated[bool, Meta(description="true or false")] = False
-    target_modules: Modules = None
-    modules_to_save: Modules = None
+    use_rslora: Annotated[bool | None, Meta(description="true or false")] = False
     base_model_name_or_path: Name = None
     revision: Name = None
 
@@ -214,12 +208,11 @@ def _whole(pattern: str) -> str:
 def _checked(config: Mapping[str, Any]) -> LoraConfig:
     """The settings of an adapter. Raises InvalidRequestError, which names the wrong field."""
     checked = convert(config, LoraConfig)
-    for field in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(checked, field) or ():
-            try:
-                re.compile(_whole(pattern))
-            except re.error as error:
-                raise InvalidValueError(f"{field} has a pattern that is none: {pattern}", field) from error
+    for pattern in checked.alpha_pattern or ():
+        try:
+            re.compile(_whole(pattern))
+        except re.error as error:
+            raise InvalidValueError(f"alpha_pattern has a pattern that is none: {pattern}", "alpha_pattern") from error
     return checked
 
 

@@ -9,9 +9,10 @@ from models.errors import ModelError
 
 
 class FileVersion:
-    """A file as it is now. `check` tells later if another one has taken its place, or if its bytes have changed.
+    """A file as it is now, by its size and time. `check` tells later if it has changed, or if another took its place.
 
-    `descriptor` is that of the file if it is open.
+    The number of its inode says nothing: some file systems give a new one each time. `descriptor` is that of the file
+    if it is open.
     """
 
     def __init__(self, path: Path, descriptor: int | None = None) -> None:
@@ -24,6 +25,6 @@ class FileVersion:
             raise ModelError(f"{self._path} has changed while it was read: start again")
 
 
-def _identity(file: Path | int) -> tuple[int, int, int, int]:
+def _identity(file: Path | int) -> tuple[int, int]:
     status = os.stat(file)
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    return status.st_size, status.st_mtime_ns

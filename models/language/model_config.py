@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from models.options import Options
 from models.settings import Settings
 
 DEFAULT_CONTEXT = 4096
+OPTIONS = ("temperature", "top_p", "top_k", "repetition_penalty")  # that a model has good values for
 END_OF_TURN = {  # special tokens that end a turn, or the text
     "<|im_end|>",
     "<|eot_id|>",
@@ -46,23 +48,30 @@ def context_length(model: PreTrainedModel, settings: Settings) -> int:
 
 
 def read_generation_config(folder: Path) -> GenerationConfig | None:
-    """The default options and end tokens beside a model; None if it has none. Raises ModelError if they are damaged."""
-    if not (folder / GENERATION_CONFIG_NAME).is_file():
+    """What Parley reads of the default options beside a model, and its end tokens; None if there are none.
+
+    Raises ModelError if the file is damaged or names no tokens as ends.
+    """
+    path = folder / GENERATION_CONFIG_NAME
+    if not path.is_file():
         return None
     try:
-        config = GenerationConfig.from_pretrained(folder)
-    except Exception as error:  # transformers raises many types of errors
-        raise ModelError(f"{GENERATION_CONFIG_NAME} is damaged: download it again") from error
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    if not all(end is None or type(end) is int for end in ends):
-        raise ModelError(f"eos_token_id in {GENERATION_CONFIG_NAME} is no token id and no list of some: {ends}")
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        ends = stored.get("eos_token_id")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"{path.name} is damaged: download it again") from error
+    if not all(end is None or type(end) is int for end in (ends if isinstance(ends, list) else [ends])):
+        raise ModelError(f"eos_token_id in {path.name} is no token id and no list of some: {ends}")
+    config = GenerationConfig(eos_token_id=ends)  # type: ignore[no-untyped-call]
+    for name in OPTIONS:
+        setattr(config, name, stored.get(name))
     return config
 
 
 def default_options(model: PreTrainedModel, settings: Settings) -> Options:
     """The operator's options, else the model's if they are in bounds, else ours."""
     options = Options()
-    for name in ("temperature", "top_p", "top_k", "repetition_penalty"):
+    for name in OPTIONS:
         if (value := getattr(model.generation_config, name, None)) is not None:
             with suppress(InvalidValueError):
                 options = options.updated({name: value})

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,6 @@ from models.language.model_config import read_generation_config
 from models.language.quantizer import ParleyConfig, Quantize
 from models.language.stored_weights import StoredWeight, stored_weights
 
-SCALE = re.compile(r"(?P<weight>.+)_scale(_\w+)?")  # of a packed weight
 REPORTS = "transformers.modeling_utils"  # the logger of its reports, of many lines
 
 SizeOfCache = Callable[[PreTrainedModel], int]  # the bytes that a model's cache takes from the beginning
@@ -68,9 +66,9 @@ def load_folder(
     check_memory(size_of_weights(empty, formats, dtype), free_memory(device), can_round, size_of_cache(empty))
     options = _options(_round_to(formats, adapter), formats, dtype, device)
     if weights:
-        model = _from_pretrained(type(empty), empty.state_dict(), None, config=config, state_dict=weights, **options)
+        model = _from_pretrained(type(empty), None, config=config, state_dict=weights, **options)
     else:  # files of older formats
-        model = _from_pretrained(AutoModelForCausalLM, empty.state_dict(), folder, **code, **options)
+        model = _from_pretrained(AutoModelForCausalLM, folder, **code, **options)
     if generation_config:
         model.generation_config = generation_config
     if adapter:
@@ -97,7 +95,7 @@ def load_gguf(
         name: StoredWeight(_nothing if name in formats else source.values) for name, source in sources.items()
     }
     options = _options(_blocks_of(sources, formats), formats, dtype, device)
-    model = _from_pretrained(kind, empty.state_dict(), None, config=config, state_dict=weights, **options)
+    model = _from_pretrained(kind, None, config=config, state_dict=weights, **options)
     for name, source in buffers.items():
         model.get_buffer(name).copy_(source.values())
     model.generation_config.eos_token_id = sorted(file.stop_token_ids())
@@ -176,11 +174,8 @@ def _options(quantize: Quantize, formats: Mapping[str, Format], dtype: torch.dty
     return options | ({"quantization_config": ParleyConfig(quantize, formats)} if formats else {})
 
 
-def _from_pretrained(kind: Any, names: Collection[str], *arguments: Any, **options: Any) -> PreTrainedModel:
-    """`from_pretrained` of a class, whose parameters have these names.
-
-    Raises ModelError if weights are missing, have other shapes, or have scales that nothing has multiplied them with.
-    """
+def _from_pretrained(kind: Any, *arguments: Any, **options: Any) -> PreTrainedModel:
+    """`from_pretrained` of a class. Raises ModelError if weights are missing or have other shapes."""
     model: PreTrainedModel
     with _without_reports():
         model, found = kind.from_pretrained(
@@ -190,26 +185,9 @@ def _from_pretrained(kind: Any, names: Collection[str], *arguments: Any, **optio
         raise _misshapen(*min(mismatched))
     if missing := found["missing_keys"]:
         raise ModelError(f"{len(missing)} weights are missing, first {min(missing)}: download it again")
-    unused = found["unexpected_keys"]
-    if scales := _scales_of_used(unused, names):
-        raise ModelError(
-            f"its weights are packed, and config.json does not say how, though there is {scales[0]}: download all "
-            "files of the model again, or choose another version of it"
-        )
-    if unused:
+    if unused := found["unexpected_keys"]:
         logger.warning("%d weights of the model are not used, first %s", len(unused), min(unused))
     return model
-
-
-def _scales_of_used(unused: Collection[str], names: Collection[str]) -> list[str]:
-    """Which of the tensors that are not used are scales of weights that are."""
-    scales = []
-    for key in unused:
-        # Weights of experts have names of their own in the files, and those of other parts are not used either.
-        weight = scale["weight"] if (scale := SCALE.fullmatch(key)) else ""
-        if weight in names or (weight.endswith("weight") and weight not in unused):
-            scales.append(key)
-    return sorted(scales)
 
 
 def _misshapen(name: str, stored: tuple[int, ...], expected: tuple[int, ...]) -> ModelError:

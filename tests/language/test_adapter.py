@@ -204,12 +204,8 @@ def test_other_parameters_stay_as_they_are(tmp_path: Path) -> None:
 # What cannot be merged
 
 WRONG: dict[str, list[Any]] = {
-    "r": [0, -4, "four", 1.5, None],
     "lora_alpha": [float("nan"), float("inf"), "16", None],
-    "rank_pattern": ["q_proj", [8], {"q_proj": 0}, {"q_proj": "8"}, {"(": 8}],
     "alpha_pattern": ["q_proj", [8], {"q_proj": "8"}, {"(": 8}],
-    "target_modules": [5, [1], {"q_proj": 1}],
-    "modules_to_save": [5, [1]],
     "use_rslora": ["yes"],
     "base_model_name_or_path": [5],
     "revision": [5],

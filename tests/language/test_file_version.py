@@ -27,7 +27,7 @@ def test_a_file_in_the_place_of_another_is_told(path: Path) -> None:
     version, before = FileVersion(path), path.stat()
     other = path.with_name("other")
     other.write_bytes(b"other")
-    os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+    os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
     with path.open("rb") as file:
         other.replace(path)
         version.check(file.fileno())  # the open file is still the first one

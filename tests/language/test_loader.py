@@ -150,6 +150,13 @@ def test_an_end_that_is_no_token_id_is_refused(folder: Path, cache: Path, end: o
     assert "eos_token_id in generation_config.json is no token id" in refusal(settings(folder), cache)
 
 
+def test_generation_settings_that_parley_does_not_read_may_be_anything(folder: Path, cache: Path) -> None:
+    stored = {"max_new_tokens": -1, "cache_implementation": "new", "compile_config": {}, "temperature": 0.3}
+    (folder / "generation_config.json").write_text(json.dumps(stored))
+    _, model = load(settings(folder), cache)
+    assert model.generation_config.temperature == 0.3
+
+
 def test_a_folder_without_a_generation_config_is_loaded(folder: Path, cache: Path) -> None:
     (folder / "generation_config.json").unlink()
     _, model = load(settings(folder), cache)

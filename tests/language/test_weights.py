@@ -325,31 +325,10 @@ def test_numbers_that_need_scales_are_refused_if_nothing_says_that_weights_are_p
     )
 
 
-@pytest.mark.parametrize("format", [None, pytest.param(Format.Q8_0, marks=compiler)], ids=["plain", "quantized"])
-@pytest.mark.parametrize("ending", ["scale", "scale_inv", "scale_2"])
-def test_scales_of_a_weight_that_are_not_used_are_refused(tmp_path: Path, format: Format | None, ending: str) -> None:
-    folder = saved(tmp_path, tiny_llama())
-    tensors = load_file(folder / "model.safetensors") | {f"{DOWN}_{ending}": torch.ones(1)}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=f"config.json does not say how, though there is {DOWN}_{ending}: download"):
-        from_folder(folder, format)
-
-
-def test_scales_of_experts_that_are_not_used_are_refused(tmp_path: Path) -> None:
-    shape = {"num_local_experts": 4, "num_experts_per_tok": 2}
-    folder = saved(tmp_path, tiny_model(MixtralConfig(**SHAPE | shape)))
-    tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.0.block_sparse_moe.experts.3.w2.weight_scale_inv"] = torch.ones(1)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"there is model\.layers\.0\..*experts\.3\.w2\.weight_scale_inv: download"):
-        from_folder(folder)
-
-
-def test_scales_of_weights_that_are_not_used_either_are_no_fault(tmp_path: Path) -> None:
+def test_scales_beside_weights_that_are_not_packed_change_nothing(tmp_path: Path) -> None:
     folder, model = saved(tmp_path, tiny_llama()), tiny_llama()
-    names = ["model.layers.0.self_attn.k_scale", "model.layers.0.self_attn.k_proj.output_scale"]
-    names += ["vision.weight", "vision.weight_scale"]
-    tensors = load_file(folder / "model.safetensors") | {name: torch.ones(1) for name in names}
+    names = ["model.layers.0.self_attn.k_scale", f"{DOWN}_scale", "vision.weight", "vision.weight_scale"]
+    tensors = load_file(folder / "model.safetensors") | {name: torch.full((1,), 3.0) for name in names}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     assert error(logits(from_folder(folder)), logits(model)) < 1e-6
 

@@ -52,6 +52,8 @@ class StoredTensor:
             with self.path.open("rb") as file:
                 data = numpy.fromfile(file, numpy.uint8, self.size, offset=self.offset)
                 self.version.check(file.fileno())
+                if data.size < self.size:  # numpy says nothing of an error of the disk
+                    raise OSError("the disk gives less than the file has")
         except OSError as error:
             raise ModelError(f"{self.path} cannot be read: {one_line(error)}") from error
         return torch.from_numpy(data).view(*self.shape[:-1], self.row_bytes)

@@ -17,7 +17,14 @@ from models.language.packed.formats import Parts
 
 PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TABLES = (torch.int64, torch.bool)  # of buffers; no format packs weights in them
-MODELOPT = (None, "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4")  # its algorithms that `scaled` undoes
+MODELOPT = {
+    None,
+    "FP8",
+    "FP8_PER_CHANNEL_PER_TOKEN",
+    "FP8_PB_WO",
+    "MXFP8",
+    "NVFP4",
+}  # its algorithms that `scaled` undoes
 OF_ACTIVATIONS = re.compile(r".+\.(((input|output|activation|[qkv])_(global_)?scale(_ub)?)|input_zero_point)")
 
 
@@ -124,6 +131,14 @@ def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return found[0] if found else None
 
 
+def _algorithms(config: Mapping[str, Any]) -> set[str | None]:
+    """The algorithms of ModelOpt that a `quantization_config` names: for all layers, or for each one."""
+    algorithm = config.get("quant_algo")
+    if algorithm != "MIXED_PRECISION":
+        return {algorithm}
+    return {layer.get("quant_algo") for layer in (config.get("quantized_layers") or {}).values()}
+
+
 def _format(config: Mapping[str, Any]) -> Format:
     """The format that a `quantization_config` names. Raises ModelError."""
     method = config.get("quant_method")
@@ -138,8 +153,8 @@ def _format(config: Mapping[str, Any]) -> Format:
         unknown = f"gptq in {config['pack_dtype']}"
     elif method == "awq" and (variant not in ("", "gemm") or bits != 4):
         unknown = f"awq ({variant}, {bits} bits)"
-    elif method == "modelopt" and config.get("quant_algo") not in MODELOPT:
-        unknown = f"modelopt ({config['quant_algo']})"
+    elif method == "modelopt" and (algorithms := _algorithms(config) - MODELOPT):
+        unknown = f"modelopt ({min(map(str, algorithms))})"
     elif (sparsity := config.get("sparsity_config") or {}) and sparsity.get("format") not in (None, "dense"):
         unknown = f"{method} with sparse weights"
     elif config.get("transform_config"):

@@ -15,6 +15,7 @@ Parts = Mapping[str, Tensor]  # the tensors of one weight, by what they are
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # E2M1; the fourth bit is the sign
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where AWQ keeps each of eight neighbouring outputs in a word
 WORD = 32
+DENSE = (torch.float32, torch.bfloat16, torch.float16)  # of weights that are not packed
 
 
 def unpack_bits(words: Tensor, bits: int, count: int) -> Tensor:
@@ -44,8 +45,10 @@ def gptq(parts: Parts, config: Mapping[str, Any]) -> Tensor:
     """GPTQ, as AutoGPTQ writes it: integers packed along the inputs, a scale and a zero for each group of inputs."""
     scales, bits = parts["scales"].float(), config["bits"]  # (groups, outputs)
     outputs, inputs = scales.shape[1], parts["qweight"].shape[0] * WORD // bits
-    size = _group_size(inputs, len(scales), config.get("group_size") or -1)
-    group = parts["g_idx"].long() if "g_idx" in parts else torch.arange(inputs) // size
+    if "g_idx" in parts:
+        group = parts["g_idx"].long()
+    else:
+        group = torch.arange(inputs) // _group_size(inputs, len(scales), config.get("group_size") or -1)
     numbers = unpack_bits(parts["qweight"].T, bits, inputs)  # (outputs, inputs)
     zeros = unpack_bits(parts["qzeros"], bits, outputs).int()  # (groups, outputs)
     if _name(config, "checkpoint_format", "format") != "gptq_v2":  # it keeps them less one
@@ -71,6 +74,8 @@ def scaled(parts: Parts, config: Mapping[str, Any]) -> Tensor:
 
     DeepSeek's FP8, FBGEMM, ModelOpt and compressed-tensors have this in common, and their tensors tell the rest.
     """
+    if "weight" in parts and parts["weight"].dtype in DENSE:  # whoever made it plain left its scales
+        return parts["weight"].float()
     scale = _scale(parts)
     zeros = parts.get("zero_point")
     if "packed" in parts and parts["packed"].dtype == torch.int32:
@@ -176,7 +181,8 @@ def _blocks(config: Mapping[str, Any]) -> list[Sequence[int]]:
 
 def _weights(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """What the configuration says about the weights of each of its groups."""
-    return [group.get("weights") or {} for group in (config.get("config_groups") or {}).values()]
+    groups = (config.get("config_groups") or {}).values()
+    return [group.get("weights") or {} for group in groups if isinstance(group, Mapping)]  # else it is a preset
 
 
 def _spread(scale: Tensor, shape: torch.Size, blocks: Sequence[Sequence[int]]) -> Tensor:

@@ -13,6 +13,7 @@ from tests.support.packed import pack_fp8, pack_gptq
 WEIGHT = "model.layers.0.q_proj.weight"
 GPTQ: dict[str, Any] = {"quant_method": "gptq", "bits": 4, "group_size": 32}
 FP8: dict[str, Any] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+MIXED: dict[str, Any] = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}
 
 
 def checkpoint(config: dict[str, Any], tensors: dict[str, Tensor]) -> PackedCheckpoint:
@@ -65,6 +66,11 @@ def test_nothing_is_read_before_it_is_needed() -> None:
         pytest.param(GPTQ | {"bits": 5}, "gptq (, 5 bits)", id="bits"),
         pytest.param(GPTQ | {"checkpoint_format": "marlin"}, "gptq (marlin, 4 bits)", id="format"),
         pytest.param({"quant_method": "modelopt", "quant_algo": "NVFP4_AWQ"}, "modelopt (NVFP4_AWQ)", id="algorithm"),
+        pytest.param(
+            MIXED | {"quantized_layers": {"a": {"quant_algo": "FP8"}, "b": {"quant_algo": "NVFP4_AWQ"}}},
+            "modelopt (NVFP4_AWQ)",
+            id="layer",
+        ),
         pytest.param(GPTQ | {"pack_dtype": "int64"}, "gptq in int64", id="words"),
         pytest.param({"quant_method": "awq", "bits": 4, "version": "gemv"}, "awq (gemv, 4 bits)", id="version"),
         pytest.param(
@@ -113,3 +119,22 @@ def test_the_configuration_says_whether_weights_are_packed(
     config: dict[str, Any], expected: dict[str, Any] | None
 ) -> None:
     assert quantization_of(config) == expected
+
+
+@pytest.mark.parametrize("algorithm", ["FP8", "MXFP8", "NVFP4", None])
+def test_algorithms_of_modelopt_are_read_for_all_layers_and_for_each(algorithm: str | None) -> None:
+    layers = {"quantized_layers": {"a": {"quant_algo": algorithm}, "b": {"quant_algo": "FP8"}}}
+    for config in ({"quant_method": "modelopt", "quant_algo": algorithm}, MIXED | layers):
+        tensors = {WEIGHT: torch.full((2, 32), 3.0).to(torch.float8_e4m3fn), f"{WEIGHT}_scale": torch.tensor(0.5)}
+        assert checkpoint(config, tensors).tensor(WEIGHT).eq(1.5).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_weight_that_somebody_has_unpacked_is_not_scaled_again(dtype: torch.dtype) -> None:
+    weight = torch.rand(4, 32).to(dtype)
+    tensors = {WEIGHT: weight, f"{WEIGHT}_scale": torch.full((4, 1), 0.01)}
+    assert (
+        checkpoint({"quant_method": "compressed-tensors", "format": "dense"}, tensors)
+        .tensor(WEIGHT)
+        .equal(weight.float())
+    )
