@@ -122,6 +122,7 @@ def _empty(tensor: Tensor) -> Tensor:
 def _compile_here() -> None:
     """The work of the other process: read a module without its data, write the package."""
     os.nice(19)  # replies have priority
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # programs in the background of a shell ignore it
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGINT)  # PR_SET_PDEATHSIG: end with the server, and clean up
     warnings.simplefilter("ignore")
