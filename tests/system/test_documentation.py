@@ -55,6 +55,8 @@ NOT_RUN = {
     "python3 -m venv .bench/peers": "the peers of the benchmark take gigabytes",
     '.bench/peers/bin/pip install torch==2.13.0 xllamacpp "transformers[serving]==5.23.0"': "the same",
     ".venv/bin/python tests/bench/compare.py --peers .bench/peers": "takes twenty minutes",
+    ".venv/bin/python tests/bench/compare.py --peers .bench/peers --model .bench/models/0.5B-Q4_K_M.gguf": "the same",
+    ".venv/bin/python tests/bench/loading.py": "makes files of gigabytes",
 }
 
 
