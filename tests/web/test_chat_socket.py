@@ -20,9 +20,9 @@ from tests.support.tiny import opens_tiny
 
 @pytest.fixture(scope="module")
 def tiny_app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApp]:
-    """An app over a tiny model with random weights."""
-    data = tmp_path_factory.mktemp("tiny") / "data"
-    settings = Settings(context=256, slots=4, compile=False, data=data, users={"ann": ANN})
+    """An app over a tiny model with random weights. It is greedy: a random reply may have no text."""
+    data, options = tmp_path_factory.mktemp("tiny") / "data", {"temperature": 0.0}
+    settings = Settings(context=256, slots=4, compile=False, data=data, users={"ann": ANN}, options=options)
     with start(create_app(settings, opens_tiny)) as running:
         yield running
 
