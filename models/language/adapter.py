@@ -212,7 +212,9 @@ def _checked(config: Mapping[str, Any]) -> LoraConfig:
         try:
             re.compile(_whole(pattern))
         except re.error as error:
-            raise InvalidValueError(f"alpha_pattern has a pattern that is none: {pattern}", "alpha_pattern") from error
+            raise InvalidValueError(
+                f"alpha_pattern has a pattern that is not valid: {pattern}", "alpha_pattern"
+            ) from error
     return checked
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaConfig, PreTrainedModel
 
 from models.engine.batch import Batch
@@ -18,6 +17,7 @@ from models.engine.sampling_params import SamplingParams
 from models.engine.scheduler import Placement
 from models.engine.sequence import Sequence
 from models.errors import UnsupportedModelError
+from tests.support.any_batch import assert_equal_logits_in_any_batch
 from tests.support.faulty import both_attentions, faulty_engine, make_engine
 from tests.support.tiny import (
     SHAPE,
@@ -100,28 +100,6 @@ def test_a_seeded_reply_is_the_same_alone_and_among_others(llama: PreTrainedMode
     among = generate(engine, [*neighbours[:4], Sequence(first, params, 32, seed=11), *neighbours[4:]], every=2)
     assert among[4] == alone
     assert generate_one(engine, Sequence(first, params, 32, seed=12)) != alone
-
-
-def assert_equal_logits_in_any_batch(engine: Engine) -> None:
-    """Assert that neither the other sequences of a batch nor the size of chunks changes a bit of the logits."""
-    asked = prompts(50, 7, 33, 50, 21)
-
-    def logits(size: int, others: int) -> Tensor:
-        """The logits after each token of the first prompt, in chunks of a size, beside some other prompts."""
-        results = []
-        for start in range(0, 50, size):
-            batch = Batch()
-            for slot in reversed(range(others + 1)):
-                if ids := asked[slot][start : start + size]:
-                    batch.add(slot, ids, start)
-            batch.logits_at = list(range(len(batch.ids) - len(asked[0][start : start + size]), len(batch.ids)))
-            results.append(engine.runner.run_batch(batch))
-        return torch.cat(results)
-
-    expected = logits(50, others=0)
-    assert expected.shape[0] == 50
-    for size, others in [(50, 4), (1, 0), (1, 4), (7, 2), (16, 1)]:
-        assert torch.equal(logits(size, others), expected)
 
 
 @pytest.mark.compiler

@@ -35,6 +35,7 @@ from models.engine.quantization import (
 from models.engine.quantized_weight import Format, QuantizedWeight
 from models.language.loader import load
 from models.settings import Settings
+from tests.support.any_batch import assert_equal_logits_in_any_batch
 from tests.support.faulty import make_engine
 from tests.support.recurrent_models import LATENT, tiny_recurrent
 from tests.support.tiny import SHAPE, prompts, tiny_gemma3, tiny_llama, tiny_model, to_int8
@@ -276,24 +277,7 @@ def test_experts_give_a_token_the_same_bits_in_any_batch(make: Make) -> None:
 
 @pytest.mark.parametrize("make", [tiny_mixtral, tiny_qwen3_moe, tiny_gpt_oss])
 def test_logits_of_quantized_experts_are_equal_to_the_bit_in_any_batch(make: Make) -> None:
-    engine = make_engine(to_int8(make()), slots=8, context=128)
-    asked = prompts(50, 7, 33, 50, 21)
-
-    def first_logits(size: int, others: int) -> Tensor:
-        """The logits after each token of the first prompt, in chunks of a size, beside some other prompts."""
-        results = []
-        for start in range(0, 50, size):
-            batch = Batch()
-            for slot in reversed(range(others + 1)):
-                if ids := asked[slot][start : start + size]:
-                    batch.add(slot, ids, start)
-            batch.logits_at = list(range(len(batch.ids) - len(asked[0][start : start + size]), len(batch.ids)))
-            results.append(engine.runner.run_batch(batch))
-        return torch.cat(results)
-
-    expected = first_logits(50, others=0)
-    for size, others in [(50, 4), (1, 0), (1, 4), (7, 2), (16, 1)]:
-        assert torch.equal(first_logits(size, others), expected)
+    assert_equal_logits_in_any_batch(make_engine(to_int8(make()), slots=8, context=128))
 
 
 # What is quantized, and what stays

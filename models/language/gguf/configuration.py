@@ -52,8 +52,9 @@ def _head_dim(settings: ModelSettings) -> int:
 
 
 def _epsilon(settings: ModelSettings) -> float:
-    root, layer = "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"
-    return float(settings.positive(layer if settings.get(root) is None and settings.get(layer) is not None else root))
+    names = ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon")
+    name = next((name for name in names if settings.get(name) is not None), names[0])
+    return float(settings.positive(name))
 
 
 COMMON: dict[str, Callable[[ModelSettings], Any]] = {  # settings that many configurations have, by their names there

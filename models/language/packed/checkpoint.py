@@ -13,18 +13,11 @@ from torch import Tensor
 
 from models.errors import ModelError, one_line
 from models.language.packed import formats
-from models.language.packed.formats import Parts
+from models.language.packed.formats import PLAIN, Parts
 
-PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TABLES = (torch.int64, torch.bool)  # of buffers; no format packs weights in them
-MODELOPT = {
-    None,
-    "FP8",
-    "FP8_PER_CHANNEL_PER_TOKEN",
-    "FP8_PB_WO",
-    "MXFP8",
-    "NVFP4",
-}  # its algorithms that `scaled` undoes
+# The algorithms of ModelOpt that `formats.scaled` undoes.
+MODELOPT = {None, "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "MXFP8", "NVFP4"}
 OF_ACTIVATIONS = re.compile(r".+\.(((input|output|activation|[qkv])_(global_)?scale(_ub)?)|input_zero_point)")
 
 

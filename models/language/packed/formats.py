@@ -15,7 +15,7 @@ Parts = Mapping[str, Tensor]  # the tensors of one weight, by what they are
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # E2M1; the fourth bit is the sign
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where AWQ keeps each of eight neighbouring outputs in a word
 WORD = 32
-DENSE = (torch.float32, torch.bfloat16, torch.float16)  # of weights that are not packed
+PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of weights that are not packed
 
 
 def unpack_bits(words: Tensor, bits: int, count: int) -> Tensor:
@@ -74,7 +74,7 @@ def scaled(parts: Parts, config: Mapping[str, Any]) -> Tensor:
 
     DeepSeek's FP8, FBGEMM, ModelOpt and compressed-tensors have this in common, and their tensors tell the rest.
     """
-    if "weight" in parts and parts["weight"].dtype in DENSE:  # whoever made it plain left its scales
+    if "weight" in parts and parts["weight"].dtype in PLAIN:  # whoever made it plain left its scales
         return parts["weight"].float()
     scale = _scale(parts)
     zeros = parts.get("zero_point")
