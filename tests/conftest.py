@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # lets Triton's kernels run as Python, without a GPU; read when it is imported
+
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 

@@ -10,8 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from models.engine.batch import Batch
+from models.engine.block_runner import BlockRunner
+from models.engine.fused_attention import FusedAttention
 from models.engine.model_runner import ModelRunner
 from models.engine.recurrent_layer import has_recurrent_layers
+from models.engine.runner import uses_blocks
 from models.engine.twin import WINDOW, make_twin
 from models.errors import ModelError, UnsupportedModelError, one_line
 
@@ -24,13 +27,15 @@ RECURRENT_TYPES = {"linear_attention", "conv", "hybrid", "hybrid_sliding", "mlp"
 PRECISION = 1e-3  # of the largest logit. In float32, right models differ by at most 2e-5, wrong ones by 5e-2 or more
 
 
-def check_architecture(model: PreTrainedModel, native: bool = True) -> None:
+def check_architecture(model: PreTrainedModel, native: bool = True, blocks: bool | None = None) -> None:
     """Raise UnsupportedModelError if the engine would run a model wrongly.
 
     A small twin of the model runs both ways, in float32, past its windows. So the verdict does not depend on the
     model's weights, on its dtype, which may differ by 5% in its last bits, or on its device; and it takes a tenth of a
-    second for a model of any size. If there is no twin, the model itself runs both ways.
+    second for a model of any size. If there is no twin, the model itself runs both ways. `blocks` is whether the
+    cache is in blocks; None is as it will be.
     """
+    blocks = uses_blocks(model) if blocks is None else blocks
     layer_types = set(getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ())
     if unknown := layer_types - ATTENTION_TYPES - (RECURRENT_TYPES if has_recurrent_layers(model) else set()):
         raise UnsupportedModelError(f"it has {', '.join(sorted(unknown))}")
@@ -39,12 +44,12 @@ def check_architecture(model: PreTrainedModel, native: bool = True) -> None:
         expected = own_logits(twin)
         assert all(logits.isfinite().all() for logits in expected)
     except Exception:  # any class of a model can raise any error for sizes that it was not made for
-        _check_itself(model, native)
+        _check_itself(model, native, blocks)
     else:
-        _compare(twin, native, expected, PRECISION)
+        _compare(twin, native, blocks, expected, PRECISION)
 
 
-def _check_itself(model: PreTrainedModel, native: bool) -> None:
+def _check_itself(model: PreTrainedModel, native: bool, blocks: bool) -> None:
     """Check a model that has no twin, with short windows, as precisely as its dtype and its quantization allow."""
     with _short_windows(model):
         try:
@@ -52,7 +57,7 @@ def _check_itself(model: PreTrainedModel, native: bool) -> None:
             noise = _noise(model, expected)
         except Exception as error:
             raise UnsupportedModelError(f"it does not run on token ids alone ({one_line(error)})") from error
-        _compare(model, native, expected, max(PRECISION, 4 * noise))
+        _compare(model, native, blocks, expected, max(PRECISION, 4 * noise))
 
 
 def _noise(model: PreTrainedModel, expected: list[Tensor]) -> float:
@@ -63,9 +68,9 @@ def _noise(model: PreTrainedModel, expected: list[Tensor]) -> float:
         return 4 * torch.finfo(model.dtype).eps
 
 
-def _compare(model: PreTrainedModel, native: bool, expected: list[Tensor], precision: float) -> None:
+def _compare(model: PreTrainedModel, native: bool, blocks: bool, expected: list[Tensor], precision: float) -> None:
     try:
-        difference = _difference(slot_logits(model, native), expected)
+        difference = _difference(engine_logits(model, native, blocks), expected)
     except ModelError:
         raise
     except Exception as error:
@@ -88,14 +93,21 @@ def own_logits(model: PreTrainedModel, attention: str = "eager") -> list[Tensor]
     return [model(input_ids=ids, use_cache=False).logits[0] for ids in sequences]
 
 
-def slot_logits(model: PreTrainedModel, native: bool) -> list[Tensor]:
-    """The same logits, by the engine. Raises UnsupportedModelError."""
-    runner = ModelRunner(model, len(SEQUENCES), 64, native, torch.float32)
+def engine_logits(model: PreTrainedModel, native: bool, blocks: bool = False) -> list[Tensor]:
+    """The same logits, by the engine, with its cache in slots or in blocks. Raises UnsupportedModelError."""
+    runner: ModelRunner | BlockRunner
+    if blocks:
+        plain = FusedAttention(allowed=False)  # our kernels are for a GPU, and are tried there
+        runner = BlockRunner(model, len(SEQUENCES), 64, torch.float32, block_size=16, fused=plain)
+    else:
+        runner = ModelRunner(model, len(SEQUENCES), 64, native, torch.float32)
     results: list[list[Tensor]] = [[] for _ in SEQUENCES]
     for parts in STEPS:
         batch = Batch()
         for slot, start, end in parts:
             batch.add(slot, SEQUENCES[slot][start:end], start)
+            if runner.blocks:
+                runner.blocks.grow(slot, end)
         batch.logits_at = list(range(len(batch.ids)))
         sizes = [end - start for _, start, end in parts]
         for (slot, _, _), logits in zip(parts, torch.split(runner.run_batch(batch), sizes), strict=True):

@@ -7,6 +7,7 @@ import ctypes
 import gc
 import logging
 import queue
+import sys
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import suppress
@@ -17,7 +18,12 @@ from models.engine.engine import Engine
 from models.engine.recovery import Outcome, StepRecovery
 from models.engine.sequence import Sequence, Token
 from models.engine.subprocesses import Subprocesses
+from models.engine.transfers import use_device
 from models.errors import EngineError, one_line
+
+# For how long one thread keeps the interpreter from another that waits for it, with a GPU. At Python's 5 ms, the engine
+# waits longer for the event loop than for the device, once many replies stream.
+SWITCH_SECONDS = 1e-4
 
 logger = logging.getLogger("parley")
 
@@ -47,21 +53,31 @@ class AsyncEngine:
         self._recovery = StepRecovery(engine, partial(self._call, on_shrink) if on_shrink else None, on_step)
         _end_openmp_threads()
         _freeze_garbage()
+        if engine.runner.works_ahead:
+            sys.setswitchinterval(SWITCH_SECONDS)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    async def generate(self, sequence: Sequence) -> AsyncGenerator[Token, None]:
-        """Yield the tokens of a sequence. Closing the generator frees its slot. Raises EngineError."""
+    async def generate(self, sequence: Sequence) -> AsyncGenerator[list[Token], None]:
+        """Yield the tokens of a sequence, all that have come since the last ones: several if the event loop is behind.
+
+        Closing the generator frees its slot. Raises EngineError.
+        """
         if self.trouble:
             raise EngineError(self.trouble)
         stream = self._streams[sequence] = asyncio.Queue()
         self._commands.put((self.engine.add, sequence))
         try:
-            while token := await stream.get():
-                yield token
-                if token.finish_reason:
+            while True:
+                outcomes = [await stream.get()]
+                while not stream.empty():
+                    outcomes.append(stream.get_nowait())
+                if tokens := [token for token in outcomes if token]:
+                    yield tokens
+                if len(tokens) < len(outcomes):
+                    raise EngineError("the engine could not continue a reply")
+                if tokens[-1].finish_reason:
                     return
-            raise EngineError("the engine could not continue a reply")
         finally:
             del self._streams[sequence]
             self._commands.put((self.engine.cancel, sequence))
@@ -71,6 +87,7 @@ class AsyncEngine:
 
         def run() -> None:
             try:
+                use_device(self.engine.runner.device)
                 self.engine.runner.compile(cache, self._compilers)
             except Exception as error:  # torch's compiler and the system raise many types of errors
                 if not self._compilers.stopped:
@@ -95,6 +112,7 @@ class AsyncEngine:
         trouble = None
         try:
             keep_memory()
+            use_device(self.engine.runner.device)
             while self._run_commands():
                 self._call(self._deliver, self._recovery.step())
         except BaseException as error:  # any error must reach the callers that wait for tokens

@@ -53,13 +53,8 @@ class AttentionMetadata:
         """The causal mask of a span, (rows, 1, count, length): 0 where a token attends, -inf elsewhere."""
         if (span, window, like.device) not in self._masks:
             positions = self.positions[span.start : span.start + span.rows * span.count].to(like.device)
-            query = positions.view(span.rows, 1, span.count, 1)
-            key = torch.arange(span.length, device=like.device)  # (length,)
-            visible = key <= query
-            if window is not None:
-                visible &= key > query - window
-            mask = torch.zeros(visible.shape, dtype=like.dtype, device=like.device)
-            self._masks[span, window, like.device] = mask.masked_fill_(~visible, -torch.inf)
+            mask = causal_mask(positions.view(span.rows, span.count), span.length, window, like.dtype)
+            self._masks[span, window, like.device] = mask
         return self._masks[span, window, like.device]
 
 
@@ -87,6 +82,17 @@ class Scoring:
     sinks: Tensor | None  # (heads,)
 
 
+def causal_mask(positions: Tensor, length: int, window: int | None, dtype: torch.dtype) -> Tensor:
+    """What queries at some positions, (rows, count), see of `length` keys: 0, or -inf; (rows, 1, count, length)."""
+    query = positions[:, None, :, None]
+    key = torch.arange(length, device=positions.device)  # (length,)
+    visible = key <= query
+    if window is not None:
+        visible &= key > query - window
+    mask = torch.zeros(visible.shape, dtype=dtype, device=positions.device)
+    return mask.masked_fill_(~visible, -torch.inf)
+
+
 def slot_mask(*args: Any, local_size: int | None = None, use_vmap: bool = False, **kwargs: Any) -> CausalMask:
     """A mask function of transformers' `AttentionMaskInterface`.
 
@@ -97,17 +103,31 @@ def slot_mask(*args: Any, local_size: int | None = None, use_vmap: bool = False,
     return CausalMask(local_size)
 
 
-def slot_attention(
-    module: nn.Module,
+def scoring_of(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
     attention_mask: CausalMask | Tensor | None,
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
     **kwargs: Any,
+) -> Scoring:
+    """What a model hands to its attention function. Raises UnsupportedModelError for what we do not compute."""
+    if not isinstance(attention_mask, CausalMask):
+        raise UnsupportedModelError("it makes its attention masks by itself")
+    if position_bias is not None:
+        raise UnsupportedModelError("its attention adds a position bias")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return Scoring(scale, attention_mask.window, softcap, s_aux)
+
+
+def slot_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: CausalMask | Tensor | None,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """An attention function of transformers' `AttentionInterface`, over the slots of the step that runs.
 
@@ -115,13 +135,8 @@ def slot_attention(
     (1, tokens, heads, size). Supports grouped queries, sliding windows, soft-capping and attention sinks.
     Raises UnsupportedModelError for anything else.
     """
-    if not isinstance(attention_mask, CausalMask):
-        raise UnsupportedModelError("it makes its attention masks by itself")
-    if position_bias is not None:
-        raise UnsupportedModelError("its attention adds a position bias")
+    scoring = scoring_of(query, attention_mask, **options)
     metadata = STEP.get()
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scoring = Scoring(scale, attention_mask.window, softcap, s_aux)
     call = metadata.next_call(module)
     if metadata.attach_to is not None:
         metadata.attach_to.attach(module, call, key, value)
@@ -162,8 +177,8 @@ def _torch_attention(
     slots, positions = metadata.slots.to(key.device), metadata.positions.to(key.device)
     lanes, value_size = cached_keys.shape[-1], value.shape[-1]
     block, lane = positions // lanes, positions % lanes
-    cached_keys[slots, :, block, :, lane] = _rounded(key[0].transpose(0, 1), cached_keys.dtype)  # (tokens, heads, size)
-    cached_values[slots, :, positions, :value_size] = _rounded(value[0].transpose(0, 1), cached_values.dtype)
+    cached_keys[slots, :, block, :, lane] = rounded(key[0].transpose(0, 1), cached_keys.dtype)  # (tokens, heads, size)
+    cached_values[slots, :, positions, :value_size] = rounded(value[0].transpose(0, 1), cached_values.dtype)
     outputs = []
     for span in metadata.spans:
         here = slice(span.slot, span.slot + span.rows)
@@ -172,19 +187,19 @@ def _torch_attention(
         values = cached_values[here, :, : span.length, :value_size].to(query.dtype)
         queries = query[0, :, span.start : span.start + span.rows * span.count].contiguous()
         queries = queries.view(len(queries), span.rows, span.count, -1).transpose(0, 1)  # (rows, heads, count, size)
-        output = _attend(queries, keys, values, metadata.mask(span, scoring.window, query), scoring)
+        output = attend(queries, keys, values, metadata.mask(span, scoring.window, query), scoring)
         outputs.append(output.transpose(0, 1).flatten(1, 2))  # (heads, rows * count, size)
     return torch.cat(outputs, 1).transpose(0, 1)[None].contiguous()
 
 
-def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The nearest numbers of a dtype. In the small types, what is too large becomes the largest one, not infinity."""
     if dtype in (torch.float16, torch.float8_e4m3fn):
         tensor = tensor.float().clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)
     return tensor.to(dtype)
 
 
-def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scoring: Scoring) -> Tensor:
+def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scoring: Scoring) -> Tensor:
     """Attention of (rows, heads, count, size) over keys and values of (rows, key heads, length, size)."""
     rows, heads, count, size = query.shape
     groups = heads // keys.shape[1]

@@ -85,8 +85,8 @@ def _name(module: nn.Module, mark: str) -> str:
 def _sources(module: nn.Module) -> list[Path]:
     """The files whose code becomes the program, except those of torch and transformers: `_name` has their versions."""
     files = {attention.__file__, __file__}
-    for kind in {type(part) for part in module.modules()}:
-        if kind.__module__.partition(".")[0] not in ("torch", "transformers"):
+    for kind in {kind for part in module.modules() for kind in type(part).__mro__}:
+        if kind.__module__.partition(".")[0] not in ("torch", "transformers", "builtins"):
             with suppress(TypeError, OSError):  # a class that no file defines
                 files.add(inspect.getfile(kind))
     return sorted(map(Path, files))

@@ -19,6 +19,11 @@ DTYPES = {  # by their names in the settings; for auto there is none
 }
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """A dtype, as the settings name it."""
+    return next((name for name, known in DTYPES.items() if known == dtype), str(dtype).removeprefix("torch."))
+
+
 class KVCache:
     """Keys and values of up to `slots` sequences, one row for each slot, and one more row for padding.
 
@@ -39,8 +44,7 @@ class KVCache:
     @property
     def dtype_name(self) -> str:
         """The dtype of keys and values, as the settings name it."""
-        dtype = self.tensors[0][0].dtype
-        return next((name for name, known in DTYPES.items() if known == dtype), str(dtype).removeprefix("torch."))
+        return name_of(self.tensors[0][0].dtype)
 
     @property
     def padding_slot(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
@@ -12,28 +11,27 @@ from torch import Tensor, nn
 from torch.export import Dim
 from transformers import PreTrainedModel
 
-from models.engine.attention import ATTENTION, STEP, AttentionMetadata, CausalMask, Span
+from models.engine.attention import ATTENTION, STEP, AttentionMetadata, Span
 from models.engine.batch import Batch
 from models.engine.compilation import Program, compile_program
+from models.engine.forward import Forward, replace_attention
 from models.engine.kv_cache import KVCache
 from models.engine.long_rope import choose_frequencies
 from models.engine.native import build
 from models.engine.quantization import QuantizedLinear
 from models.engine.recurrent_layer import replace_recurrent_layers
-from models.engine.scheduler import Chunk, Placement
+from models.engine.scheduler import Chunk, Placement, PrefillLimits
 from models.engine.state_cache import StateCache
 from models.engine.subprocesses import Subprocesses
 from models.errors import CompilationError, UnsupportedModelError
 
 
-class Forward(nn.Module):
-    """The forward of a model, as a function of tensors, over the tokens of many sequences in a row."""
+class SlotForward(Forward):
+    """The forward of a model whose sequences are in slots."""
 
     def __init__(self, model: PreTrainedModel, native: bool) -> None:
-        super().__init__()
-        self.model = model
+        super().__init__(model)
         self.native = native
-        self.selects = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def forward(
         self,
@@ -47,13 +45,9 @@ class Forward(nn.Module):
         """Logits after the tokens `logits_at`, (sequences, vocabulary); ids, slots and positions are (tokens,)."""
         step = STEP.set(AttentionMetadata(slots, positions, spans, self.native, attach_to))
         try:
-            options = {"logits_to_keep": logits_at} if self.selects else {}
-            logits: Tensor = self.model(
-                input_ids=ids[None], position_ids=positions[None], use_cache=False, **options
-            ).logits
+            return self.logits(ids, positions, logits_at)
         finally:
             STEP.reset(step)
-        return logits[0] if self.selects else logits[0, logits_at]
 
 
 class ModelRunner:
@@ -63,6 +57,10 @@ class ModelRunner:
     dtype of keys and values; None is a good one. Raises UnsupportedModelError if the attention cannot be replaced, and
     CacheTooLargeError. Whether the results are right is for `check_architecture` to say.
     """
+
+    prefill = PrefillLimits(beside=32, alone=512)
+    blocks = None  # a slot has room for the whole context
+    works_ahead = False
 
     def __init__(
         self,
@@ -82,7 +80,7 @@ class ModelRunner:
         replace_recurrent_layers(model, self.states)
         self.program: Program | None = None  # computes what `forward` computes, once it is compiled
         choose_frequencies(model, context)
-        self.forward = Forward(model, self.native)
+        self.forward = SlotForward(model, self.native)
         self.logits_size = self._replace_attention()
         embeddings = cast(nn.Embedding, model.get_input_embeddings())
         self.vocabulary = min(self.logits_size, embeddings.num_embeddings)
@@ -90,6 +88,26 @@ class ModelRunner:
     @property
     def slots(self) -> int:
         return self.cache.slots
+
+    @property
+    def compiles(self) -> bool:
+        """Whether `compile` makes it faster."""
+        return self.native
+
+    @property
+    def compiled(self) -> bool:
+        return self.program is not None
+
+    @property
+    def capacity(self) -> int:
+        return self.slots * self.context
+
+    @property
+    def whole_prefixes(self) -> bool:
+        return bool(self.states)
+
+    def keep(self, slots: Tensor, tokens: Tensor) -> None:
+        """Nothing is kept: the next step gets new tokens from the host."""
 
     def run(self, chunks: Iterable[Chunk]) -> Tensor:
         """Compute chunks, and the logits after those that give a token, (sequences, vocabulary)."""
@@ -160,15 +178,9 @@ class ModelRunner:
     @torch.inference_mode()
     def _replace_attention(self) -> int:
         """Make the model's attention use the slots. Returns the logits' size."""
-        self.model.set_attn_implementation(ATTENTION)
-        try:
-            logits = self.run_batch(self._probe_batch(), attach_to=self.cache)
-        except (TypeError, AttributeError) as error:
-            if CausalMask.__name__ in str(error):
-                raise UnsupportedModelError("it computes with its attention masks") from error
-            raise UnsupportedModelError(
-                f"its forward does not take what an attention function needs ({error})"
-            ) from error
+        logits = replace_attention(
+            self.model, ATTENTION, lambda: self.run_batch(self._probe_batch(), attach_to=self.cache)
+        )
         if not self.cache.tensors and not self.states:
             raise UnsupportedModelError("its attention does not go through transformers' attention interface")
         return logits.shape[-1]

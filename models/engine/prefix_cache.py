@@ -57,7 +57,15 @@ class PrefixCache:
         cached = self.cached[source]
         if source in free and cached.owner == owner and 2 * length >= len(cached.tokens):
             return source
-        return min(free, key=lambda slot: self._used[slot])
+        return self.least_recently_used(free)
+
+    def least_recently_used(self, slots: list[int]) -> int:
+        """The one of some slots whose tokens were recorded first."""
+        return min(slots, key=lambda slot: self._used[slot])
+
+    def forget(self, slot: int) -> None:
+        """Note that a slot holds no tokens any more."""
+        self.cached[slot] = OwnedTokens([])
 
     def record(self, slot: int, cached: OwnedTokens) -> None:
         """Note which tokens a slot holds now."""

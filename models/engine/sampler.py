@@ -2,56 +2,75 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from models.engine.sampling_params import SamplingParams
+from models.engine.transfers import to_device
 
 CANDIDATES = 256  # the most probable tokens; top-k and top-p nearly always choose among them
+CANDIDATES_ELSEWHERE = 2048  # the same on other devices, where it is the most that top-k and top-p ever leave
 
 
 class Sampler:
-    """Chooses the next tokens of many sequences at once, each by the parameters of its slot."""
+    """Chooses the next tokens of many sequences at once, each by the parameters of its slot.
+
+    On a GPU, the host never waits for the device here: tokens, penalties and counts stay there.
+    """
 
     def __init__(self, slots: int, vocabulary: int, device: torch.device) -> None:
         self.device = device
         self.params = [SamplingParams()] * slots
+        # The same on the device: temperature, top-k (all if it is off), top-p, repetition, frequency, presence penalty.
+        self._numbers = torch.ones(slots, 6, device=device)
         # Tokens in the prompt or the reply of each slot, for the repetition penalty.
         self.seen = torch.zeros(slots, vocabulary, dtype=torch.bool, device=device)
-        # Token counts of the reply, for the slots with a frequency or presence penalty only.
-        self.counts: dict[int, Counter[int]] = {}
+        # How often each token is in the reply, (vocabulary,), for the slots with a frequency or presence penalty only.
+        self.counts: dict[int, Tensor] = {}
+        self._one = torch.ones(1, dtype=torch.int32, device=device)
+        self._true = torch.ones((), dtype=torch.bool, device=device)  # a value of the host's would be waited for
+        # A CPU looks whether the candidates are enough, and sorts all tokens if not. For a GPU, the host would have to
+        # wait for the answer.
+        self._looks_again = device.type == "cpu"
+        self._candidates = CANDIDATES if self._looks_again else CANDIDATES_ELSEWHERE
 
     @torch.inference_mode()
     def assign(self, slot: int, params: SamplingParams, prompt: Iterable[int]) -> None:
         """Set the parameters of the sequence that gets a slot."""
         self.params[slot] = params
-        self.seen[slot] = False
-        self.seen[slot, torch.tensor(list(prompt), device=self.device)] = True
+        top_k, penalties = params.top_k or self.seen.shape[1], (params.frequency_penalty, params.presence_penalty)
+        numbers = (params.temperature, top_k, params.top_p, params.repetition_penalty, *penalties)
+        self._numbers[slot].copy_(to_device([float(number) for number in numbers], self.device))
+        self.seen[slot].fill_(False)
+        self.seen[slot].index_fill_(0, to_device(list(prompt), self.device), True)
         self.counts.pop(slot, None)
         if params.frequency_penalty or params.presence_penalty:
-            self.counts[slot] = Counter()
+            self.counts[slot] = torch.zeros(self.seen.shape[1], dtype=torch.int32, device=self.device)
 
     @torch.inference_mode()
-    def sample(self, logits: Tensor, slots: list[int], uniforms: list[float]) -> list[int]:
-        """The next token of each slot.
+    def sample(self, logits: Tensor, slots: list[int], uniforms: list[float]) -> Tensor:
+        """The next token of each slot, (rows,).
 
         `logits` is (rows, vocabulary), row i belongs to `slots[i]`. `uniforms[i]`, in [0, 1), is the only random
-        number that its sequence uses for this token, so a seed gives the same reply in any batch.
+        number that its sequence uses for this token, so a seed gives the same reply in any batch. Changes nothing:
+        `count` does.
         """
-        logits = self._penalize(logits.to(self.device, torch.float32), slots)
-        tokens = self._choose(logits, [self.params[slot] for slot in slots], uniforms)
-        ids: list[int] = tokens.tolist()
-        # State changes last: a step that fails before this line may be tried again.
-        self.seen[torch.tensor(slots, device=self.device), tokens] = True
-        for slot, token in zip(slots, ids, strict=True):
-            if slot in self.counts:
-                self.counts[slot][token] += 1
-        return ids
+        where = to_device(slots, self.device)
+        numbers = self._numbers[where]
+        logits = self._penalize(logits.to(self.device, torch.float32), slots, where, numbers)
+        return self._choose(logits, [self.params[slot] for slot in slots], numbers, uniforms)
 
-    def _choose(self, logits: Tensor, params: list[SamplingParams], uniforms: list[float]) -> Tensor:
+    @torch.inference_mode()
+    def count(self, slots: list[int], where: Tensor, tokens: Tensor) -> None:
+        """Count the new tokens of slots, (rows,), for the penalties. `where` is the slots on the device."""
+        self.seen.index_put_((where, tokens), self._true)
+        for row, slot in enumerate(slots):
+            if slot in self.counts:
+                self.counts[slot].index_add_(0, tokens[row : row + 1], self._one)
+
+    def _choose(self, logits: Tensor, params: list[SamplingParams], numbers: Tensor, uniforms: list[float]) -> Tensor:
         """The next token of each row, (rows,): the most probable one, or a random one if it is not greedy."""
         tokens = logits.argmax(-1)
         sampled = [row for row, each in enumerate(params) if not each.greedy]
@@ -59,20 +78,22 @@ class Sampler:
         untruncated = [row for row in sampled if row not in truncated]
         for rows, draw in ((untruncated, self._draw_from_all), (truncated, self._draw_from_top)):
             if rows:
-                chosen = [params[row] for row in rows]
+                where = to_device(rows, self.device)
+                uniform = to_device([uniforms[row] for row in rows], self.device)[:, None]
+                temperature, top_k, top_p, *_ = torch.split(numbers[where], 1, dim=-1)  # (rows, 1) each
                 # The largest logit is subtracted, so that a tiny temperature cannot overflow.
-                scaled = logits[rows] - logits[rows].amax(-1, keepdim=True)
-                scaled /= self._column([each.temperature for each in chosen])
-                tokens[rows] = draw(scaled, chosen, self._column([uniforms[row] for row in rows]))
+                scaled = logits[where]
+                scaled -= scaled.amax(-1, keepdim=True)
+                scaled /= temperature
+                tokens.index_copy_(0, where, draw(scaled, top_k, top_p, uniform))
         return tokens
 
-    def _penalize(self, logits: Tensor, slots: list[int]) -> Tensor:
+    def _penalize(self, logits: Tensor, slots: list[int], where: Tensor, numbers: Tensor) -> Tensor:
         """The logits after the penalties of the slots that have any."""
-        penalties = [self.params[slot].repetition_penalty for slot in slots]
-        if any(penalty != 1 for penalty in penalties):
-            logits = self._penalize_seen(logits, torch.tensor(slots, device=self.device), self._column(penalties))
-        if any(self.counts.get(slot) for slot in slots):
-            logits = self._penalize_counted(logits, slots)
+        if any(self.params[slot].repetition_penalty != 1 for slot in slots):
+            logits = self._penalize_seen(logits, where, numbers[:, 3:4])
+        if any(slot in self.counts for slot in slots):
+            logits = self._penalize_counted(logits, slots, numbers)
         return logits
 
     def _penalize_seen(self, logits: Tensor, slot: Tensor, penalty: Tensor) -> Tensor:
@@ -80,30 +101,23 @@ class Sampler:
         penalty = penalty.clamp(min=1e-6)  # a smaller one overflows
         return torch.where(self.seen[slot], torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
-    def _penalize_counted(self, logits: Tensor, slots: list[int]) -> Tensor:
+    def _penalize_counted(self, logits: Tensor, slots: list[int], numbers: Tensor) -> Tensor:
         """Frequency and presence penalty of OpenAI's API; as in vLLM, the repetition penalty is applied first."""
-        logits = logits.clone()
-        for row, slot in enumerate(slots):
-            if counts := self.counts.get(slot):
-                params = self.params[slot]
-                count = torch.tensor(list(counts.values()), device=self.device)
-                penalty = count * params.frequency_penalty + params.presence_penalty
-                logits[row, torch.tensor(list(counts), device=self.device)] -= penalty
-        return logits
+        rows = [row for row, slot in enumerate(slots) if slot in self.counts]
+        where, counts = to_device(rows, self.device), torch.stack([self.counts[slots[row]] for row in rows])
+        frequency, presence = torch.split(numbers[where, 4:], 1, dim=-1)  # (rows, 1) each
+        return logits.index_add(0, where, counts * frequency + (counts > 0) * presence, alpha=-1)
 
-    def _draw_from_all(self, scaled: Tensor, params: list[SamplingParams], uniform: Tensor) -> Tensor:
+    def _draw_from_all(self, scaled: Tensor, top_k: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:
         return _inverse_cdf(scaled.softmax(-1), uniform)
 
     def _draw_from_top(
-        self, scaled: Tensor, params: list[SamplingParams], uniform: Tensor, few: int = CANDIDATES
+        self, scaled: Tensor, top_k: Tensor, top_p: Tensor, uniform: Tensor, few: int | None = None
     ) -> Tensor:
         """Apply top-k, then top-p (Holtzman et al. 2019, arXiv 1904.09751), and draw from the tokens that are left."""
         vocabulary = scaled.shape[-1]
-        top_k = self._column([each.top_k or vocabulary for each in params])
-        top_p = self._column([each.top_p for each in params])
-        # On a CPU, sorting all 49,152 logits takes 3 ms a row, and finding the first 256 takes 0.2 ms. A GPU sorts
-        # all: to check whether 256 are enough, the host would have to wait for it.
-        few = min(few, vocabulary) if self.device.type == "cpu" else vocabulary
+        # On a CPU, sorting all 49,152 logits takes 3 ms a row, and finding the first 256 takes 0.2 ms.
+        few = min(few or self._candidates, vocabulary)
         best, order = scaled.topk(few)  # (rows, few)
         everything = scaled.exp().sum(-1, keepdim=True)
         rank = torch.arange(few, device=self.device)
@@ -113,16 +127,14 @@ class Sampler:
         before = probability.cumsum(-1) - probability
         probability = probability.masked_fill((before >= top_p) & (rank > 0), 0)
         tokens = order.gather(-1, _inverse_cdf(probability, uniform)[:, None]).squeeze(-1)
-        if few < vocabulary:
+        if few < vocabulary and self._looks_again:
             enough = (top_k <= few) | (best.exp().sum(-1, keepdim=True) > top_p * everything)
             # Only the rows that need it: sorting may put equally probable tokens in another order.
             if short := (~enough.squeeze(-1)).nonzero().squeeze(-1).tolist():
-                again = [params[row] for row in short]
-                tokens[short] = self._draw_from_top(scaled[short], again, uniform[short], vocabulary)
+                tokens[short] = self._draw_from_top(
+                    scaled[short], top_k[short], top_p[short], uniform[short], vocabulary
+                )
         return tokens
-
-    def _column(self, numbers: list[float] | list[int]) -> Tensor:
-        return torch.tensor(numbers, device=self.device)[:, None]  # (rows, 1)
 
 
 def _inverse_cdf(probability: Tensor, uniform: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ from models.messages import FinishReason
 class Sequence:
     """A prompt, the tokens generated after it, and how many of them are in the key-value cache.
 
-    Other owners may reuse only the first `public` tokens of the prompt.
+    Other owners may reuse only the first `public` tokens of the prompt. A token that a device computes counts before
+    its id is known: it is in flight.
     """
 
     prompt: list[int]
@@ -27,7 +28,9 @@ class Sequence:
     public: int = 0
     slot: int = field(default=-1, init=False)  # in the key-value cache; -1 is none
     tokens: list[int] = field(init=False)  # the prompt and the generated tokens
+    in_flight: int = field(default=0, init=False)  # generated tokens whose ids are not known yet
     cached: int = field(default=0, init=False)  # tokens whose keys and values are in the slot
+    final_length: int = field(init=False)  # where it ends at the latest
     reused: int = field(default=0, init=False)  # prompt tokens that were in the prefix cache
     uniform: float = field(init=False)  # the random number of the next token; a repeated step reuses it
     random: random.Random = field(init=False)
@@ -36,23 +39,36 @@ class Sequence:
         self.random = random.Random(self.seed)
         self.uniform = self.random.random()
         self.tokens = list(self.prompt)
+        self.final_length = len(self.prompt) + self.max_tokens
 
     @property
-    def prefilled(self) -> bool:
-        return self.cached >= len(self.prompt)
+    def length(self) -> int:
+        """All tokens, with those in flight."""
+        return len(self.tokens) + self.in_flight
+
+    @property
+    def decodes(self) -> bool:
+        """Whether only its last token is to be computed."""
+        return self.length - self.cached == 1 and self.cached >= len(self.prompt)
 
     @property
     def generated(self) -> int:
+        """The tokens after the prompt whose ids are known."""
         return len(self.tokens) - len(self.prompt)
 
     def owned(self, length: int) -> OwnedTokens:
         """The first tokens, with their owner, for the prefix cache."""
         return OwnedTokens(self.tokens[:length], self.owner, self.public)
 
-    def append(self, token_id: int) -> None:
-        """Append a generated token and draw the random number of the next one."""
-        self.tokens.append(token_id)
+    def expect(self) -> None:
+        """Note that a token is in flight, and draw the random number of the one after it."""
+        self.in_flight += 1
         self.uniform = self.random.random()
+
+    def append(self, token_id: int) -> None:
+        """Append the first token in flight, whose id is known now."""
+        self.in_flight -= 1
+        self.tokens.append(token_id)
 
 
 class Token(NamedTuple):

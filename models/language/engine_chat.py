@@ -17,10 +17,10 @@ from models.engine.architecture import check_architecture
 from models.engine.async_engine import AsyncEngine
 from models.engine.engine import Engine
 from models.engine.kv_cache import DTYPES
-from models.engine.model_runner import ModelRunner
 from models.engine.quantization import shares
+from models.engine.runner import make_runner
 from models.engine.sampling_params import SamplingParams
-from models.engine.sequence import Sequence
+from models.engine.sequence import Sequence, Token
 from models.errors import MessagesRejectedError
 from models.language.chat_template import ChatTemplate
 from models.language.detokenizer import Detokenizer
@@ -30,7 +30,7 @@ from models.language.model_config import context_length, default_options, stop_t
 from models.language.prompt import PromptBuilder
 from models.language.reply_text import ReplyText
 from models.language.stop_strings import StopStrings
-from models.messages import Message, Usage
+from models.messages import FinishReason, Message, Usage
 from models.options import Options
 from models.settings import Settings
 
@@ -56,12 +56,12 @@ class EngineChat:
         self._prompts = PromptBuilder(template, self.context, self.defaults.instructions)
         self._stop_ids = stop_token_ids(template, model)
         check_architecture(model)
-        self._engine = Engine(
-            ModelRunner(model, settings.slots, self.context, cache_dtype=DTYPES.get(settings.kv_cache))
-        )
-        tell_memory(Memory(size, self._engine.runner.cache.size, settings.slots, self.context), model.device)
+        runner = make_runner(model, settings.slots, self.context, DTYPES.get(settings.kv_cache))
+        self._engine = Engine(runner)
+        memory = Memory(size, runner.cache.size, settings.slots, self.context, runner.capacity)
+        tell_memory(memory, model.device)
         self._async_engine = AsyncEngine(self._engine, on_shrink, on_step)
-        if settings.compile and self._engine.runner.native:
+        if settings.compile and runner.compiles:
             self._async_engine.compile(user_cache_path("parley") / "compiled")
         # Encoding a long prompt takes a second: the event loop stays free. One thread, since tokenizers are not
         # thread-safe. One prompt of each user at a time, so that a user with many waits for the others' first ones.
@@ -111,7 +111,7 @@ class EngineChat:
             "dtype": str(runner.model.dtype).removeprefix("torch."),
             "weights": self._weights,
             "kv_cache": runner.cache.dtype_name,
-            "compiled": runner.program is not None,
+            "compiled": runner.compiled,
             "options": {**self.defaults.as_json(), "instructions": None},  # the operator's text is not public
         }
 
@@ -161,13 +161,23 @@ class EngineReply:
 
     async def events(self) -> AsyncGenerator[Event, None]:
         """Generate the reply. Closing the generator frees its slot within one step. Raises EngineError."""
-        async with aclosing(self._engine.generate(self._sequence)) as tokens:
-            async for token in tokens:
-                self.usage.output_tokens += 1
+        async with aclosing(self._engine.generate(self._sequence)) as steps:
+            async for tokens in steps:
                 self.usage.cached_tokens = self._sequence.reused
-                piece, finish_reason = self._text.push(token.id, token.finish_reason)
-                if piece:
-                    yield TextPiece(piece)
+                text, finish_reason = self._push(tokens)
+                if text:
+                    yield TextPiece(text)
                 if finish_reason:
                     yield Done(finish_reason)
                     return
+
+    def _push(self, tokens: list[Token]) -> tuple[str, FinishReason | None]:
+        """The text that is certain after some tokens, and why the reply ends, if it does."""
+        text = ""
+        for token in tokens:
+            self.usage.output_tokens += 1
+            piece, finish_reason = self._text.push(token.id, token.finish_reason)
+            text += piece
+            if finish_reason:
+                return text, finish_reason
+        return text, None

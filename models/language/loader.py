@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from platformdirs import user_cache_path
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
@@ -19,7 +20,10 @@ from models.engine import quantization
 from models.engine.joined_linears import join_linears
 from models.engine.kv_cache import DTYPES
 from models.engine.native import build
+from models.engine.quantization import QuantizedLinear
 from models.engine.quantized_weight import Format
+from models.engine.recurrent_layer import has_recurrent_layers
+from models.engine.runner import uses_blocks
 from models.engine.subprocesses import Subprocesses
 from models.errors import KernelsUnavailableError, ModelError, one_line
 from models.language.adapter import Adapter
@@ -80,8 +84,10 @@ def _load_tokenizer_and_model(
     format = _format(settings, compiling)
     cache = no_cache if _on_cpu(settings) else partial(cache_on_accelerator, settings)
     model = fill(format=format, dtype=_dtype(settings), device=device_map(settings), size_of_cache=cache)
-    if format is not None:
-        join_linears(model, lambda: model(input_ids=torch.tensor([[1, 2, 3]]), use_cache=False))
+    if format is not None or uses_blocks(model):
+        kind = nn.Linear if format is None else QuantizedLinear
+        ids = torch.tensor([[1, 2, 3]], device=model.device)
+        join_linears(model, lambda: model(input_ids=ids, use_cache=False), kind)
     return tokenizer, model
 
 
@@ -142,9 +148,14 @@ def device_map(settings: Settings) -> str:
 
 
 def cache_on_accelerator(settings: Settings, model: PreTrainedModel) -> int:
-    """The bytes that a model's cache takes at least, all at once. Raises SettingsError."""
+    """The bytes that a model's cache takes at least, all at once. Raises SettingsError.
+
+    A cache in blocks takes what is free. It needs room for one sequence.
+    """
     dtype = DTYPES.get(settings.kv_cache, _dtype(settings))
-    return size_of_cache(model.config, settings.slots, context_length(model, settings), dtype)
+    one_gpu = settings.device.startswith("cuda") or torch.cuda.device_count() == 1
+    slots = 1 if one_gpu and not has_recurrent_layers(model) else settings.slots
+    return size_of_cache(model.config, slots, context_length(model, settings), dtype)
 
 
 def _dtype(settings: Settings) -> torch.dtype:

@@ -123,18 +123,20 @@ def size_of_model(model: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Memory:
-    """The bytes of the weights of a model that is loaded, and of its cache when all slots are full."""
+    """The bytes of the weights of a model that is loaded, and of its cache when it is full of `tokens`."""
 
     weights: int
     cache: int
     slots: int
     context: int
+    tokens: int
 
     def line(self, free: FreeMemory | None) -> str:
         """What the model takes, and what is free for its cache beside the weights, if that is known."""
         taken = (
-            f"The weights take {_gigabytes(self.weights)}, and {self.slots} slots of {self.context} tokens take up to "
-            f"{_gigabytes(self.cache)}"
+            f"The weights take {_gigabytes(self.weights)}, and {self.slots} slots of {self.context} tokens "
+            + ("take up to" if self.tokens >= self.slots * self.context else f"share {self.tokens} tokens in")
+            + f" {_gigabytes(self.cache)}"
         )
         if free is None:
             return f"{taken}."

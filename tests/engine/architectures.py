@@ -16,9 +16,13 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig,
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from models.engine.architecture import check_architecture
+from models.engine.block_runner import BlockRunner
 from models.engine.engine import Engine
+from models.engine.fused_attention import FusedAttention
 from models.engine.model_runner import ModelRunner
+from models.engine.recurrent_layer import has_recurrent_layers
 from models.engine.sampling_params import SamplingParams
+from models.engine.scheduler import PrefillLimits
 from models.engine.sequence import Sequence
 from models.engine.twin import small, spread
 from models.errors import UnsupportedModelError
@@ -99,13 +103,22 @@ def small_model(name: str) -> PreTrainedModel:
 
 
 def verdict(name: str) -> str:
-    """What becomes of an architecture. Raises AssertionError if the engine accepts it, and gives a wrong reply."""
+    """What becomes of an architecture. Raises AssertionError if the engine accepts it, and gives a wrong reply.
+
+    An engine with its cache in blocks comes to the same verdict, but for recurrent layers, which need slots.
+    """
     if name in NOT_BUILT:
         return f"not built: {NOT_BUILT[name]}"
     model = small_model(name)
+    verdicts = [_verdict(model, blocks) for blocks in (False, True) if not (blocks and has_recurrent_layers(model))]
+    assert len(set(verdicts)) == 1, verdicts
+    return verdicts[0]
+
+
+def _verdict(model: PreTrainedModel, blocks: bool) -> str:
     try:
-        check_architecture(model)
-        sequences = answered(model)
+        check_architecture(model, blocks=blocks)
+        sequences = answered(model, blocks)
     except UnsupportedModelError as error:
         return f"refused: {error.reason}"
     model.set_attn_implementation("eager")
@@ -114,15 +127,21 @@ def verdict(name: str) -> str:
     return EQUAL
 
 
-def answered(model: PreTrainedModel) -> list[Sequence]:
+def answered(model: PreTrainedModel, blocks: bool = False) -> list[Sequence]:
     """Sequences with replies: several at once, in chunks, and two that reuse the beginning of the first one."""
-    engine, source = Engine(ModelRunner(model, slots=3, context=96), prefill_chunk=8), random.Random(5)
+    source = random.Random(5)
+    runner: ModelRunner | BlockRunner
+    if blocks:
+        runner = BlockRunner(model, 3, 96, block_size=16, fused=FusedAttention(allowed=False))
+    else:
+        runner = ModelRunner(model, slots=3, context=96)
+    engine = Engine(runner, PrefillLimits(8, 128))
     first, *others = [[source.randrange(3, 97) for _ in range(length)] for length in (45, 20, 33)]
     sequences = [Sequence(prompt, SamplingParams(), 8) for prompt in (first, *others)]
     _run(engine, sequences)
     again = [Sequence(prompt, SamplingParams(), 8) for prompt in ([*sequences[0].tokens, 5, 6], [*first[:30], 8, 9])]
     _run(engine, again)
-    reused = again[:1] if engine.runner.states else again  # a state cannot go back to the middle of a sequence
+    reused = again[:1] if runner.whole_prefixes else again  # a state cannot go back to the middle of a sequence
     assert all(sequence.reused >= 30 for sequence in reused)
     return sequences + again
 

@@ -27,7 +27,7 @@ def new_sequence(length: int = 5, tokens: int = 10) -> Sequence:
 
 async def generate(engine: AsyncEngine, sequence: Sequence) -> list[int]:
     """The whole reply."""
-    return [token.id async for token in engine.generate(sequence)]
+    return [token.id async for tokens in engine.generate(sequence) for token in tokens]
 
 
 async def test_concurrent_replies_equal_that_of_the_engine_alone(llama: PreTrainedModel) -> None:
@@ -37,6 +37,20 @@ async def test_concurrent_replies_equal_that_of_the_engine_alone(llama: PreTrain
     async_engine = AsyncEngine(make_engine(llama, 2, 64))
     first, second = await asyncio.gather(*(generate(async_engine, new_sequence()) for _ in range(2)))
     assert first == second == reply
+    await async_engine.stop()
+
+
+async def test_tokens_that_come_while_the_event_loop_is_busy_are_yielded_together(llama: PreTrainedModel) -> None:
+    sequence, steps = new_sequence(), threading.Semaphore(0)
+    async_engine = AsyncEngine(make_engine(llama, 1, 64), on_step=lambda seconds: steps.release())
+    async with aclosing(async_engine.generate(sequence)) as stream:
+        first = await anext(stream)
+        assert [steps.acquire(timeout=60) for _ in range(10)] == 10 * [True]  # the event loop waits here
+        assert await generate(async_engine, new_sequence(tokens=2))  # its calls come after those of all ten steps
+        rest = [tokens async for tokens in stream]
+    assert len(first) == 1
+    assert [len(tokens) for tokens in rest] == [9]
+    assert [token.id for token in first + rest[0]] == sequence.tokens[len(sequence.prompt) :]
     await async_engine.stop()
 
 

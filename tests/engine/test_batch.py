@@ -15,6 +15,7 @@ def sequence_in(slot: int, prompt: list[int], cached: int, reply: Iterable[int] 
     """A sequence in a slot, with some of its tokens in the cache."""
     sequence = Sequence(prompt, SamplingParams(), 9)
     for token_id in reply:
+        sequence.expect()
         sequence.append(token_id)
     sequence.slot, sequence.cached = slot, cached
     return sequence

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from models.engine import attention, compilation, joined_linears, model_runner, quantization, quantized_weight
+from models.engine import attention, compilation, forward, joined_linears, model_runner, quantization, quantized_weight
 from models.engine.compilation import _name, _sources, compile_program
-from models.engine.model_runner import Forward
+from models.engine.model_runner import SlotForward
 from models.engine.quantization import QuantizedLinear
 from models.engine.quantized_weight import Format, QuantizedWeight
 from models.engine.subprocesses import Subprocesses
@@ -169,17 +169,17 @@ def test_a_program_does_not_depend_on_files_of_torch_or_transformers() -> None:
     assert set(_sources(tiny_llama())) == ALWAYS
 
 
-FORWARD = {*ALWAYS, Path(model_runner.__file__)}
+FORWARD = {*ALWAYS, Path(model_runner.__file__), Path(forward.__file__)}
 
 
 def test_the_program_of_a_model_depends_on_no_other_file_of_the_project() -> None:
-    assert set(_sources(Forward(tiny_llama(), native=False))) == FORWARD
+    assert set(_sources(SlotForward(tiny_llama(), native=False))) == FORWARD
 
 
 @pytest.mark.compiler
 def test_the_program_of_a_quantized_model_depends_on_the_files_of_our_modules_too() -> None:
     modules = {Path(str(module.__file__)) for module in (quantization, quantized_weight, joined_linears)}
-    assert set(_sources(Forward(to_int8(tiny_llama()), native=False))) == FORWARD | modules
+    assert set(_sources(SlotForward(to_int8(tiny_llama()), native=False))) == FORWARD | modules
     experts = modules - {Path(str(joined_linears.__file__))}
     assert set(_sources(to_int8(tiny_gpt_oss(), join=False))) == ALWAYS | experts
 

@@ -18,7 +18,7 @@ from models.engine.scheduler import Placement
 from models.engine.sequence import Sequence
 from models.errors import UnsupportedModelError
 from tests.support.any_batch import assert_equal_logits_in_any_batch
-from tests.support.faulty import both_attentions, faulty_engine, make_engine
+from tests.support.faulty import both_attentions, faulty_engine, make_engine, slots_of
 from tests.support.tiny import (
     SHAPE,
     prompts,
@@ -223,9 +223,9 @@ def test_compiling_in_the_background_changes_no_reply(make: Make, program_librar
     compiling.start()
     assert replies() == expected
     compiling.join()
-    assert engine.runner.program is not None
+    assert slots_of(engine).program is not None
     assert replies() == expected
-    if engine.runner.quantized:
+    if slots_of(engine).quantized:
         assert_equal_logits_in_any_batch(engine)
 
 
@@ -242,7 +242,7 @@ def engine_with_a_long_prompt(model: PreTrainedModel, length: int) -> tuple[Engi
 def test_a_long_prefill_lets_other_sequences_decode_in_each_step(llama: PreTrainedModel) -> None:
     engine, decoding, long = engine_with_a_long_prompt(llama, 160)
     steps = []
-    while not long.prefilled:
+    while not long.decodes:
         steps.append([token.sequence for token in engine.step()])
     assert len(steps) >= 10  # chunks of 16 at most
     assert steps[:-1] == [[decoding]] * (len(steps) - 1)
@@ -252,7 +252,7 @@ def test_a_long_prefill_lets_other_sequences_decode_in_each_step(llama: PreTrain
 def test_prefill_chunks_shrink_far_into_a_long_prompt(llama: PreTrainedModel) -> None:
     engine, _, long = engine_with_a_long_prompt(llama, 200)
     chunks = []
-    while not long.prefilled:
+    while not long.decodes:
         before = long.cached
         engine.step()
         chunks.append(long.cached - before)

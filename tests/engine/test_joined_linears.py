@@ -63,7 +63,7 @@ def test_a_joined_result_is_freed_after_its_last_part() -> None:
         model(PROMPT)
     parts = [module for module in model.modules() if isinstance(module, LinearPart)]
     assert parts
-    assert all(part.linears.result is None for part in parts)
+    assert all(part.linears.computed is None for part in parts)
 
 
 class SameTensor(nn.Module):

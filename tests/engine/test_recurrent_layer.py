@@ -17,7 +17,7 @@ from models.engine.recurrent_layer import SCAN, RecurrentLayer
 from models.engine.sampling_params import SamplingParams
 from models.engine.sequence import Sequence
 from models.errors import CompilationError, UnsupportedModelError
-from tests.support.faulty import faulty_engine, make_engine
+from tests.support.faulty import faulty_engine, make_engine, slots_of
 from tests.support.greedy import greedy_misses
 from tests.support.recurrent_models import FAMILIES, OTHERS, tiny_recurrent
 from tests.support.tiny import prompts
@@ -106,7 +106,7 @@ def test_nan_in_a_state_does_not_reach_the_next_sequence() -> None:
     engine.add(broken)
     engine.step()
     with torch.inference_mode():
-        for states in engine.runner.states.layers:
+        for states in slots_of(engine).states.layers:
             for state in states.values():
                 state.fill_(torch.nan)
     engine.cancel(broken)
@@ -198,14 +198,14 @@ def test_a_model_with_recurrent_layers_is_not_compiled(tmp_path: Path) -> None:
     engine = make_engine(tiny_recurrent("lfm2"), slots=2, context=64)
     with pytest.raises(CompilationError, match="recurrent"):
         engine.runner.compile(tmp_path)
-    assert engine.runner.program is None
+    assert slots_of(engine).program is None
 
 
 def test_a_second_engine_on_a_model_has_states_of_its_own() -> None:
     model = tiny_recurrent("mamba2")
     run(make_engine(model, slots=2, context=64), [Sequence(prompts(9)[0], GREEDY, 5)])
     engine = make_engine(model, slots=3, context=64)
-    assert len(engine.runner.states.layers) == 3
+    assert len(slots_of(engine).states.layers) == 3
     assert not any(
         isinstance(module.layer, RecurrentLayer) for module in model.modules() if isinstance(module, RecurrentLayer)
     )

@@ -18,6 +18,7 @@ from transformers import (
 
 from models.engine.sampler import Sampler
 from models.engine.sampling_params import SamplingParams
+from tests.support.no_waiting import NoWaiting
 
 VOCABULARY = 60
 PROMPT = [3, 1, 4, 1, 5, 9]
@@ -44,12 +45,20 @@ def new_sampler(params: list[SamplingParams], prompt: list[int] | None = None, v
     return sampler
 
 
+def sampled(sampler: Sampler, logits: Tensor, slots: list[int], uniforms: list[float]) -> list[int]:
+    """The next tokens of some slots, which count from then on."""
+    tokens = sampler.sample(logits, slots, uniforms)
+    sampler.count(slots, torch.tensor(slots), tokens)
+    ids: list[int] = tokens.tolist()
+    return ids
+
+
 def sample_each(
     logits: Tensor, params: SamplingParams, uniforms: list[float], prompt: list[int] | None = None
 ) -> list[int]:
     """The next token for each random number, always after the same prompt and logits."""
     sampler = new_sampler([params] * len(uniforms), prompt)
-    return sampler.sample(logits.expand(len(uniforms), -1), list(range(len(uniforms))), uniforms)
+    return sampled(sampler, logits.expand(len(uniforms), -1), list(range(len(uniforms))), uniforms)
 
 
 def sample_reply(
@@ -57,7 +66,7 @@ def sample_reply(
 ) -> list[int]:
     """The tokens of one sequence that runs alone; `logits` has a row for each step."""
     sampler = new_sampler([params], prompt)
-    return [sampler.sample(row[None], [0], [uniform])[0] for row, uniform in zip(logits, uniforms, strict=True)]
+    return [sampled(sampler, row[None], [0], [uniform])[0] for row, uniform in zip(logits, uniforms, strict=True)]
 
 
 def transformers_probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
@@ -164,7 +173,7 @@ def test_a_token_depends_on_its_own_row_only(rows: list[tuple[SamplingParams, fl
     sampler = Sampler(8, VOCABULARY, torch.device("cpu"))
     for slot, (params, _) in zip(slots, rows, strict=True):
         sampler.assign(slot, params, PROMPT)
-    steps = [sampler.sample(logits, slots, [uniform for _, uniform in rows]) for _ in range(3)]
+    steps = [sampled(sampler, logits, slots, [uniform for _, uniform in rows]) for _ in range(3)]
     for row, (params, uniform) in enumerate(rows):
         assert [tokens[row] for tokens in steps] == sample_reply(logits[[row]].expand(3, -1), params, [uniform] * 3)
     assert all(0 <= token < VOCABULARY for token in steps[-1])
@@ -242,10 +251,11 @@ def test_frequency_and_presence_penalties_ignore_the_prompt(params: SamplingPara
 )
 def test_tokens_are_counted_only_for_slots_with_a_penalty(params: SamplingParams) -> None:
     sampler = new_sampler([SamplingParams(1.0, 0.9, 5, 1.5), params, SamplingParams()])
-    tokens = sampler.sample(random_logits(rows=3), [0, 1, 2], [0.5] * 3)
-    assert sampler.counts == {1: {tokens[1]: 1}}
+    tokens = sampled(sampler, random_logits(rows=3), [0, 1, 2], [0.5] * 3)
+    assert list(sampler.counts) == [1]
+    assert sampler.counts[1].nonzero().tolist() == [[tokens[1]]]
     sampler.assign(1, params, PROMPT)
-    assert sampler.counts == {1: {}}
+    assert not sampler.counts[1].any()
     sampler.assign(1, SamplingParams(1.0), PROMPT)
     assert sampler.counts == {}
 
@@ -255,9 +265,8 @@ def test_a_step_that_failed_and_is_tried_again_counts_its_tokens_once() -> None:
     both = [SamplingParams(repetition_penalty=1.5, frequency_penalty=1.0), SamplingParams(1.0, presence_penalty=1.0)]
     sampler, steps = new_sampler(both), []
     for _ in range(9):
-        with pytest.raises(IndexError):
-            sampler.sample(logits, [0, 1], [])
-        steps.append(sampler.sample(logits, [0, 1], [0.5, 0.5]))
+        sampler.sample(logits, [0, 1], [0.5, 0.5])
+        steps.append(sampled(sampler, logits, [0, 1], [0.5, 0.5]))
     for row, params in enumerate(both):
         assert [tokens[row] for tokens in steps] == sample_reply(logits[[row]].expand(9, -1), params, [0.5] * 9)
 
@@ -268,18 +277,32 @@ def test_a_token_that_was_used_millions_of_times_comes_never_or_always(temperatu
     logits = random_logits()
     for penalty in (2.0, -2.0):
         sampler = new_sampler([SamplingParams(temperature, 1.0, 0, repetition, penalty, penalty)], [5])
-        sampler.counts[0][5] = 2**24
-        tokens = {sampler.sample(logits, [0], [n / 20])[0] for n in range(20)}
+        with torch.inference_mode():
+            sampler.counts[0][5] = 2**24
+        tokens = {sampled(sampler, logits, [0], [n / 20])[0] for n in range(20)}
         assert tokens == {5} if penalty < 0 else 5 not in tokens
+
+
+def test_sampling_never_makes_the_host_wait_for_a_device() -> None:
+    every = [SamplingParams(), SamplingParams(0.5, 0.9, 0, 1.1), SamplingParams(1.0, 1.0), SamplingParams(1.0, 0.9, 5)]
+    every.append(SamplingParams(0.7, 0.5, 7, 1.2, 0.5, 0.5))
+    sampler = Sampler(len(every), 3000, torch.device("meta"))  # has shapes and no numbers
+    with NoWaiting():
+        for slot, params in enumerate(every):
+            sampler.assign(slot, params, PROMPT)
+        slots = list(range(len(every)))
+        tokens = sampler.sample(torch.empty(len(every), 3000, device="meta"), slots, [0.5] * len(every))
+        sampler.count(slots, torch.arange(len(every), device="meta"), tokens)
+    assert tokens.shape == (len(every),)
 
 
 def test_assign_forgets_the_previous_sequence_of_the_slot() -> None:
     logits, params = random_logits(), SamplingParams(1.0, repetition_penalty=1.5)
     sampler = Sampler(2, VOCABULARY, torch.device("cpu"))
     sampler.assign(1, SamplingParams(2.0, 0.5, 3, 2.0), range(VOCABULARY))
-    sampler.sample(logits, [1], [0.9])
+    sampled(sampler, logits, [1], [0.9])
     sampler.assign(1, params, PROMPT)
-    assert sampler.sample(logits, [1], [0.9]) == sample_each(logits, params, [0.9])
+    assert sampled(sampler, logits, [1], [0.9]) == sample_each(logits, params, [0.9])
 
 
 def test_the_logits_are_not_changed() -> None:
@@ -299,7 +322,7 @@ def test_half_precision_logits_are_sampled_in_full_precision(dtype: torch.dtype)
 def test_nan_logits_change_no_other_row() -> None:
     logits, params = random_logits().expand(2, -1).clone(), SamplingParams(1.0, top_p=0.9)
     logits[0] = torch.nan
-    broken, healthy = new_sampler([params, params]).sample(logits, [0, 1], [0.5, 0.5])
+    broken, healthy = sampled(new_sampler([params, params]), logits, [0, 1], [0.5, 0.5])
     assert 0 <= broken < VOCABULARY
     assert [healthy] == sample_each(logits[1:], params, [0.5])
 
@@ -320,4 +343,4 @@ def test_a_large_vocabulary_is_sampled_as_if_it_were_sorted(params: SamplingPara
     bounds = probability.cumsum(-1) / probability.sum()
     expected = [int(order[int((bounds <= uniform).sum())]) for uniform in uniforms]
     sampler = new_sampler([params], [1], vocabulary=3000)
-    assert [sampler.sample(logits, [0], [uniform])[0] for uniform in uniforms] == expected
+    assert [sampled(sampler, logits, [0], [uniform])[0] for uniform in uniforms] == expected

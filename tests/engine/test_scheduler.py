@@ -3,8 +3,11 @@ from __future__ import annotations
 import pytest
 
 from models.engine.sampling_params import SamplingParams
-from models.engine.scheduler import DEPTH, PREFILL_ALONE, Chunk, Placement, Scheduler
+from models.engine.scheduler import Chunk, Placement, PrefillLimits, Scheduler
 from models.engine.sequence import Sequence
+from tests.support.faulty import limits
+
+DEPTH = PrefillLimits.depth
 
 
 def new_sequence(length: int, first: int = 0) -> Sequence:
@@ -27,6 +30,7 @@ def start(scheduler: Scheduler, sequence: Sequence) -> Placement:
 def decode(sequence: Sequence, tokens: int = 1) -> None:
     """Let a sequence have generated some tokens, all but the last one of them cached."""
     for token_id in range(tokens):
+        sequence.expect()
         sequence.append(token_id)
     sequence.cached = len(sequence.tokens) - 1
 
@@ -55,14 +59,14 @@ def test_a_chunk_knows_its_tokens_and_whether_it_gives_one() -> None:
 
 
 def test_a_new_scheduler_has_only_free_slots() -> None:
-    scheduler = Scheduler(slots=3, prefill_chunk=8)
+    scheduler = Scheduler(3, limits(8))
     assert scheduler.free_slots == 3
     assert scheduler.active == []
     assert scheduler.schedule([]) == []
 
 
 def test_each_sequence_gets_a_slot_of_its_own() -> None:
-    scheduler = Scheduler(slots=3, prefill_chunk=8)
+    scheduler = Scheduler(3, limits(8))
     sequences = running(scheduler, 5, 5, 5)
     assert sorted(sequence.slot for sequence in sequences) == [0, 1, 2]
     assert [scheduler.slots[sequence.slot] for sequence in sequences] == sequences
@@ -73,7 +77,7 @@ def test_each_sequence_gets_a_slot_of_its_own() -> None:
 
 
 def test_a_released_slot_is_free_at_once_and_only_once() -> None:
-    scheduler = Scheduler(slots=2, prefill_chunk=8)
+    scheduler = Scheduler(2, limits(8))
     first, second = running(scheduler, 5, 5)
     slot = first.slot
     for _ in range(2):
@@ -86,14 +90,14 @@ def test_a_released_slot_is_free_at_once_and_only_once() -> None:
 
 
 def test_a_sequence_without_a_slot_can_be_released() -> None:
-    scheduler = Scheduler(slots=2, prefill_chunk=8)
+    scheduler = Scheduler(2, limits(8))
     sequences = running(scheduler, 5)
     scheduler.release(new_sequence(5))
     assert scheduler.running == sequences
 
 
 def test_a_prompt_starts_after_the_prefix_that_a_running_sequence_has_cached() -> None:
-    scheduler = Scheduler(slots=2, prefill_chunk=8)
+    scheduler = Scheduler(2, limits(8))
     (first,) = running(scheduler, 100)
     first.cached = 60
     second = new_sequence(80)
@@ -102,7 +106,7 @@ def test_a_prompt_starts_after_the_prefix_that_a_running_sequence_has_cached() -
 
 
 def test_a_prompt_continues_in_the_slot_of_an_ended_sequence() -> None:
-    scheduler = Scheduler(slots=2, prefill_chunk=8)
+    scheduler = Scheduler(2, limits(8))
     (first,) = running(scheduler, 50)
     decode(first, 10)
     scheduler.release(first)
@@ -112,7 +116,7 @@ def test_a_prompt_continues_in_the_slot_of_an_ended_sequence() -> None:
 
 
 def test_a_slot_that_another_owner_reused_stays_secret_after_its_public_beginning() -> None:
-    scheduler = Scheduler(slots=1, prefill_chunk=8)
+    scheduler = Scheduler(1, limits(8))
     owners = [Sequence(list(range(50)), SamplingParams(), 9, owner=owner, public=30) for owner in ("ann", "bob", "ann")]
     for owner in owners[:2]:
         assert start(scheduler, owner).length == (30 if owner.owner == "bob" else 0)
@@ -122,7 +126,7 @@ def test_a_slot_that_another_owner_reused_stays_secret_after_its_public_beginnin
 
 
 def test_a_placement_counts_what_the_slot_held_before() -> None:
-    scheduler = Scheduler(slots=1, prefill_chunk=8)
+    scheduler = Scheduler(1, limits(8))
     (first,) = running(scheduler, 50)
     first.cached = 30
     scheduler.release(first)
@@ -130,7 +134,7 @@ def test_a_placement_counts_what_the_slot_held_before() -> None:
 
 
 def test_a_reserved_slot_keeps_only_the_prefix_that_it_holds_itself() -> None:
-    scheduler = Scheduler(slots=1, prefill_chunk=8)
+    scheduler = Scheduler(1, limits(8))
     (first,) = running(scheduler, 50)
     first.cached = 50
     scheduler.release(first)
@@ -139,7 +143,7 @@ def test_a_reserved_slot_keeps_only_the_prefix_that_it_holds_itself() -> None:
 
 
 def test_a_reserved_slot_does_not_hold_a_copy_before_it_is_filled() -> None:
-    scheduler = Scheduler(slots=2, prefill_chunk=8)
+    scheduler = Scheduler(2, limits(8))
     first, second = running(scheduler, 50, 40)
     first.cached, second.cached = 50, 40
     scheduler.release(second)
@@ -148,7 +152,7 @@ def test_a_reserved_slot_does_not_hold_a_copy_before_it_is_filled() -> None:
 
 
 def test_all_sequences_are_active_up_to_the_limit_oldest_first() -> None:
-    scheduler = Scheduler(slots=4, prefill_chunk=8)
+    scheduler = Scheduler(4, limits(8))
     first, second, third = running(scheduler, 5, 5, 5)
     scheduler.limit = 2
     assert scheduler.active == [first, second]
@@ -160,7 +164,7 @@ def test_all_sequences_are_active_up_to_the_limit_oldest_first() -> None:
 
 
 def test_decoding_sequences_come_first_ordered_by_slot() -> None:
-    scheduler = Scheduler(slots=3, prefill_chunk=8)
+    scheduler = Scheduler(3, limits(8))
     prefilling, second, third = running(scheduler, 5, 5, 5)
     decode(second)
     decode(third)
@@ -168,20 +172,20 @@ def test_decoding_sequences_come_first_ordered_by_slot() -> None:
 
 
 def test_a_prefill_beside_decoding_sequences_gets_one_chunk() -> None:
-    scheduler = Scheduler(slots=2, prefill_chunk=8)
+    scheduler = Scheduler(2, limits(8))
     decoding, prefilling = running(scheduler, 5, 500)
     decode(decoding)
     assert counts(scheduler.schedule(scheduler.active)) == [(decoding, 1), (prefilling, 8)]
 
 
 def test_a_prefill_alone_gets_a_larger_chunk() -> None:
-    scheduler = Scheduler(slots=2, prefill_chunk=8)
+    scheduler = Scheduler(2, limits(8))
     (prefilling,) = running(scheduler, 500)
-    assert counts(scheduler.schedule(scheduler.active)) == [(prefilling, 8 * PREFILL_ALONE)]
+    assert counts(scheduler.schedule(scheduler.active)) == [(prefilling, 8 * 16)]
 
 
 def test_prompts_share_the_chunk_in_their_order() -> None:
-    scheduler = Scheduler(slots=5, prefill_chunk=8)
+    scheduler = Scheduler(5, limits(8))
     decoding, *prefilling = running(scheduler, 5, 3, 4, 9, 9)
     decode(decoding)
     first, second, third, fourth = prefilling
@@ -190,7 +194,7 @@ def test_prompts_share_the_chunk_in_their_order() -> None:
 
 
 def test_tokens_far_into_a_prompt_cost_more_of_the_chunk() -> None:
-    scheduler = Scheduler(slots=3, prefill_chunk=32)
+    scheduler = Scheduler(3, limits(32))
     decoding, deep, late = running(scheduler, 5, 3 * DEPTH, 100)
     decode(decoding)
     chunks = []
@@ -202,7 +206,7 @@ def test_tokens_far_into_a_prompt_cost_more_of_the_chunk() -> None:
 
 
 def test_a_prompt_comes_to_its_end_beside_decoding_sequences_however_long_it_is() -> None:
-    scheduler = Scheduler(slots=2, prefill_chunk=8)
+    scheduler = Scheduler(2, limits(8))
     decoding, prefilling = running(scheduler, 5, 12 * DEPTH)
     decode(decoding)
     prefilling.cached = 8 * DEPTH  # one token costs more than the whole chunk
@@ -210,7 +214,7 @@ def test_a_prompt_comes_to_its_end_beside_decoding_sequences_however_long_it_is(
 
 
 def test_scheduling_changes_no_sequence() -> None:
-    scheduler = Scheduler(slots=2, prefill_chunk=8)
+    scheduler = Scheduler(2, limits(8))
     decoding, prefilling = running(scheduler, 5, 500)
     decode(decoding)
     assert scheduler.schedule(scheduler.active) == scheduler.schedule(scheduler.active)

@@ -7,7 +7,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mamba.modeling_mamba import MambaForCausalLM, MambaMixer
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
-from models.engine.architecture import own_logits, slot_logits
+from models.engine.architecture import engine_logits, own_logits
 from models.engine.quantization import quantizable
 from models.engine.weight_readers import children_read
 from tests.support.recurrent_models import tiny_recurrent
@@ -63,5 +63,5 @@ def test_a_weight_that_the_model_reads_itself_is_not_quantized() -> None:
 def test_a_quantized_recurrent_model_has_the_same_logits_in_slots(family: str, rank: str) -> None:
     model = to_int8(tiny_recurrent(family, **{rank: 32} if rank else {}))
     expected = own_logits(model)
-    for ours, own in zip(slot_logits(model, native=True), expected, strict=True):
+    for ours, own in zip(engine_logits(model, native=True), expected, strict=True):
         assert (ours - own).abs().max() <= 0.02 * own.abs().max()

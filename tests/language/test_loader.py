@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from models.language.weights import load_folder, load_gguf
 from models.settings import Settings
 from tests.support.endless_program import EndlessProgram
 from tests.support.gguf_models import write_gguf
+from tests.support.recurrent_models import tiny_recurrent
 from tests.support.tiny import SHAPE, TEMPLATE, tiny_model
 from tests.support.tiny_gguf import write_tiny_gguf
 
@@ -249,8 +251,15 @@ def test_without_an_accelerator_all_weights_are_for_the_cpu() -> None:
 
 def test_the_cache_of_an_accelerator_has_the_context_and_the_dtype_of_the_settings(llama: PreTrainedModel) -> None:
     numbers = 4 * 3 * 2 * (16 + 16)  # slots, layers, key heads, sizes of keys and values
-    assert cache_on_accelerator(Settings(slots=4, dtype="float16"), llama) == numbers * 512 * 2
-    assert cache_on_accelerator(Settings(slots=4, context=64, kv_cache="float8"), llama) == numbers * 64
+    assert cache_on_accelerator(Settings(slots=4, device="mps", dtype="float16"), llama) == numbers * 512 * 2
+    assert cache_on_accelerator(Settings(slots=4, device="xpu", context=64, kv_cache="float8"), llama) == numbers * 64
+
+
+def test_a_cache_in_blocks_needs_room_for_one_sequence(llama: PreTrainedModel) -> None:
+    numbers = 3 * 2 * (16 + 16)
+    assert cache_on_accelerator(Settings(slots=4, device="cuda"), llama) == numbers * 512 * 2
+    hybrid, settings = tiny_recurrent("lfm2"), Settings(slots=4, device="cuda", context=64)
+    assert cache_on_accelerator(settings, hybrid) == 4 * cache_on_accelerator(replace(settings, slots=1), hybrid)
 
 
 def test_a_cache_that_has_no_room_beside_the_weights_is_refused_before_these_are_read(

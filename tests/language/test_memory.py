@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -149,13 +150,19 @@ def test_the_cache_of_no_model_takes_less_than_the_configuration_says(name: str)
 
 # What the cache may take
 
-MEMORY = Memory(weights=GB // 10, cache=int(1.44 * GB), slots=32, context=4096)
+MEMORY = Memory(weights=GB // 10, cache=int(1.44 * GB), slots=32, context=4096, tokens=32 * 4096)
 
 
 def test_a_cache_that_fits_is_told_with_what_is_free() -> None:
     assert MEMORY.fits(FreeMemory(20 * GB))
     assert MEMORY.line(FreeMemory(int(20.3 * GB))) == (
         "The weights take 0.1 GB, and 32 slots of 4096 tokens take up to 1.4 GB; 20.3 GB are free."
+    )
+
+
+def test_a_cache_that_slots_share_is_told_with_the_tokens_that_it_has_room_for() -> None:
+    assert replace(MEMORY, tokens=50_000).line(None) == (
+        "The weights take 0.1 GB, and 32 slots of 4096 tokens share 50000 tokens in 1.4 GB."
     )
 
 
@@ -174,19 +181,19 @@ def test_where_it_is_unknown_what_is_free_only_the_model_is_told() -> None:
 
 
 def test_a_cache_that_fits_is_printed(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
-    tell_memory(Memory(1, 1, 1, 1), CPU)
+    tell_memory(Memory(1, 1, 1, 1, 1), CPU)
     assert "The weights take 0.0 GB" in capsys.readouterr().err
     assert not caplog.records
 
 
 def test_a_cache_that_may_grow_too_large_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "parley"):
-        tell_memory(Memory(1, 10**18, 32, 4096), CPU)
+        tell_memory(Memory(1, 10**18, 32, 4096, 32 * 4096), CPU)
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert "lower PARLEY_SLOTS" in record.message
 
 
 def test_a_device_that_holds_the_whole_cache_already_is_never_short(caplog: pytest.LogCaptureFixture) -> None:
-    tell_memory(Memory(1, 10**18, 32, 4096), torch.device("cuda"))
+    tell_memory(Memory(1, 10**18, 32, 4096, 32 * 4096), torch.device("cuda"))
     assert not caplog.records

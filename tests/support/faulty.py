@@ -13,7 +13,7 @@ from models.engine.batch import Batch
 from models.engine.engine import Engine
 from models.engine.kv_cache import KVCache
 from models.engine.model_runner import ModelRunner
-from models.engine.scheduler import Chunk
+from models.engine.scheduler import Chunk, PrefillLimits
 from models.engine.sequence import Sequence
 
 Fault = Callable[[list[Sequence]], BaseException | None]
@@ -21,6 +21,11 @@ Fault = Callable[[list[Sequence]], BaseException | None]
 both_attentions = pytest.mark.parametrize(
     "native", [pytest.param(True, marks=pytest.mark.compiler, id="kernel"), pytest.param(False, id="torch")]
 )
+
+
+def limits(chunk: int) -> PrefillLimits:
+    """The limits of an engine, with a chunk of some tokens beside sequences that decode."""
+    return PrefillLimits(chunk, alone=16 * chunk)
 
 
 def make_engine(
@@ -32,7 +37,13 @@ def make_engine(
     cache_dtype: torch.dtype | None = None,
 ) -> Engine:
     """An engine over a model."""
-    return Engine(ModelRunner(model, slots, context, native, cache_dtype), prefill_chunk)
+    return Engine(ModelRunner(model, slots, context, native, cache_dtype), limits(prefill_chunk))
+
+
+def slots_of(engine: Engine) -> ModelRunner:
+    """The runner of an engine whose cache is in slots."""
+    assert isinstance(engine.runner, ModelRunner)
+    return engine.runner
 
 
 class FaultyRunner(ModelRunner):
@@ -61,7 +72,7 @@ class FaultyRunner(ModelRunner):
 
 def faulty_engine(model: PreTrainedModel, fault: Fault, slots: int = 8, native: bool = True) -> Engine:
     """An engine over a `FaultyRunner`."""
-    return Engine(FaultyRunner(model, fault, slots, 128, native), prefill_chunk=16)
+    return Engine(FaultyRunner(model, fault, slots, 128, native), limits(16))
 
 
 class Broken:

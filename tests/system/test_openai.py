@@ -21,6 +21,7 @@ from openai import AsyncOpenAI, OpenAI, Stream
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from starlette.applications import Starlette
 
+from models.engine.scheduler import PrefillLimits
 from models.language.engine_chat import EngineChat
 from models.options import Options
 from models.settings import Settings
@@ -297,7 +298,7 @@ class Gate:
     async def opens_tiny(self, app: Starlette) -> AsyncIterator[EngineChat]:
         """What `create_app` takes to run on the tiny Llama, which reads sixteen tokens of a prompt in a step."""
         async with EngineChat.opened(tiny_tokenizer(), tiny_llama(), app.state.settings, on_step=self.on_step) as chat:
-            chat._engine.scheduler.prefill_chunk = 1
+            chat._engine.scheduler.prefill = PrefillLimits(beside=16, alone=16)
             yield chat
 
 
