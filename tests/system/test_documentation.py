@@ -57,6 +57,7 @@ NOT_RUN = {
     ".venv/bin/python tests/bench/compare.py --peers .bench/peers": "takes twenty minutes",
     ".venv/bin/python tests/bench/compare.py --peers .bench/peers --model .bench/models/0.5B-Q4_K_M.gguf": "the same",
     ".venv/bin/python tests/bench/loading.py": "makes files of gigabytes",
+    ".venv/bin/python tests/bench/gpu.py": "needs a GPU",
 }
 
 
@@ -184,7 +185,7 @@ BACKUP = [
     ".venv/bin/python -c \"import sqlite3; sqlite3.connect('data/parley.db').backup(sqlite3.connect('backup.db'))\"",
     "cp data/key backup.key",
 ]
-SIMPLE = ["hostname -I"]
+SIMPLE = ["hostname -I", ".venv/bin/python tests/bench/gpu.py --device cpu --smoke"]
 
 
 def test_every_command_is_run_or_has_a_reason() -> None:
