@@ -2,6 +2,5 @@
 
 It knows no text, no user and no database, and only async_engine.py knows asyncio.
 It imports only the ground (errors, messages, private_files, scratch).
-Start reading at engine.py: a step is scheduler.py, then model_runner.py or block_runner.py, then sampler.py. README.md
-explains it.
+Start reading at engine.py: a step is scheduler.py, then a runner (runner.py), then sampler.py. README.md explains it.
 """
