@@ -12,6 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from models.engine.attention import CausalMask, Scoring, attend, causal_mask, rounded, scoring_of, slot_mask
 from models.engine.block_cache import BlockCache
+from models.engine.fused_attention import SequenceLayout
 
 ATTENTION = "parley_blocks"  # the name in transformers' registry
 
@@ -36,12 +37,8 @@ class BlockMetadata:
 
     cells: Tensor  # (tokens,), the place of each in the cache: block * size + offset
     positions: Tensor  # (tokens,)
-    starts: Tensor  # (sequences + 1,), int32: the first token of each sequence, and the end
-    lengths: Tensor  # (sequences,), int32: the tokens of each sequence after this step
-    tables: Tensor  # (sequences, blocks), int32: the blocks of each sequence
+    layout: SequenceLayout
     groups: tuple[Group, ...]  # all sequences, for attention that our kernels cannot compute
-    longest: int  # the most tokens of a sequence in this step
-    reach: int  # at least the most tokens of a sequence in all
     cache: BlockCache
     attaches: bool = False  # whether this is the first step, in which attention modules get their tensors
     _masks: dict[tuple[Group, int | None], Tensor] = field(default_factory=dict)
@@ -128,10 +125,7 @@ def _fused_attention(
     """Attention by our kernels, which read the blocks where they are: (tokens, heads, size)."""
     fused = metadata.cache.fused
     fused.store(key[0], value[0], cached_keys, cached_values, metadata.cells)
-    return fused.attend(
-        *(query[0], cached_keys, cached_values, metadata.starts, metadata.lengths, metadata.tables),
-        *(metadata.longest, metadata.reach, scoring),
-    )
+    return fused.attend(query[0], cached_keys, cached_values, metadata.layout, scoring)
 
 
 def _gathered_attention(
@@ -150,7 +144,7 @@ def _gathered_attention(
         cached.flatten(0, 1)[metadata.cells] = rounded(new, cached.dtype)
     outputs = []
     for group in metadata.groups:
-        tables = metadata.tables[group.first : group.first + group.rows, : group.blocks]
+        tables = metadata.layout.tables[group.first : group.first + group.rows, : group.blocks]
         # (rows, blocks, block size, heads, size) -> (rows, heads, length, size)
         near_keys, near_values = (
             cached[tables].flatten(1, 2).transpose(1, 2).to(query.dtype) for cached in (cached_keys, cached_values)

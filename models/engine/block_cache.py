@@ -70,7 +70,7 @@ class BlockCache:
 
         They have the padding block only, until `allocate`.
         """
-        tensors = self._zeros(key, 1), self._zeros(value, 1)
+        tensors = self._block_like(key), self._block_like(value)
         kind = query, key, value, tensors[0].dtype, scoring
         self.fused.try_kind(*kind)
         self.needs_groups |= not self.fused.fits(*kind)
@@ -81,8 +81,7 @@ class BlockCache:
 
     def allocate(self, blocks: int | None = None) -> None:
         """Give all modules blocks: as many as given, or as all slots need, or as fit. Raises CacheTooLargeError."""
-        most = self.slots * self.longest_table
-        blocks = min(most, self._fitting()) if blocks is None else blocks
+        blocks = self._most_blocks() if blocks is None else blocks
         try:
             if blocks < self.longest_table:
                 raise RuntimeError("not even one sequence fits")
@@ -115,19 +114,19 @@ class BlockCache:
     def _padded(self, table: list[int]) -> list[int]:
         return table + [PADDING_BLOCK] * (self.longest_table - len(table))
 
-    def _fitting(self) -> int:
-        """How many blocks fit the free memory."""
+    def _most_blocks(self) -> int:
+        """As many blocks as all slots need, or as fit the free memory of a GPU."""
+        needed = self.slots * self.longest_table
         if self.device.type == "cpu":
-            return self.slots * self.longest_table
+            return needed
         torch.accelerator.empty_cache()  # what torch keeps for its next tensors would not count as free
         free, _ = torch.accelerator.get_memory_info(self.device)
-        return int(SHARE * free) // self.size  # that of one block
+        return min(needed, int(SHARE * free) // self.size)  # the size is that of one block now
 
-    def _zeros(self, like: Tensor, blocks: int) -> Tensor:
-        """Blocks for keys or values like some, (1, heads, tokens, size)."""
+    def _block_like(self, like: Tensor) -> Tensor:
+        """One block for keys or values like some, (1, heads, tokens, size)."""
         _, heads, _, size = like.shape
-        shape = blocks, self.pool.size, heads, size
-        return torch.zeros(shape, dtype=self.dtype or like.dtype, device=like.device)
+        return like.new_zeros(1, self.pool.size, heads, size, dtype=self.dtype)
 
     def _register(self, module: nn.Module, call: int, keys: Tensor, values: Tensor) -> None:
         module.register_buffer(f"cached_keys_{call}", keys, persistent=False)

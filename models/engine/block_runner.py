@@ -1,4 +1,4 @@
-"""Runs the model on a GPU: chunks of sequences in, logits out, and the host never waits."""
+"""Runs the model on one GPU: chunks of sequences in, logits out."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from models.engine.block_cache import BlockCache
 from models.engine.block_pool import BlockPool
 from models.engine.compiled_layers import CompiledLayers, only_compiled
 from models.engine.forward import Forward, replace_attention
-from models.engine.fused_attention import FusedAttention
+from models.engine.fused_attention import FusedAttention, SequenceLayout
 from models.engine.graphs import Graphs, Step
 from models.engine.long_rope import choose_frequencies
 from models.engine.scheduler import UNKNOWN, Chunk, Placement, PrefillLimits
@@ -199,11 +199,9 @@ class BlockRunner:
         ids = torch.where(ids == UNKNOWN, self._new_tokens[slots], ids)
         size = self.cache.pool.size
         cells = self.cache.tables[slots, positions // size] * size + positions % size
-        metadata = BlockMetadata(
-            *(cells, positions, starts.int(), ends.int(), self.cache.tables[owners]),
-            *(sizes.groups, sizes.longest, sizes.reach, self.cache, attaches),
-        )
-        step = STEP.set(metadata)
+        tables = self.cache.tables[owners]
+        layout = SequenceLayout(starts.int(), ends.int(), tables, sizes.longest, sizes.reach)
+        step = STEP.set(BlockMetadata(cells, positions, layout, sizes.groups, self.cache, attaches))
         try:
             with only_compiled() if self._layers else nullcontext():
                 return self.forward.logits(ids, positions, logits_at)

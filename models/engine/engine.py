@@ -101,8 +101,9 @@ class Engine:
     def _choose(self, logits: Tensor, sequences: list[Sequence]) -> TokensToHost:
         """Choose the next tokens of some sequences, for the host and for the next step."""
         slots, uniforms = [sequence.slot for sequence in sequences], [sequence.uniform for sequence in sequences]
-        tokens = self.sampler.sample(logits, slots, uniforms)
-        where, to_host = to_device(slots, self.runner.device), TokensToHost(tokens)
+        where = to_device(slots, self.runner.device)
+        tokens = self.sampler.sample(logits, slots, where, uniforms)
+        to_host = TokensToHost(tokens)
         # What changes comes last, and takes no memory: a step that fails before can be tried again.
         self.sampler.count(slots, where, tokens)
         self.runner.keep(where, tokens)

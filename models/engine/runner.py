@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -10,7 +9,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from models.engine.batch import Batch
 from models.engine.block_pool import BlockPool
 from models.engine.block_runner import BlockRunner
 from models.engine.model_runner import ModelRunner
@@ -29,10 +27,6 @@ class Cache(Protocol):
     @property
     def dtype_name(self) -> str:
         """The dtype of keys and values, as the settings name it."""
-
-    @property
-    def tensors(self) -> Sequence[tuple[Tensor, Tensor]]:
-        """The keys and values of each attention module."""
 
 
 class Runner(Protocol):
@@ -96,9 +90,6 @@ class Runner(Protocol):
 
     def run(self, chunks: list[Chunk]) -> Tensor:
         """Compute chunks, and the logits after those that give a token, (sequences, vocabulary)."""
-
-    def run_batch(self, batch: Batch) -> Tensor:
-        """Like `run`, for a given batch."""
 
     def keep(self, slots: Tensor, tokens: Tensor) -> None:
         """Keep the new tokens of some slots, both (rows,), if the next step has to find them on the device."""

@@ -50,14 +50,13 @@ class Sampler:
             self.counts[slot] = torch.zeros(self.seen.shape[1], dtype=torch.int32, device=self.device)
 
     @torch.inference_mode()
-    def sample(self, logits: Tensor, slots: list[int], uniforms: list[float]) -> Tensor:
+    def sample(self, logits: Tensor, slots: list[int], where: Tensor, uniforms: list[float]) -> Tensor:
         """The next token of each slot, (rows,).
 
-        `logits` is (rows, vocabulary), row i belongs to `slots[i]`. `uniforms[i]`, in [0, 1), is the only random
-        number that its sequence uses for this token, so a seed gives the same reply in any batch. Changes nothing:
-        `count` does.
+        `logits` is (rows, vocabulary), row i belongs to `slots[i]`; `where` is the slots on the device. `uniforms[i]`,
+        in [0, 1), is the only random number that its sequence uses for this token, so a seed gives the same reply in
+        any batch. Changes nothing: `count` does.
         """
-        where = to_device(slots, self.device)
         numbers = self._numbers[where]
         logits = self._penalize(logits.to(self.device, torch.float32), slots, where, numbers)
         return self._choose(logits, [self.params[slot] for slot in slots], numbers, uniforms)

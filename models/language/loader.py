@@ -153,6 +153,7 @@ def cache_on_accelerator(settings: Settings, model: PreTrainedModel) -> int:
     A cache in blocks takes what is free. It needs room for one sequence.
     """
     dtype = DTYPES.get(settings.kv_cache, _dtype(settings))
+    # What `uses_blocks` will find, before there is a device that it could look at.
     one_gpu = settings.device.startswith("cuda") or torch.cuda.device_count() == 1
     slots = 1 if one_gpu and not has_recurrent_layers(model) else settings.slots
     return size_of_cache(model.config, slots, context_length(model, settings), dtype)

@@ -101,10 +101,10 @@ class NotingSampler(Sampler):
         super().__init__(slots, vocabulary, device)
         self.noted: dict[int, list[Tensor]] = {}
 
-    def sample(self, logits: Tensor, slots: list[int], uniforms: list[float]) -> Tensor:
+    def sample(self, logits: Tensor, slots: list[int], where: Tensor, uniforms: list[float]) -> Tensor:
         for slot, row in zip(slots, logits.clone(), strict=True):
             self.noted.setdefault(slot, []).append(row)
-        return super().sample(logits, slots, uniforms)
+        return super().sample(logits, slots, where, uniforms)
 
 
 Replies = list[tuple[list[int], list[Tensor]]]  # the tokens of each, and the logits that they were chosen from

@@ -20,8 +20,7 @@ from pathlib import Path
 
 import torch
 from starlette.applications import Starlette
-from tokenizers import Tokenizer, decoders, models as tokenizer_models, pre_tokenizers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from models.language.engine_chat import EngineChat
 from models.settings import Settings
@@ -31,7 +30,7 @@ from tests.bench.gpu_client import secret
 from tests.bench.gpu_engine import configuration, join, random_model
 from tests.bench.gpu_report import Report
 from tests.support.serving import Served, serve
-from tests.support.tiny import SPECIAL, TEMPLATE
+from tests.support.tiny import SHAPE, tiny_tokenizer
 
 TEMPLATE_TOKENS = 19  # of the template, around a message
 EVERY = 0.05  # seconds between two looks at the threads
@@ -42,18 +41,8 @@ Results = dict[str, float]
 
 def wide_tokenizer(vocabulary: int) -> PreTrainedTokenizerBase:
     """A token for each byte, and a word for each other id that the model may choose."""
-    tokens = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokens += [f"\u0120w{token_id}" for token_id in range(len(tokens), vocabulary)]  # U+0120 stands for a space
-    tokenizer = Tokenizer(tokenizer_models.BPE({token: token_id for token_id, token in enumerate(tokens)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=tokenizer,
-        pad_token=SPECIAL[0],
-        bos_token=SPECIAL[1],
-        eos_token=SPECIAL[2],
-        chat_template=TEMPLATE,
-    )
+    known = SHAPE["vocab_size"]
+    return tiny_tokenizer([f"\u0120w{token_id}" for token_id in range(known, vocabulary)])  # U+0120 stands for a space
 
 
 class Steps:

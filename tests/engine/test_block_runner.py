@@ -331,10 +331,10 @@ def test_a_sequence_that_fails_alone_ends_and_the_others_do_not_change(llama: Pr
         def __getattr__(self, name: str) -> object:
             return getattr(self.sampler, name)
 
-        def sample(self, logits: Tensor, slots: list[int], uniforms: list[float]) -> Tensor:
+        def sample(self, logits: Tensor, slots: list[int], where: Tensor, uniforms: list[float]) -> Tensor:
             if sequences[1].slot in slots and sequences[1].generated >= 4:
                 raise ValueError("unlucky")
-            return self.sampler.sample(logits, slots, uniforms)
+            return self.sampler.sample(logits, slots, where, uniforms)
 
     engine = block_engine(llama, 4, 96)
     engine.sampler = FailingSampler(engine)  # type: ignore[assignment]
@@ -359,8 +359,8 @@ def test_a_step_that_fails_once_its_tokens_are_chosen_gives_the_same_ones_again(
 
         calls = 0
 
-        def sample(self, logits: Tensor, slots: list[int], uniforms: list[float]) -> Tensor:
-            tokens = super().sample(logits, slots, uniforms)
+        def sample(self, logits: Tensor, slots: list[int], where: Tensor, uniforms: list[float]) -> Tensor:
+            tokens = super().sample(logits, slots, where, uniforms)
             self.calls += 1
             if self.calls % 3 == 0:
                 raise MemoryError

@@ -66,7 +66,7 @@ def generate_one(engine: Engine, sequence: Sequence) -> list[int]:
 def fill_with_nan(engine: Engine, slot: int, length: int) -> None:
     """Set the first positions of a slot to NaN."""
     with torch.inference_mode():
-        for keys, values in engine.runner.cache.tensors:
+        for keys, values in slots_of(engine).cache.tensors:
             keys[slot, :, : -(-length // keys.shape[-1])] = values[slot, :, :length] = torch.nan
 
 
@@ -156,7 +156,7 @@ def test_in_a_cache_of_any_dtype_a_reply_does_not_depend_on_prefixes_chunks_or_s
     engine = new_engine(prefill_chunk=16)
     assert generate(engine, sequences, every=4) == alone
     assert [sequence.reused for sequence in sequences] == [0, 60, 60]
-    assert {tensor.dtype for pair in engine.runner.cache.tensors for tensor in pair} == {dtype}
+    assert {tensor.dtype for pair in slots_of(engine).cache.tensors for tensor in pair} == {dtype}
 
 
 def test_a_prefix_stays_cached_while_other_slots_are_free(llama: PreTrainedModel) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from models.engine.attention import Scoring
-from models.engine.fused_attention import PART, FusedAttention, attend_by_sequence
+from models.engine.fused_attention import PART, FusedAttention, SequenceLayout, attend_by_sequence
 from models.engine.sampling_params import SamplingParams
 from models.engine.sequence import Sequence
 from tests.engine.test_engine import generate, reference
@@ -43,16 +44,15 @@ class Step:
         self.counts, self.lengths = counts, lengths
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """What an attention takes."""
-        starts = torch.tensor([0, *self.counts]).cumsum(0).int()
-        return self.query, self.keys, self.values, starts, torch.tensor(self.lengths).int(), self.tables
+    def layout(self) -> SequenceLayout:
+        starts, lengths = torch.tensor([0, *self.counts]).cumsum(0).int(), torch.tensor(self.lengths).int()
+        return SequenceLayout(starts, lengths, self.tables, max(self.counts), max(self.lengths))
 
     def by_kernels(self, scoring: Scoring) -> Tensor:
-        return FusedAttention().attend(*self.tensors, max(self.counts), max(self.lengths), scoring)
+        return FusedAttention().attend(self.query, self.keys, self.values, self.layout, scoring)
 
     def by_torch(self, scoring: Scoring) -> Tensor:
-        return attend_by_sequence(*self.tensors, scoring)
+        return attend_by_sequence(self.query, self.keys, self.values, self.layout, scoring)
 
 
 def assert_right(step: Step, scoring: Scoring) -> None:
@@ -137,19 +137,8 @@ def test_greedy_replies_by_the_kernels_equal_those_of_transformers(make: Callabl
 class ShortSighted(PlainFused):
     """Gives nearly right results, as kernels with another idea of the last key would."""
 
-    def attend(
-        self,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        starts: Tensor,
-        lengths: Tensor,
-        tables: Tensor,
-        longest: int,
-        reach: int,
-        scoring: Scoring,
-    ) -> Tensor:
-        return super().attend(query, keys, values, starts, lengths - 1, tables, longest, reach, scoring)
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, layout: SequenceLayout, scoring: Scoring) -> Tensor:
+        return super().attend(query, keys, values, replace(layout, lengths=layout.lengths - 1), scoring)
 
 
 class Forgetful(PlainFused):

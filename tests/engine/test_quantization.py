@@ -36,7 +36,7 @@ from models.engine.quantized_weight import Format, QuantizedWeight
 from models.language.loader import load
 from models.settings import Settings
 from tests.support.any_batch import assert_equal_logits_in_any_batch
-from tests.support.faulty import make_engine
+from tests.support.faulty import make_engine, slots_of
 from tests.support.recurrent_models import LATENT, tiny_recurrent
 from tests.support.tiny import SHAPE, prompts, tiny_gemma3, tiny_llama, tiny_model, to_int8
 
@@ -411,7 +411,7 @@ def perplexity(quantize: str, tokens: int) -> float:
     tokenizer, model = load(Settings(device="cpu", quantize=quantize, compile=False))
     ids = tokenizer(TEXT.read_text(encoding="utf-8")).input_ids[:tokens]
     assert len(ids) == tokens
-    runner, loss, chunk = make_engine(model, slots=1, context=tokens).runner, 0.0, 250
+    runner, loss, chunk = slots_of(make_engine(model, slots=1, context=tokens)), 0.0, 250
     for start in range(0, tokens, chunk):
         batch = Batch()
         batch.add(0, ids[start : start + chunk], start)

@@ -83,10 +83,10 @@ def fault_with(poison: Sequence, error: Exception) -> Fault:
 class FaultySampler(Sampler):
     """Fails for each sequence with the parameters UNLUCKY."""
 
-    def sample(self, logits: Tensor, slots: list[int], uniforms: list[float]) -> Tensor:
+    def sample(self, logits: Tensor, slots: list[int], where: Tensor, uniforms: list[float]) -> Tensor:
         if any(self.params[slot] == UNLUCKY for slot in slots):
             raise ValueError("unlucky")
-        return super().sample(logits, slots, uniforms)
+        return super().sample(logits, slots, where, uniforms)
 
 
 @both_attentions

@@ -47,8 +47,9 @@ def new_sampler(params: list[SamplingParams], prompt: list[int] | None = None, v
 
 def sampled(sampler: Sampler, logits: Tensor, slots: list[int], uniforms: list[float]) -> list[int]:
     """The next tokens of some slots, which count from then on."""
-    tokens = sampler.sample(logits, slots, uniforms)
-    sampler.count(slots, torch.tensor(slots), tokens)
+    where = torch.tensor(slots)
+    tokens = sampler.sample(logits, slots, where, uniforms)
+    sampler.count(slots, where, tokens)
     ids: list[int] = tokens.tolist()
     return ids
 
@@ -265,7 +266,7 @@ def test_a_step_that_failed_and_is_tried_again_counts_its_tokens_once() -> None:
     both = [SamplingParams(repetition_penalty=1.5, frequency_penalty=1.0), SamplingParams(1.0, presence_penalty=1.0)]
     sampler, steps = new_sampler(both), []
     for _ in range(9):
-        sampler.sample(logits, [0, 1], [0.5, 0.5])
+        sampler.sample(logits, [0, 1], torch.tensor([0, 1]), [0.5, 0.5])
         steps.append(sampled(sampler, logits, [0, 1], [0.5, 0.5]))
     for row, params in enumerate(both):
         assert [tokens[row] for tokens in steps] == sample_reply(logits[[row]].expand(9, -1), params, [0.5] * 9)
@@ -290,9 +291,9 @@ def test_sampling_never_makes_the_host_wait_for_a_device() -> None:
     with NoWaiting():
         for slot, params in enumerate(every):
             sampler.assign(slot, params, PROMPT)
-        slots = list(range(len(every)))
-        tokens = sampler.sample(torch.empty(len(every), 3000, device="meta"), slots, [0.5] * len(every))
-        sampler.count(slots, torch.arange(len(every), device="meta"), tokens)
+        slots, where = list(range(len(every))), torch.arange(len(every), device="meta")
+        tokens = sampler.sample(torch.empty(len(every), 3000, device="meta"), slots, where, [0.5] * len(every))
+        sampler.count(slots, where, tokens)
     assert tokens.shape == (len(every),)
 
 

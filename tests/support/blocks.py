@@ -10,7 +10,7 @@ from models.engine.attention import Scoring, rounded
 from models.engine.block_pool import BlockPool
 from models.engine.block_runner import BlockRunner
 from models.engine.engine import Engine
-from models.engine.fused_attention import FusedAttention, attend_by_sequence
+from models.engine.fused_attention import FusedAttention, SequenceLayout, attend_by_sequence
 from models.engine.graphs import Graphs, Step
 from tests.support.faulty import limits
 
@@ -24,21 +24,10 @@ class PlainFused(FusedAttention):
         for cached, new in ((keys, key), (values, value)):
             cached.flatten(0, 1)[cells] = rounded(torch.nan_to_num(new.transpose(0, 1), 0.0, 0.0, 0.0), cached.dtype)
 
-    def attend(
-        self,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        starts: Tensor,
-        lengths: Tensor,
-        tables: Tensor,
-        longest: int,
-        reach: int,
-        scoring: Scoring,
-    ) -> Tensor:
-        assert int((starts[1:] - starts[:-1]).max()) <= longest
-        assert int(lengths.max()) <= reach
-        return attend_by_sequence(query, keys, values, starts, lengths, tables, scoring)
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, layout: SequenceLayout, scoring: Scoring) -> Tensor:
+        assert int((layout.starts[1:] - layout.starts[:-1]).max()) <= layout.longest
+        assert int(layout.lengths.max()) <= layout.reach
+        return attend_by_sequence(query, keys, values, layout, scoring)
 
 
 class CountingGraphs(Graphs):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -51,10 +51,10 @@ SHAPE: dict[str, Any] = {
 }
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerBase:
-    """One token for each byte, three special tokens, a chat template."""
+def tiny_tokenizer(words: Sequence[str] = ()) -> PreTrainedTokenizerBase:
+    """One token for each byte, three special tokens, a chat template; and some words, which no text is encoded to."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate([*SPECIAL, *alphabet])}
+    vocabulary = {token: index for index, token in enumerate([*SPECIAL, *alphabet, *words])}
     tokenizer = Tokenizer(tokenizer_models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
