@@ -1,5 +1,5 @@
 """The packages of the app; `models/README.md` is the map.
 
-Imports go one way: web -> protocols -> generation -> language, users -> engine, ops, store -> the ground, which is
-errors, messages, options, scratch, settings and validation.
+Imports go one way: web -> protocols -> generation -> language, users -> engine, ops, store -> the ground, which is the
+modules of this package itself.
 """

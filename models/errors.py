@@ -13,10 +13,12 @@ ParleyError
 │   └── UsersError                 a user cannot be added or removed
 ├── APIError                       a request is refused, with an HTTP status, a type, a code and a message
 │   ├── InvalidRequestError   400  InvalidJSON, InvalidValue, MissingField, UnknownField, UnknownEvent,
-│   │                              UnsupportedParameter, MessagesRejected, ContextLengthExceeded
+│   │                              UnsupportedParameter, MessagesRejected, ContextLengthExceeded,
+│   │                              PreviousResponseNotFound, FormatFailed
 │   │                         404  ConversationNotFound, ItemNotFound, ResponseNotFound, ModelNotFound
-│   │                         409  ConversationBusy, ConversationFull, StorageFull
+│   │                         409  ConversationLocked, ConversationFull, StorageFull
 │   │                         413  BodyTooLarge
+│   │                         415  UnsupportedEncoding
 │   ├── AccessError           401  WrongCredentials
 │   │                         403  OriginNotAllowed
 │   ├── RateLimitError        429  RateLimitExceeded, TooManyResponses, TooManyConnections, TooManyLogins
@@ -196,11 +198,26 @@ class ContextLengthExceededError(InvalidRequestError):
         self.tokens = tokens
 
 
+class FormatFailedError(InvalidRequestError):
+    """A reply has begun and cannot keep to its format any further: the format is too complex, or a dead end."""
+
+    code = "format_failed"
+    message = "the reply could not go on in its format: it is too complex, or a dead end; make it simpler"
+
+
 class BodyTooLargeError(InvalidRequestError):
     """The request body is too large."""
 
     status = 413
     code = "body_too_large"
+
+
+class UnsupportedEncodingError(InvalidRequestError):
+    """The request body is compressed in a way that Parley does not know."""
+
+    status = 415
+    code = "unsupported_encoding"
+    message = "Content-Encoding must be gzip, or absent"
 
 
 class ConversationNotFoundError(InvalidRequestError):
@@ -228,6 +245,16 @@ class ResponseNotFoundError(InvalidRequestError):
     param = "response_id"
 
 
+class PreviousResponseNotFoundError(InvalidRequestError):
+    """The response that a request continues does not exist, is no longer kept, or belongs to another user."""
+
+    code = "previous_response_not_found"
+    param = "previous_response_id"
+
+    def __init__(self, id: str) -> None:
+        super().__init__(f"there is no response {id[:64]!r} to continue: send the whole conversation as input")
+
+
 class ModelNotFoundError(InvalidRequestError):
     """The request names a model that is not loaded."""
 
@@ -239,12 +266,12 @@ class ModelNotFoundError(InvalidRequestError):
         super().__init__(f"this server has one model: {loaded}")
 
 
-class ConversationBusyError(InvalidRequestError):
-    """Another response is running in the conversation."""
+class ConversationLockedError(InvalidRequestError):
+    """Another response is running in the conversation, or its leaf is not the one that the request has seen."""
 
     status = 409
-    code = "conversation_busy"
-    message = "a reply is running in this conversation: wait until it ends, or cancel it"
+    code = "conversation_locked"
+    message = "a reply is running in this conversation, or it has changed meanwhile: wait, or read it again"
 
 
 class ConversationFullError(InvalidRequestError):
@@ -291,19 +318,20 @@ class RateLimitError(APIError):
     status = 429
     type = "rate_limit_error"
 
+    def __init__(self, message: str | None = None, retry_after: int | None = None) -> None:
+        super().__init__(message)
+        if retry_after is not None:
+            self.retry_after = retry_after
+
 
 class RateLimitExceededError(RateLimitError):
     """The user has reached PARLEY_RATE or PARLEY_TOKEN_RATE."""
 
     code = "rate_limit_exceeded"
 
-    def __init__(self, message: str, retry_after: int) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
-
 
 class TooManyResponsesError(RateLimitError):
-    """The user has too many responses running or waiting."""
+    """Too many responses of the user wait."""
 
     code = "too_many_responses"
     retry_after = 1

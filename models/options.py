@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct, structs
 
@@ -17,6 +17,7 @@ Instructions = Annotated[
 Temperature = Annotated[float, Meta(ge=0, le=2, description="a number from 0 to 2")]
 TopP = Annotated[float, Meta(gt=0, le=1, description="a number above 0, 1 at most")]
 TopK = Annotated[int, Meta(ge=0, le=2**31, description="a whole number, 0 or more")]
+MinP = Annotated[float, Meta(ge=0, le=1, description="a number from 0 to 1")]
 RepetitionPenalty = Annotated[float, Meta(gt=0, le=2, description="a number above 0, 2 at most")]
 Penalty = Annotated[float, Meta(ge=-2, le=2, description="a number from -2 to 2")]
 MaxOutputTokens = Annotated[
@@ -30,24 +31,37 @@ Seed = Annotated[
     Annotated[int, Meta(ge=0, le=2**63 - 1)] | None, Meta(description="a whole number from 0 to 2^63 - 1, or null")
 ]
 
+LogitBias = Annotated[
+    dict[Annotated[str, Meta(pattern=r"\A\d{1,9}\Z")], Annotated[float, Meta(ge=-100, le=100)]],
+    Meta(max_length=1024, description="an object of up to 1,024 token ids and numbers from -100 to 100"),
+]
+ReasoningEffort = Annotated[
+    Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None,
+    Meta(description="none, minimal, low, medium, high, xhigh, max, or null"),
+]
+
 
 class Options(Struct, frozen=True, forbid_unknown_fields=True):
     """The options of a reply.
 
     `temperature` 0 is greedy; `top_k` 0 is off; `max_output_tokens` None allows as many tokens as the context holds;
-    `seed` None means a random seed.
+    `seed` None means a random seed; `min_p` leaves out tokens whose probability is below this share of the largest one;
+    `reasoning_effort` None is the chat template's own.
     """
 
     instructions: Instructions = None
     temperature: Temperature = 0.45
     top_p: TopP = 0.9
     top_k: TopK = 0
+    min_p: MinP = 0.0
     repetition_penalty: RepetitionPenalty = 1.1
     frequency_penalty: Penalty = 0.0
     presence_penalty: Penalty = 0.0
     max_output_tokens: MaxOutputTokens = None
     stop: Stop = ()
     seed: Seed = None
+    logit_bias: LogitBias = {}  # added to the logits of tokens, by their ids
+    reasoning_effort: ReasoningEffort = None
 
     def updated(self, changes: Mapping[str, Any], at: str = "") -> Options:
         """These options with `changes`, whose values have the form of JSON.

@@ -27,6 +27,7 @@ class Settings:
     """The settings of the server; the table in README.md explains each one."""
 
     model: str | None = None
+    model_aliases: tuple[str, ...] = ()
     revision: str | None = None
     trust_remote_code: bool = False
     device: str = "auto"
@@ -79,8 +80,8 @@ class Settings:
         """The settings of an environment; an empty value counts as unset. Raises SettingsError."""
         values = {name: _read(lookup, name, *rule) for name, rule in RULES.items()}
         options = {
-            name: _read(lookup, name, describe_allowed(Options, name), partial(_option, name, parse))
-            for name, parse in OPTION_PARSERS.items()
+            name: _read(lookup, variable, describe_allowed(Options, name), partial(_option, name, parse))
+            for variable, (name, parse) in OPTION_PARSERS.items()
         }
         return cls(
             options={name: value for name, value in options.items() if value is not None},
@@ -147,6 +148,10 @@ def _origins(value: str) -> tuple[str, ...]:
     return tuple(_choice("https?://[^/?#]+")(origin.strip().rstrip("/")) for origin in value.split(","))
 
 
+def _names(value: str) -> tuple[str, ...]:
+    return tuple(_choice(r"[^\s,]{1,256}")(name.strip()) for name in value.split(","))
+
+
 def _hosts(value: str) -> tuple[str, ...]:
     return tuple(_choice(r"(\*\.)?[\w.-]+|\[[\da-fA-F:]+\]")(host.strip()) for host in value.split(","))
 
@@ -169,6 +174,7 @@ USER_ID = r"[\w.@-]{1,64}"
 
 RULES: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "model": ("a Hub id, a folder or a .gguf file", str),
+    "model_aliases": ("a list of names without spaces, with commas between them, or * for every name", _names),
     "revision": ("a branch, tag or commit", str),
     "trust_remote_code": ("true or false", _switch),
     "device": ("auto, cpu, cuda, cuda:N, mps or xpu", _choice(r"auto|cpu|(cuda|xpu)(:\d+)?|mps")),
@@ -205,11 +211,13 @@ RULES: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "presence": ("true or false", _switch),
 }
 
-OPTION_PARSERS: Mapping[str, Callable[[str], Any]] = {  # how an option is read from text; `Options` has its bounds
-    "instructions": str,
-    "temperature": float,
-    "top_p": float,
-    "top_k": int,
-    "repetition_penalty": float,
-    "max_output_tokens": int,
+# For a setting, its option and how that is read from text; `Options` has its bounds.
+OPTION_PARSERS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
+    "instructions": ("instructions", str),
+    "temperature": ("temperature", float),
+    "top_p": ("top_p", float),
+    "top_k": ("top_k", int),
+    "repetition_penalty": ("repetition_penalty", float),
+    "max_output_tokens": ("max_output_tokens", int),
+    "reasoning": ("reasoning_effort", str),
 }

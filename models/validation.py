@@ -25,11 +25,13 @@ Json = dict[str, Any]
 SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 NO_SURROGATE = r"\A[^\ud800-\udfff]*\Z"  # JSON can have a lone surrogate, which cannot be sent or stored as UTF-8
 
+MAX_DEPTH = 100  # of lists and objects in each other: what is stored and sent again must not run out of stack
+BYTES_PER_PART = 16  # of JSON, for each list or object in it: schemas have more, and an empty list takes 60 in memory
 MAX_COPIED = 10_000  # values in a value with a lone surrogate
 
 ERROR = re.compile(  # of msgspec; names and values from clients may look like the end of its message
     r"(?P<reason>Object (?P<kind>missing required|contains unknown) field `(?P<field>.*?)`|.*?)"
-    r"(?: - at `\$(?P<path>[^`]*)`)?",
+    r"(?: - at (?:`key` in )?`\$(?P<path>[^`]*)`)?",
     re.DOTALL,
 )
 
@@ -67,7 +69,10 @@ def _refuse_constant(name: str) -> NoReturn:
 
 def printable(words: object, limit: int = 200) -> str:
     """A client's words, shortened and made safe to send back."""
-    return _encodable(str(words))[:limit]
+    try:
+        return _encodable(str(words))[:limit]
+    except RecursionError:  # lists in lists, as deep as JSON can have them
+        return "nested too deeply"
 
 
 def convert(value: Any, type: type[T], at: str = "") -> T:
@@ -81,6 +86,36 @@ def convert(value: Any, type: type[T], at: str = "") -> T:
         raise InvalidValueError(f"{at or 'it'} is nested too deeply", at) from None
     except msgspec.ValidationError as error:
         raise _explained(str(error), type, at) from None
+
+
+def check_json(value: Any, at: str, max_bytes: int) -> None:
+    """Check JSON of any form, such as a schema: its size, its parts, and that all text in it is Unicode.
+
+    `at` is the parameter name of the value. Raises InvalidValueError.
+    """
+    _check_parts(value, at, max_bytes // BYTES_PER_PART)
+    try:
+        size = len(json.dumps(value, ensure_ascii=False, allow_nan=False).encode())
+    except UnicodeEncodeError:
+        raise InvalidValueError(f"{at} has a lone surrogate", at) from None
+    except ValueError:
+        raise InvalidValueError(f"{at} has a number that is too large", at) from None
+    if size > max_bytes:
+        raise InvalidValueError(f"{at} must have at most {max_bytes} bytes", at)
+
+
+def _check_parts(value: Any, at: str, limit: int) -> None:
+    """Raise InvalidValueError for over MAX_DEPTH lists and objects in each other, or over `limit` of them in all."""
+    level: list[Any] = [[value]]
+    for _ in range(MAX_DEPTH + 1):
+        inside = (child for one in level for child in (one.values() if isinstance(one, dict) else one))
+        level = [child for child in inside if isinstance(child, dict | list)]
+        limit -= len(level)
+        if limit < 0:
+            raise InvalidValueError(f"{at} has too many lists and objects", at)
+        if not level:
+            return
+    raise InvalidValueError(f"{at} is nested too deeply", at)
 
 
 def describe_allowed(type: Any, field: str) -> str:

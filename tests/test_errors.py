@@ -74,9 +74,9 @@ def test_the_type_tells_whose_fault_it_is() -> None:
 
 
 def test_an_error_with_a_fixed_message_needs_none() -> None:
-    error = errors.ConversationBusyError()
-    assert str(error) == errors.ConversationBusyError.message
-    assert (error.status, error.code, error.param) == (409, "conversation_busy", None)
+    error = errors.ConversationLockedError()
+    assert str(error) == errors.ConversationLockedError.message
+    assert (error.status, error.code, error.param) == (409, "conversation_locked", None)
 
 
 def test_a_message_and_a_param_replace_the_fixed_ones() -> None:

@@ -135,7 +135,7 @@ def test_the_error_tells_the_bounds_of_a_penalty(name: str) -> None:
 
 
 def test_the_defaults_are_the_documented_ones() -> None:
-    assert Options() == Options(None, 0.45, 0.9, 0, 1.1, 0.0, 0.0, None, (), None)
+    assert Options() == Options(None, 0.45, 0.9, 0, 0.0, 1.1, 0.0, 0.0, None, (), None, {}, None)
 
 
 def test_an_update_leaves_the_original_unchanged() -> None:
@@ -165,7 +165,7 @@ def test_the_option_names_are_those_of_the_fields() -> None:
 
 
 def test_options_survive_json() -> None:
-    options = Options("Be brief.", 0.0, 0.5, 7, 1.2, -0.5, 1.5, 9, ("a", "b"), 3)
+    options = Options("Be brief.", 0.0, 0.5, 7, 0.1, 1.2, -0.5, 1.5, 9, ("a", "b"), 3, {"9": -1.0}, "low")
     assert Options().updated(json.loads(json.dumps(options.as_json()))) == options
 
 

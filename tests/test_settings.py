@@ -64,6 +64,8 @@ def test_an_empty_value_counts_as_none() -> None:
             "origins",
             ("https://a.example", "http://b.example:8080"),
         ),
+        ("MODEL_ALIASES", "gpt-4o, org/other:7b", "model_aliases", ("gpt-4o", "org/other:7b")),
+        ("MODEL_ALIASES", "*", "model_aliases", ("*",)),
         ("RATE", "60/minute", "rate", "60/minute"),
         ("RATE", "5 per 10 seconds", "rate", "5 per 10 seconds"),
         ("TOKEN_RATE", "100000/day", "token_rate", "100000/day"),
@@ -106,6 +108,8 @@ def test_several_options_are_set_together() -> None:
     ("name", "value", "allowed"),
     [
         ("TRUST_REMOTE_CODE", "yes", "true or false"),
+        ("MODEL_ALIASES", "two words", "a list of names without spaces"),
+        ("MODEL_ALIASES", "a,,b", "a list of names without spaces"),
         ("DEVICE", "gpu", "cuda"),
         ("DEVICE", "cuda:", "cuda:N"),
         ("DTYPE", "float8", "float32, bfloat16 or float16"),
@@ -220,6 +224,12 @@ def test_every_setting_without_secrets_can_be_written_as_json() -> None:
     shown = json.loads(json.dumps(settings.without_secrets()))
     assert shown.keys() == {field.name for field in dataclasses.fields(Settings)} - {"users", "database_url"}
     assert (shown["data"], shown["chat_template"], shown["origins"]) == ("/data", "a.jinja", ["http://a"])
+
+
+def test_the_reasoning_is_the_default_effort() -> None:
+    assert read(REASONING="none").options == {"reasoning_effort": "none"}
+    with pytest.raises(SettingsError, match="PARLEY_REASONING='hard' is not allowed: it must be none, minimal, low"):
+        read(REASONING="hard")
 
 
 def test_unknown_variables_with_the_prefix_are_named() -> None:

@@ -14,7 +14,7 @@ from models.errors import (
     MissingFieldError,
     UnknownFieldError,
 )
-from models.validation import Text, convert, describe_allowed, parse_object, printable
+from models.validation import BYTES_PER_PART, Text, check_json, convert, describe_allowed, parse_object, printable
 
 Number = Annotated[int, Meta(ge=0, le=9, description="a digit")]
 
@@ -43,6 +43,9 @@ class Form(Struct, forbid_unknown_fields=True):
     whole_parts: list[Annotated[Part, WHOLE]] = []
     either: Annotated[Text | list[Part], Meta(description="text, or a list of objects")] = ""
     anything: Any = None
+    digits: Annotated[
+        dict[Annotated[str, Meta(pattern="^[a-z]$")], int], Meta(description="digits by small letters")
+    ] = {}
 
 
 def error_of(value: Any, type: Any = Form, at: str = "") -> InvalidRequestError:
@@ -223,6 +226,39 @@ def test_any_object_is_converted_or_refused_in_words_that_can_be_sent(value: dic
 # What a field may be
 
 
+def test_a_wrong_name_is_told_of_its_object() -> None:
+    refused = error_of({"digits": {"a": 1, "B": 2}})
+    assert (refused.param, str(refused)) == ("digits", "digits must be digits by small letters")
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ({"a": ["x" * 100]}, "at most 100 bytes"),
+        (["é" * 49], "at most 100 bytes"),
+        ({"a": ["\ud800"]}, "lone surrogate"),
+        ([float("inf")], "number that is too large"),
+    ],
+    ids=ascii,
+)
+def test_json_of_any_form_is_bounded_and_can_be_sent(value: Any, told: str) -> None:
+    with pytest.raises(InvalidValueError, match=f"^schema .*{told}") as raised:
+        check_json(value, "schema", 100)
+    assert raised.value.param == "schema"
+
+
+def test_json_that_is_nested_too_deeply_is_refused() -> None:
+    value: list[Any] = []
+    for _ in range(100_000):
+        value = [value]
+    with pytest.raises(InvalidValueError, match="nested too deeply"):
+        check_json(value, "schema", 2**20)
+
+
+def test_small_json_of_any_form_is_accepted() -> None:
+    check_json({"a": [1, None, "é" * 20]}, "schema", 100)
+
+
 def test_the_description_of_a_field_can_be_asked_for() -> None:
     assert describe_allowed(Form, "number") == "a digit"
     assert describe_allowed(Form, "optional") == "a digit or null"
@@ -304,3 +340,50 @@ def test_an_error_about_json_is_short() -> None:
     with pytest.raises(InvalidJSONError) as raised:
         parse_object(json.dumps({"a": "x" * 10_000})[:-1], "the body")
     assert len(str(raised.value)) < 300
+
+
+def test_a_bad_name_in_an_object_is_told_as_the_objects() -> None:
+    names = Annotated[dict[Annotated[str, Meta(max_length=2)], int], Meta(description="an object with short names")]
+    with pytest.raises(InvalidValueError, match="numbers must be an object with short names") as raised:
+        convert({"long": 1}, names, "numbers")
+    assert raised.value.param == "numbers"
+
+
+@pytest.mark.parametrize("depth", [100, 101, 500, 900])
+def test_json_of_any_form_may_be_nested_a_hundred_times(depth: int) -> None:
+    value: Any = 1
+    for _ in range(depth):
+        value = [value]
+    if depth <= 100:
+        return check_json(value, "schema", 10_000)
+    with pytest.raises(InvalidValueError, match="schema is nested too deeply"):
+        check_json(value, "schema", 10_000)
+
+
+def test_json_of_any_form_has_a_limit_of_lists_and_objects() -> None:
+    limit = 2**16 // BYTES_PER_PART
+    schema = {"type": "object", "properties": {f"p{number}": {"type": "string"} for number in range(2000)}}
+    check_json(schema, "schema", 2**16)
+    check_json([[]] * (limit - 1), "schema", 2**16)
+    too_many: list[Any] = [[[]] * limit, {"x": [{}] * (limit - 1)}]
+    for value in too_many:
+        with pytest.raises(InvalidValueError, match="schema has too many lists and objects"):
+            check_json(value, "schema", 2**16)
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [("x" * 99, "at most 100 bytes"), ("\ud800", "a lone surrogate"), (float("inf"), "a number that is too large")],
+)
+def test_json_of_any_form_must_be_short_and_sendable(value: Any, told: str) -> None:
+    with pytest.raises(InvalidValueError, match=told):
+        check_json({"x": value}, "schema", 100)
+
+
+def test_words_that_are_nested_as_deep_as_json_can_have_them_can_be_told() -> None:
+    value: Any = 1
+    for _ in range(100_000):
+        value = [value]
+    assert printable(value) == "nested too deeply"
+    while value != 1:  # or freeing it would need as much stack
+        (value,) = value
