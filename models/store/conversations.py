@@ -3,54 +3,47 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import time
 import uuid
-from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, fields, replace
-from itertools import accumulate
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from sqlalchemy import (
-    ColumnElement,
-    Select,
-    and_,
-    bindparam,
-    delete,
-    exists,
-    func,
-    insert,
-    literal,
-    or_,
-    select,
-    tuple_,
-    update,
-)
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy import ColumnElement, exists, func, literal, or_, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from models.errors import (
-    ConversationBusyError,
-    ConversationFullError,
-    ConversationNotFoundError,
-    DatabaseUnavailableError,
-    ItemNotFoundError,
-    StorageFullError,
+from models.errors import ConversationLockedError, ConversationNotFoundError, ItemNotFoundError
+from models.output_item import OutputItem
+from models.store.database import Database, conversations_table, items_table
+from models.store.item import Edge, Item, Status, linked, node_id, part_id, part_index
+from models.store.responses import Responses
+from models.store.rows import BLANK, CONVERSATION, ITEM, TEXTS, count_bytes, growing_columns, read_items
+from models.store.storage_limits import MAX_PAGE, StorageLimits
+from models.store.tree import (
+    IN_PROGRESS,
+    PRESENT,
+    Size,
+    branch_to,
+    delete_trees,
+    fitting,
+    owned,
+    read_branch,
+    read_sized,
+    read_sizes,
+    read_slice,
+    sizes,
 )
-from models.store.database import Database, conversations_table, instructions_table, items_table, owner_table
-from models.store.item import Item, Status, title_of
-from models.store.storage_limits import MAX_CONVERSATION_BYTES, MAX_ITEMS, MAX_PAGE, PAGE_BYTES, StorageLimits
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """A conversation without its items; times are Unix seconds."""
+    """A conversation without its items; times are Unix seconds. `leaf` is the last item of the current branch."""
 
     id: str
     title: str
     created: float
     updated: float
+    leaf: str | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -63,37 +56,43 @@ class Listing:
 
 
 class ItemPage(NamedTuple):
-    """Some items of a conversation, in order; `earlier` is how many come before them."""
+    """Some items of a branch, in order; `earlier` is how many come before them."""
 
     items: list[Item]
     earlier: int
 
 
-CONVERSATION, ITEM, INSTRUCTIONS = conversations_table.c, items_table.c, instructions_table.c
-SUMMARY_COLUMNS = [CONVERSATION[field.name] for field in fields(Conversation)]
-GROWING_COLUMNS = ("content", "status", "reason", "usage", "cuts", "decode_seconds", "bytes")
-ITEM_COLUMNS = [*(ITEM[field.name] for field in fields(Item)), INSTRUCTIONS.text]
-FAILED = {"status": Status.FAILED, "reason": "server_error"}
-JOINED = items_table.join(conversations_table, CONVERSATION.id == ITEM.conversation_id).outerjoin(
-    instructions_table,
-    and_(INSTRUCTIONS.conversation_id == ITEM.conversation_id, INSTRUCTIONS.id == ITEM.instructions),
+class Path(NamedTuple):
+    """The nodes from the beginning of a conversation to one of them, the leaf, and whether the conversation exists.
+
+    They have what a prompt is made from, as `read_messages` says.
+    """
+
+    items: Sequence[Item]
+    leaf: str | None
+    exists: bool
+
+
+SUMMARY = (
+    CONVERSATION.id,
+    CONVERSATION.title,
+    CONVERSATION.created,
+    CONVERSATION.updated,
+    CONVERSATION.leaf,
+    CONVERSATION.metadata,
 )
 
 
-class Conversations:
+class Conversations(Responses):
     """The conversations in the database. A user cannot find those of other users.
 
-    `owner` is this process: no other one writes the replies that it has in progress.
+    A conversation is a tree of items; its current branch ends at its leaf. Trees that are not listed are found only by
+    the ids of their responses.
     """
 
     def __init__(self, database: Database, owner: str = "", limits: StorageLimits | None = None) -> None:
-        self._database = database
-        self._owner = owner
-        self._limits = limits or StorageLimits()
-        self._browsing = asyncio.Semaphore(4)  # so that reads leave database connections for replies
+        super().__init__(database, owner, limits)
         self._searching = asyncio.Semaphore(2)  # a search reads all that a user has stored
-        # SQLite has one writer at a time; others would ask every few milliseconds whether it has finished.
-        self._writing = asyncio.Semaphore(1 if database.dialect.name == "sqlite" else 4)
 
     @staticmethod
     def new_id() -> str:
@@ -105,7 +104,7 @@ class Conversations:
 
         The query is searched in titles and in messages. Raises ConversationNotFoundError.
         """
-        chosen = select(*SUMMARY_COLUMNS).where(CONVERSATION.user_id == user)
+        chosen = select(*SUMMARY).where(CONVERSATION.user_id == user, CONVERSATION.listed)
         if listing.after is not None:
             last = await self.find(user, listing.after)
             place = tuple_(CONVERSATION.updated, CONVERSATION.id)
@@ -116,220 +115,192 @@ class Conversations:
         chosen = chosen.order_by(CONVERSATION.updated.desc(), CONVERSATION.id.desc()).limit(listing.limit + 1)
         turn = self._searching if listing.query else self._browsing
         async with turn, self._database.connect() as connection:
-            found = [Conversation(*row) for row in await connection.execute(chosen)]
+            found = [_conversation(row) for row in await connection.execute(chosen)]
         return found[: listing.limit], len(found) > listing.limit
 
     async def find(self, user: str, id: str) -> Conversation:
         """One conversation. Raises ConversationNotFoundError."""
         async with self._database.connect() as connection:
-            row = (await connection.execute(select(*SUMMARY_COLUMNS).where(_owned(user, id)))).one_or_none()
+            row = (await connection.execute(select(*SUMMARY).where(owned(user, id)))).one_or_none()
         if row is None:
             raise ConversationNotFoundError
-        return Conversation(*row)
+        return _conversation(row)
 
-    async def items(self, user: str, id: str) -> list[Item]:
-        """The items of a conversation, in order; none if there is no such conversation."""
-        chosen = select(*ITEM_COLUMNS).select_from(JOINED).where(_owned(user, id)).order_by(ITEM.position)
-        async with self._database.connect() as connection:
-            return [_item(row) for row in await connection.execute(chosen)]
+    async def create(
+        self,
+        user: str,
+        items: Sequence[Item] = (),
+        metadata: Mapping[str, str] | None = None,
+        title: str | None = None,
+    ) -> Conversation:
+        """A new conversation, with some input items; its title is made from them, unless one is given.
 
-    async def pages(self, user: str, id: str) -> AsyncIterator[list[Item]]:
-        """All items of a conversation, in order, a page at a time."""
-        after = -1
-        while True:
-            async with self._browsing, self._database.connect() as connection:
-                later = _sizes(user, id).where(ITEM.position > after).order_by(ITEM.position)
-                places = await _places(connection, later, MAX_PAGE)
-                page = await _page(connection, user, id, places)
-            if not page:
-                return
-            after = places[-1]
-            yield page
-
-    async def read_page(self, user: str, id: str, limit: int, before: str | None = None) -> ItemPage:
-        """The last items of a conversation, or those before the item `before`: at most `limit`, and PAGE_BYTES.
-
-        Raises ItemNotFoundError.
+        Raises ConversationFullError or StorageFullError.
         """
-        async with self._browsing, self._database.connect() as connection:
-            mine = _sizes(user, id)
-            if before is not None:
-                at = (await connection.execute(mine.where(ITEM.id == before))).one_or_none()
-                if at is None:
-                    raise ItemNotFoundError(param="before")
-                mine = mine.where(ITEM.position < at[0])
-            places = await _places(connection, mine.order_by(ITEM.position.desc()), limit)
-            return ItemPage(await _page(connection, user, id, places), min(places, default=0))
-
-    async def find_reply(self, user: str, id: str) -> tuple[str, Item] | None:
-        """A reply, with the id of its conversation."""
-        chosen = select(CONVERSATION.id, *ITEM_COLUMNS).select_from(JOINED)
-        chosen = chosen.where(CONVERSATION.user_id == user, ITEM.id == id, ITEM.status.is_not(None))
-        async with self._database.connect() as connection:
-            row = (await connection.execute(chosen)).one_or_none()
-        return (row[0], _item(row[1:])) if row else None
-
-    async def rename(self, user: str, id: str, title: str) -> Conversation:
-        """Change the title of a conversation. Raises ConversationNotFoundError."""
+        id = self.new_id()
         async with self._transaction() as connection:
-            await connection.execute(update(conversations_table).where(_owned(user, id)).values(title=title))
+            await self._insert_conversation(connection, user, id, items, title, metadata)
+            await self._insert_items(connection, id, None, items)
+            await self._set_leaf(connection, id, items[-1].id if items else None)
+            await self._check_limits(connection, user, id)
+        return await self.find(user, id)
+
+    async def update(
+        self, user: str, id: str, title: str | None = None, metadata: Mapping[str, str] | None = None
+    ) -> Conversation:
+        """Change the title of a conversation, or its metadata, or both. Raises ConversationNotFoundError."""
+        changes = {"title": title, "metadata": metadata}
+        changes = {name: value for name, value in changes.items() if value is not None}
+        async with self._transaction() as connection:
+            await self._lock(connection, owned(user, id), used=False)
+            if changes:
+                await connection.execute(update(conversations_table).where(owned(user, id)).values(changes))
+        return await self.find(user, id)
+
+    async def set_leaf(self, user: str, id: str, item: str) -> Conversation:
+        """Make the branch that ends at an item the current one.
+
+        Raises ConversationNotFoundError or ItemNotFoundError.
+        """
+        node = node_id(item)
+        async with self._transaction() as connection:
+            await self._lock(connection, owned(user, id), used=False)
+            there = select(ITEM.id).where(ITEM.id == node, ITEM.conversation_id == id, PRESENT)
+            if (await connection.execute(there)).first() is None:
+                raise ItemNotFoundError
+            await self._set_leaf(connection, id, node)
         return await self.find(user, id)
 
     async def delete(self, user: str, id: str) -> None:
         """Delete a conversation with its items. Raises ConversationNotFoundError."""
         async with self._transaction() as connection:
-            if not (await connection.execute(delete(conversations_table).where(_owned(user, id)))).rowcount:
-                raise ConversationNotFoundError
-            await connection.execute(delete(items_table).where(ITEM.conversation_id == id))
-            await connection.execute(delete(instructions_table).where(INSTRUCTIONS.conversation_id == id))
+            await self._lock(connection, owned(user, id))
+            await delete_trees(connection, [id])
 
-    async def put_items(self, user: str, id: str, position: int, new: Sequence[Item], accepted: bool = False) -> None:
-        """Put items into a conversation at a position. Items at and after this position are deleted first.
+    # Items
 
-        At position 0, a conversation that does not exist is created. Raises ConversationNotFoundError and, unless the
-        items were accepted before, ConversationBusyError, ConversationFullError or StorageFullError.
+    async def path(self, user: str, id: str, after: str | Edge = Edge.END) -> Path:
+        """The nodes from the beginning of a conversation to an item on any branch, or to an edge.
+
+        Raises ItemNotFoundError, with the parameter `after`.
         """
-        now = time.time()
-        try:
-            async with self._transaction() as connection:
-                touch = update(conversations_table).where(_owned(user, id)).values(updated=now)
-                if (await connection.execute(touch)).rowcount:
-                    await self._make_room(connection, id, position, new, accepted)
-                elif position:
-                    raise ConversationNotFoundError
-                else:
-                    summary = {"id": id, "user_id": user, "title": title_of(new), "created": now, "updated": now}
-                    await connection.execute(insert(conversations_table).values(summary | {"bytes": 0}))
-                await self._insert(connection, id, position, new)
-                if not accepted:
-                    await self._check_limits(connection, user, id, position + len(new))
-        except IntegrityError:  # another process has begun the conversation, or a reply in it
-            raise ConversationBusyError from None
+        async with self._database.connect() as connection:
+            row = (await connection.execute(select(CONVERSATION.leaf).where(owned(user, id)))).one_or_none()
+            leaf = row[0] if row else None
+            last = node_id(after) if isinstance(after, str) else leaf if after is Edge.END else None
+            items = await read_branch(connection, branch_to(user, last, id)) if row and last else []
+        if isinstance(after, str) and not items:
+            raise ItemNotFoundError
+        return Path(items, leaf, row is not None)
 
-    async def update_replies(self, replies: Iterable[Item]) -> None:
-        """Store the current state of replies, unless they were deleted or are another process's now."""
-        async with self._transaction() as connection:
-            rows = [{"reply": reply.id} | {name: getattr(reply, name) for name in GROWING_COLUMNS} for reply in replies]
-            if rows:
-                mine = and_(ITEM.id == bindparam("reply"), ITEM.owner == self._owner)
-                await connection.execute(update(items_table).where(mine), rows)
+    async def read_page(self, user: str, id: str, limit: int, before: str | None = None) -> ItemPage:
+        """The last items of the current branch, or those that lead to `before`: at most `limit`, and PAGE_BYTES.
 
-    async def fail_replies(self, ids: Sequence[str]) -> None:
-        """Mark as failed the replies of this process that are in progress and have these ids."""
-        running = and_(ITEM.id.in_(ids), ITEM.status == Status.IN_PROGRESS, ITEM.owner == self._owner)
-        async with self._transaction() as connection:
-            await connection.execute(update(items_table).where(running).values(FAILED))
-
-    async def fail_unfinished(self) -> int:
-        """Mark as failed the replies that earlier processes left unfinished. Returns how many there were.
-
-        From then on, those processes cannot write them any more.
+        Raises ItemNotFoundError, with the parameter `before`.
         """
-        left = and_(ITEM.status == Status.IN_PROGRESS, func.coalesce(ITEM.owner, "") != self._owner)
-        failed = FAILED | {"owner": None}
+        async with self._browse() as connection:
+            last = await _leaf(connection, user, id) if before is None else node_id(before)
+            branch = branch_to(user, last, id, steps=limit + 1)
+            found = await read_sizes(connection, sizes(branch).order_by(ITEM.depth.desc()))
+            if before is not None and not found:
+                raise ItemNotFoundError(param="before")
+            page = fitting(found if before is None else found[1:], limit)
+            return ItemPage(await read_sized(connection, page), page[-1].depth if page else 0)
+
+    async def pages(self, user: str, id: str) -> AsyncIterator[list[Item]]:
+        """All items of the current branch, in order, a page at a time. Raises ConversationNotFoundError."""
+        async with self._browse() as connection:
+            branch = branch_to(user, await _leaf(connection, user, id), id)
+            left: Sequence[Size] = await read_sizes(connection, sizes(branch).where(PRESENT).order_by(ITEM.depth))
+        while left:
+            part = fitting(left, MAX_PAGE)
+            async with self._browse() as connection:
+                page = await read_sized(connection, part)
+            if page:
+                yield page
+            left = left[len(part) :]
+
+    async def list_items(
+        self, user: str, id: str, limit: int, after: str | None = None, ascending: bool = False
+    ) -> tuple[list[Item], bool]:
+        """Items of the current branch, in either order, and whether there are more: at most `limit`, and PAGE_BYTES.
+
+        They begin behind the item `after`; if that is a part of a reply, they begin with the reply, which may have more
+        parts, and there is one more of them. Deleted ones are left out. Raises ConversationNotFoundError or, with the
+        parameter `after`, ItemNotFoundError.
+        """
+        async with self._browse() as connection:
+            branch = branch_to(user, await _leaf(connection, user, id), id)
+            return await read_slice(connection, branch, limit, after, ascending)
+
+    async def find_item(self, user: str, id: str, item: str) -> Item:
+        """The node of an item on any branch. Raises ConversationNotFoundError or ItemNotFoundError."""
+        async with self._browse() as connection:
+            await _leaf(connection, user, id)
+            return await _find_item(connection, id, item)
+
+    async def append_items(self, user: str, id: str, items: Sequence[Item]) -> list[Item]:
+        """Add input items behind the leaf, and return them with their parents.
+
+        Raises ConversationNotFoundError, ConversationFullError, StorageFullError or, while a reply runs there,
+        ConversationLockedError.
+        """
         async with self._transaction() as connection:
-            return int((await connection.execute(update(items_table).where(left).values(failed))).rowcount)
+            await self._lock(connection, owned(user, id))
+            leaf = await _leaf(connection, user, id)
+            running = select(ITEM.id).where(ITEM.id == leaf, IN_PROGRESS)
+            if (await connection.execute(running)).first():
+                raise ConversationLockedError
+            if items:
+                await self._insert_items(connection, id, leaf, items)
+                await self._set_leaf(connection, id, items[-1].id)
+            await self._check_limits(connection, user, id)
+        return linked(items, leaf)
+
+    async def delete_item(self, user: str, id: str, item: str) -> None:
+        """Delete the content of an input item, or of a part of a reply. What comes after it stays.
+
+        Raises ConversationNotFoundError, ItemNotFoundError or, if the reply is in progress, ConversationLockedError.
+        """
+        async with self._transaction() as connection:
+            await self._lock(connection, owned(user, id), used=False)
+            node, index = await _find_item(connection, id, item), part_index(item)
+            if node.status is Status.IN_PROGRESS:
+                raise ConversationLockedError
+            if index is None:
+                changes = BLANK
+            else:
+                parts = [*node.output[:index], OutputItem(node.output[index].type), *node.output[index + 1 :]]
+                left = Item.of_reply(node.id, node.created, parts)
+                changes = {name: value for name, value in growing_columns(left).items() if name in TEXTS}
+            await connection.execute(update(items_table).where(ITEM.id == node.id).values(changes))
+            await count_bytes(connection, [id])
 
     def _has(self, column: ColumnElement[str], words: str) -> ColumnElement[bool]:
         """Whether a text has some words, in capitals or not. LIKE takes seconds for some patterns in long texts."""
         find = func.instr if self._database.dialect.name == "sqlite" else func.strpos
         return find(func.lower(column), func.lower(literal(words, column.type))) > 0
 
-    @asynccontextmanager
-    async def _transaction(self) -> AsyncIterator[AsyncConnection]:
-        """A transaction that writes. It is rolled back if another process has taken the database.
 
-        A process that was stopped for a while must not replace what its successor has stored. Raises
-        DatabaseUnavailableError.
-        """
-        async with self._writing, self._database.begin() as connection:
-            yield connection
-            # At the end, since by now the writes hold the lock that a successor needs.
-            owner = (await connection.execute(select(owner_table.c.id).with_for_update(read=True))).scalar()
-            if owner not in (None, self._owner):
-                raise DatabaseUnavailableError("another process has taken the database")
-
-    async def _make_room(
-        self, connection: AsyncConnection, id: str, position: int, new: Sequence[Item], accepted: bool
-    ) -> None:
-        """Delete the items at and after a position. Raises ConversationBusyError."""
-        if not accepted:
-            other = and_(ITEM.status == Status.IN_PROGRESS, ITEM.id.not_in([item.id for item in new]))
-            if (await connection.execute(select(ITEM.id).where(ITEM.conversation_id == id, other))).first():
-                raise ConversationBusyError
-        await connection.execute(delete(items_table).where(ITEM.conversation_id == id, ITEM.position >= position))
-        used = exists().where(ITEM.conversation_id == id, ITEM.instructions == INSTRUCTIONS.id)
-        await connection.execute(delete(instructions_table).where(INSTRUCTIONS.conversation_id == id, ~used))
-
-    async def _insert(self, connection: AsyncConnection, id: str, position: int, new: Sequence[Item]) -> None:
-        """Insert items, and instructions that the conversation has not had yet; count the bytes."""
-        rows = []
-        for place, item in enumerate(new, position):
-            options = dict(item.options or {})
-            text = options.pop("instructions", None)
-            rows.append(
-                asdict(item)
-                | {"conversation_id": id, "position": place, "bytes": item.bytes}
-                | {"options": item.options and options}
-                | {"instructions": await _insert_instructions(connection, id, text) if text else None}
-                | {"owner": self._owner if item.status else None}
-            )
-        await connection.execute(insert(items_table), rows)
-        sums = [
-            select(func.coalesce(func.sum(counted.c.bytes), 0)).where(counted.c.conversation_id == id).scalar_subquery()
-            for counted in (items_table, instructions_table)
-        ]
-        await connection.execute(update(conversations_table).where(CONVERSATION.id == id).values(bytes=sum(sums)))
-
-    async def _check_limits(self, connection: AsyncConnection, user: str, id: str, items: int) -> None:
-        """Raise ConversationFullError or StorageFullError if there is more than allowed."""
-        size = (await connection.execute(select(CONVERSATION.bytes).where(CONVERSATION.id == id))).scalar_one()
-        if items > MAX_ITEMS or size > MAX_CONVERSATION_BYTES:
-            raise ConversationFullError
-        total = select(func.count(), func.sum(CONVERSATION.bytes)).where(CONVERSATION.user_id == user)
-        number, size = (await connection.execute(total)).one()
-        if number > self._limits.conversations or size > self._limits.bytes:
-            raise StorageFullError
+async def _leaf(connection: AsyncConnection, user: str, id: str) -> str | None:
+    """The leaf of a conversation that is listed. Raises ConversationNotFoundError."""
+    row = (await connection.execute(select(CONVERSATION.leaf).where(owned(user, id)))).one_or_none()
+    if row is None:
+        raise ConversationNotFoundError
+    return row.leaf  # type: ignore[no-any-return]
 
 
-def _sizes(user: str, id: str) -> Select[Any]:
-    """The places and the sizes of the items of a conversation."""
-    size = ITEM.bytes + func.coalesce(INSTRUCTIONS.bytes, 0)
-    return select(ITEM.position, size).select_from(JOINED).where(_owned(user, id))
+async def _find_item(connection: AsyncConnection, conversation: str, item: str) -> Item:
+    """The node of an item in a conversation. Raises ItemNotFoundError."""
+    chosen = select(items_table).where(ITEM.id == node_id(item), ITEM.conversation_id == conversation, PRESENT)
+    for node in await read_items(connection, chosen):
+        numbered = enumerate(node.output)
+        parts = [part_id(node.id, part.type, index) for index, part in numbered if not part.is_deleted]
+        if item in (parts if node.is_reply else [node.id]):
+            return node
+    raise ItemNotFoundError
 
 
-async def _places(connection: AsyncConnection, sizes: Select[Any], limit: int) -> list[int]:
-    """The places of the first items: at most `limit`, and PAGE_BYTES, but two at least: a question and its reply."""
-    found = (await connection.execute(sizes.limit(limit))).all()
-    count = max(2, sum(size <= PAGE_BYTES for size in accumulate(size for _, size in found)))
-    return [place for place, _ in found[:count]]
-
-
-async def _page(connection: AsyncConnection, user: str, id: str, places: list[int]) -> list[Item]:
-    """The items at some places, in order."""
-    chosen = select(*ITEM_COLUMNS).select_from(JOINED).where(_owned(user, id), ITEM.position.in_(places))
-    return [_item(row) for row in await connection.execute(chosen.order_by(ITEM.position))]
-
-
-async def _insert_instructions(connection: AsyncConnection, conversation: str, text: str) -> str:
-    """Insert instructions, unless the conversation has them already. Returns their id."""
-    encoded = text.encode()
-    id = hashlib.sha256(encoded).hexdigest()
-    known = exists().where(INSTRUCTIONS.conversation_id == conversation, INSTRUCTIONS.id == id)
-    row = {"conversation_id": conversation, "id": id, "text": text, "bytes": len(encoded)}
-    values = select(*(literal(value, INSTRUCTIONS[name].type) for name, value in row.items())).where(~known)
-    await connection.execute(insert(instructions_table).from_select([*row], values))
-    return id
-
-
-def _item(row: Sequence[Any]) -> Item:
-    """An item, from the values of ITEM_COLUMNS."""
-    *values, instructions = row
-    item = Item(*values)
-    if instructions is None:
-        return item
-    return replace(item, options={"instructions": instructions, **(item.options or {})})
-
-
-def _owned(user: str, id: str) -> ColumnElement[bool]:
-    return and_(CONVERSATION.id == id, CONVERSATION.user_id == user)
+def _conversation(row: Sequence[Any]) -> Conversation:
+    id, title, created, updated, leaf, metadata = row
+    return Conversation(id, title, created, updated, leaf, metadata or {})

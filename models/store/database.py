@@ -10,6 +10,7 @@ from typing import Any
 from sqlalchemy import (
     JSON,
     BigInteger,
+    Boolean,
     Dialect,
     Double,
     Integer,
@@ -74,31 +75,40 @@ conversations_table = table(
     column("title", Text),
     column("created", Double),
     column("updated", Double),
-    column("bytes", BigInteger),  # of its items and instructions, as of its last message
+    column("bytes", BigInteger),  # of its items and texts, as of the last reply that began or ended
+    column("leaf", Text),  # the last item of the current branch
+    column("metadata", JSON(none_as_null=True)),
+    column("listed", Boolean),  # False: the tree of a response that was stored without a conversation
 )
 
 items_table = table(
     "items",
     column("id", Text),
     column("conversation_id", Text),
-    column("position", Integer),
+    column("parent", Text),  # the item before it
+    column("depth", Integer),  # how many items come before it on its branch
     column("role", Text),
     column("content", Text),
     column("created", Double),
+    column("details", JSON(none_as_null=True)),  # of an input message: reasoning, tool calls, tool call id
     column("status", StatusText),  # this column and the following ones belong to replies only
     column("reason", Text),
     column("usage", JSON(none_as_null=True)),
     column("options", JSON(none_as_null=True)),
     column("left_out", Integer),
-    column("cuts", Text),
+    column("output", Text),  # stored_output.py has its form
+    column("inputs", Integer),  # how many of the items before it are the input of its request
+    column("previous", Text),
+    column("ended", Double),
     column("decode_seconds", Double),
-    column("instructions", Text),  # the id of the instructions; the options have all others
+    column("instructions", Text),  # the id of their text; the options have all others
+    column("request", Text),  # the id of its text
     column("bytes", BigInteger),
     column("owner", Text),  # the process that writes a reply
 )
 
-instructions_table = table(  # each text is stored once for each conversation
-    "instructions",
+texts_table = table(  # instructions and requests; each text is stored once for each conversation
+    "texts",
     column("conversation_id", Text),
     column("id", Text),
     column("text", Text),
@@ -152,6 +162,42 @@ MIGRATIONS = (
         "CREATE UNIQUE INDEX one_reply_in_progress ON items (conversation_id) WHERE status = 'in_progress'",
         "CREATE INDEX bytes_of_conversation ON items (conversation_id, bytes)",
         "CREATE INDEX bytes_of_user ON conversations (user_id, bytes)",
+    ),
+    (  # positions become parents; the table is made anew, since SQLite cannot drop a column that is in a constraint
+        """CREATE TABLE nodes (
+            id TEXT PRIMARY KEY, conversation_id TEXT NOT NULL, parent TEXT, depth INTEGER NOT NULL,
+            role TEXT NOT NULL, content TEXT NOT NULL, created DOUBLE PRECISION NOT NULL, details JSON,
+            status TEXT, reason TEXT, usage JSON, options JSON, left_out INTEGER, output TEXT, inputs INTEGER,
+            previous TEXT, ended DOUBLE PRECISION, decode_seconds DOUBLE PRECISION, instructions TEXT, request TEXT,
+            bytes BIGINT, owner TEXT)""",
+        """INSERT INTO nodes (
+            id, conversation_id, parent, depth, role, content, created, status, reason, usage, options, left_out,
+            output, inputs, decode_seconds, instructions, bytes, owner)
+        SELECT id, conversation_id, parent, depth, role, content, created, status, reason, usage, options, left_out,
+            CASE WHEN status IS NULL THEN NULL WHEN content = '' THEN '[]' ELSE
+                '[{"type":"message","cuts":['
+                || replace(coalesce(nullif(cuts, ''), CAST(length(content) AS TEXT)), ' ', ',')
+                || CASE WHEN status = 'completed' THEN '],"complete":true}]' ELSE ']}]' END END,
+            CASE WHEN status IS NOT NULL THEN depth - 1 - coalesce(max(CASE WHEN status IS NOT NULL THEN depth END)
+                OVER (PARTITION BY conversation_id ORDER BY depth ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), -1)
+                END,
+            decode_seconds, instructions, bytes, owner
+        FROM (SELECT items.*, lag(id) OVER (PARTITION BY conversation_id ORDER BY position) AS parent,
+            row_number() OVER (PARTITION BY conversation_id ORDER BY position) - 1 AS depth FROM items) AS placed""",
+        "DROP TABLE items",
+        "ALTER TABLE nodes RENAME TO items",
+        "CREATE INDEX bytes_of_conversation ON items (conversation_id, bytes)",
+        "CREATE INDEX children_of_item ON items (parent)",
+        "CREATE INDEX replies_in_progress ON items (conversation_id) WHERE status = 'in_progress'",
+        "ALTER TABLE instructions RENAME TO texts",
+        "ALTER TABLE conversations ADD COLUMN leaf TEXT",
+        "ALTER TABLE conversations ADD COLUMN metadata JSON",
+        "ALTER TABLE conversations ADD COLUMN listed BOOLEAN NOT NULL DEFAULT TRUE",
+        """UPDATE conversations SET leaf = (SELECT items.id FROM items
+            WHERE items.conversation_id = conversations.id ORDER BY depth DESC LIMIT 1)""",
+        "DROP INDEX conversations_of_user",
+        "CREATE INDEX conversations_of_user ON conversations (user_id, listed, updated, id)",
+        "CREATE INDEX unlisted_conversations ON conversations (listed, updated)",
     ),
 )
 

@@ -6,12 +6,22 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
-from models.errors import APIError, ConversationNotFoundError, DatabaseUnavailableError, NotStoredError, one_line
-from models.store.buffered_replies import BufferedReplies, BufferedReply
-from models.store.conversations import Conversations
-from models.store.item import Item
+from models.errors import (
+    APIError,
+    ConversationNotFoundError,
+    DatabaseUnavailableError,
+    ItemNotFoundError,
+    NotStoredError,
+    ResponseNotFoundError,
+    one_line,
+)
+from models.store.buffered_replies import BufferedReplies, BufferedReply, leaf_behind
+from models.store.conversations import Conversations, Path
+from models.store.item import Edge, Item, node_id
+from models.store.responses import Found, FoundPath
 
 logger = logging.getLogger("parley")
 
@@ -39,28 +49,66 @@ class WriteBuffer:
         """How many replies wait to be written."""
         return len(self._buffered.unwritten)
 
-    async def items(self, user: str, conversation: str) -> Sequence[Item]:
-        """The items of a conversation, written or not. Raises DatabaseUnavailableError."""
-        unwritten = self._buffered.unwritten_of(user, conversation)
-        items: Sequence[Item] = []
-        if not unwritten or unwritten[0].position != 0:
-            with _reading():
-                items = await self._conversations.items(user, conversation)
-        for buffered in unwritten:
-            items = buffered.applied_to(items)
-        return items
+    async def path(self, user: str, conversation: str, after: str | Edge = Edge.END) -> Path:
+        """The nodes up to an item of a conversation or to an edge, written or not. See `Conversations.path`.
 
-    async def find_reply(self, user: str, id: str) -> tuple[str | None, Item] | None:
-        """A reply that has ended, and the id of its conversation, if any. Raises DatabaseUnavailableError."""
-        if buffered := self._buffered.find(user, id):
-            return buffered
-        with _reading():
-            return await self._conversations.find_reply(user, id)
+        Raises ItemNotFoundError or DatabaseUnavailableError.
+        """
+        waiting = self._buffered.unwritten_of(user, conversation)
+        with _asking():
+            stored = Path([], None, False)
+            if not waiting or not waiting[0].begins:
+                stored = await self._conversations.path(user, conversation, Edge.START if waiting else after)
+            if not waiting:
+                return stored
+            leaf, exists = leaf_behind(waiting, stored.leaf, stored.exists)
+            last = node_id(after) if isinstance(after, str) else leaf if after is Edge.END else None
+            items, last = self._buffered.walk(user, conversation, last if exists else None)
+            if last:
+                items = [*(await self._conversations.path(user, conversation, last)).items, *items]
+        if isinstance(after, str) and not items:
+            raise ItemNotFoundError
+        return Path(self._buffered.latest(user, items), leaf, exists)
+
+    async def find_response(self, user: str, id: str) -> Found:
+        """A response, written or not, or only in memory.
+
+        Raises ResponseNotFoundError or DatabaseUnavailableError.
+        """
+        if found := self._buffered.find(user, id):
+            return Found(found.conversation, found.is_listed, found.reply)
+        with _asking():
+            return await self._conversations.find_response(user, id)
+
+    async def find_node(self, user: str, id: str) -> Item:
+        """A node of any conversation, written or not. Raises ItemNotFoundError or DatabaseUnavailableError."""
+        if node := self._buffered.find_node(user, id):
+            return node
+        with _asking():
+            return await self._conversations.find_node(user, id)
+
+    async def path_of_response(self, user: str, id: str) -> FoundPath:
+        """The nodes up to and including a response, written or not, or only in memory.
+
+        Raises ResponseNotFoundError or DatabaseUnavailableError.
+        """
+        found = self._buffered.find(user, id)
+        with _asking():
+            if found is None or found.begun:
+                conversation, listed, items = await self._conversations.path_of_response(user, id)
+                return FoundPath(conversation, listed, self._buffered.latest(user, items))
+            nodes, last = self._buffered.walk(user, found.conversation, id)
+            try:
+                stored = await self._conversations.branch(user, last) if last else []
+            except ItemNotFoundError:  # what it continues is gone
+                raise ResponseNotFoundError("there is no such response") from None
+            return FoundPath(found.conversation, found.is_listed, self._buffered.latest(user, [*stored, *nodes]))
 
     async def begin(self, reply: BufferedReply) -> bool:
         """Store the input and the empty reply. Returns False if they wait in memory.
 
-        Raises ConversationNotFoundError, ConversationBusyError, ConversationFullError or StorageFullError.
+        Raises ConversationNotFoundError, ItemNotFoundError, ConversationLockedError, ConversationFullError or
+        StorageFullError.
         """
         return await self._store(reply, lambda: self._put(reply))
 
@@ -69,7 +117,7 @@ class WriteBuffer:
         if reply.conversation is None:
             self._keep(reply)
             return False
-        return await self._store(reply, lambda: self._try_write([reply.reply]))
+        return await self._store(replace(reply, begun=True), lambda: self._try_write([reply.reply]))
 
     async def delete(self, user: str, conversation: str) -> None:
         """Delete a conversation, written or not. Raises ConversationNotFoundError."""
@@ -82,6 +130,19 @@ class WriteBuffer:
                     raise
             for buffered in unwritten:
                 self._buffered.drop(buffered.reply.id)
+
+    async def delete_response(self, user: str, id: str) -> None:
+        """Delete a response, written or not, or only in memory. What waits in its conversation is written first.
+
+        Raises ResponseNotFoundError or DatabaseUnavailableError.
+        """
+        async with self._writing:
+            found = self._buffered.find(user, id)
+            if found and found.conversation is None:
+                return self._buffered.drop(id)
+            with _asking():
+                await self._write(self._buffered.unwritten, [])
+                await self._conversations.delete_response(user, id)
 
     def forget(self, id: str) -> None:
         """Drop a reply that can no longer be resumed."""
@@ -107,7 +168,7 @@ class WriteBuffer:
         return False
 
     async def _put(self, reply: BufferedReply) -> bool:
-        """Put the input and the empty reply into the conversation, after all that waits to be put there."""
+        """Put the input and the empty reply into the conversation, behind all that waits to be put there."""
         async with self._writing:
             if self.trouble:
                 return False
@@ -141,11 +202,11 @@ class WriteBuffer:
         if lost := self._lost:
             await self._conversations.fail_replies(lost)
             self._lost = self._lost[len(lost) :]
-        # Replies in the database come first, since a conversation has one reply in progress.
-        if stored := [buffered.reply for buffered in waiting if buffered.position is None]:
+        # Replies in the database come first, since those behind them continue what has ended.
+        if stored := [buffered.reply for buffered in waiting if buffered.begun]:
             await self._conversations.update_replies(stored)
         for buffered in waiting:
-            if buffered.position is not None:
+            if not buffered.begun:
                 await self._write_accepted(buffered)
         await self._conversations.update_replies(growing)
         for buffered in waiting:
@@ -172,10 +233,12 @@ class WriteBuffer:
 
 
 @contextmanager
-def _reading() -> Iterator[None]:
-    """Turn any error of a read into DatabaseUnavailableError."""
+def _asking() -> Iterator[None]:
+    """Turn any error of the database into DatabaseUnavailableError."""
     try:
         yield
+    except APIError:
+        raise
     except Exception as error:
-        logger.error("messages cannot be read: %s", one_line(error))
+        logger.error("the database cannot be used: %s", one_line(error))
         raise DatabaseUnavailableError from error

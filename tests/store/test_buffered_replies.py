@@ -6,27 +6,22 @@ from typing import Any
 
 import pytest
 
-from models.store.buffered_replies import REPLY_BYTES, BufferedReplies, BufferedReply
+from models.messages import ToolCall
+from models.output_item import OutputItem, TokenLogprob
+from models.store.buffered_replies import REPLY_BYTES, BufferedReplies, BufferedReply, leaf_behind
 from models.store.conversations import Conversations
-from models.store.item import Item, Status
+from models.store.place import Place
+from tests.support.trees import begin, contents, growing, ids_of, message, reply
 
 
-def message(id: str, content: str = "hello") -> Item:
-    return Item(id, "user", content, 1.0)
+def finished(id: str, conversation: str | None = None, user: str = "ann", **fields: Any) -> BufferedReply:
+    """A reply that has ended; if it belongs to a conversation, its beginning is in the database."""
+    return BufferedReply(user, conversation, reply(id, "hi"), begun=conversation is not None, **fields)
 
 
-def reply(id: str, content: str = "hi", status: Status = Status.COMPLETED, **fields: Any) -> Item:
-    return Item(id, "assistant", content, 1.0, status, cuts=str(len(content)), **fields)
-
-
-def finished(id: str, conversation: str | None = None, user: str = "ann") -> BufferedReply:
-    """A reply whose input is in the database."""
-    return BufferedReply(user, conversation, reply(id))
-
-
-def unwritten(id: str, conversation: str, position: int, content: str = "hello") -> BufferedReply:
-    """An empty reply whose input is not in the database either."""
-    return BufferedReply("ann", conversation, reply(id, "", Status.IN_PROGRESS), [message(f"m{id}", content)], position)
+def unwritten(id: str, conversation: str, place: Place, content: str = "hello") -> BufferedReply:
+    """A turn that is not in the database: a message and an empty reply."""
+    return BufferedReply("ann", conversation, growing(id), [message(f"m{id}", content)], place)
 
 
 def ids(buffered: Iterable[BufferedReply]) -> list[str]:
@@ -38,40 +33,69 @@ def found(replies: BufferedReplies, *ids: str) -> list[str]:
     return [id for id in ids if replies.find("ann", id)]
 
 
+NEW = Place(new=True)
+
+
 # One reply
 
 
-def test_a_reply_with_a_position_replaces_all_items_from_there() -> None:
-    before = [message("m1"), reply("r1"), message("m2"), reply("r2")]
-    assert [item.id for item in unwritten("r3", "conv", 2).applied_to(before)] == ["m1", "r1", "mr3", "r3"]
-    assert [item.id for item in unwritten("r3", "conv", 0).applied_to([])] == ["mr3", "r3"]
-
-
-def test_a_reply_without_a_position_replaces_its_earlier_state() -> None:
-    before = [message("m1"), reply("r1", "h", Status.IN_PROGRESS), message("m2")]
-    after = finished("r1", "conv").applied_to(before)
-    assert [(item.id, item.content) for item in after] == [("m1", "hello"), ("r1", "hi"), ("m2", "hello")]
-    assert finished("r9", "conv").applied_to(before) == before
+def test_a_turn_has_its_nodes_below_the_parent_of_its_place() -> None:
+    nodes = unwritten("resp_2", "conv", Place("resp_1", "resp_1")).nodes
+    assert [(item.id, item.parent) for item in nodes] == [("mresp_2", "resp_1"), ("resp_2", "mresp_2")]
 
 
 @pytest.mark.parametrize("character", ["x", "州", "🙂"])
 def test_the_size_of_a_reply_covers_its_text(character: str) -> None:
     content = character * 100_000
     size = len(content.encode())
-    assert BufferedReply("ann", None, reply("r1", content)).bytes >= REPLY_BYTES + size * 2 // 3
-    assert unwritten("r1", "conv", 0, content).bytes >= REPLY_BYTES + len(content)
+    assert BufferedReply("ann", None, reply("resp_1", content)).bytes >= REPLY_BYTES + size * 2 // 3
+    assert unwritten("resp_1", "conv", NEW, content).bytes >= REPLY_BYTES + len(content)
 
 
-def test_the_size_of_a_reply_covers_its_options() -> None:
-    options = {"instructions": "x" * 100_000}
-    assert replace(unwritten("r1", "conv", 0), reply=reply("r1", options=options)).bytes > 100_000
+@pytest.mark.parametrize(
+    "fields",
+    [
+        pytest.param({"options": {"instructions": "x" * 100_000}}, id="options"),
+        pytest.param({"request": {"tools": [{"name": "f", "parameters": {"x" * 100_000: {}}}]}}, id="request"),
+        pytest.param({"output": [OutputItem("reasoning", ["x" * 100_000])]}, id="reasoning"),
+        pytest.param({"output": [OutputItem("message", ["x"] * 2000)]}, id="pieces"),
+        pytest.param(
+            {"output": [OutputItem("message", ["x"], logprobs=[[TokenLogprob(b"x", -1.0)] * 1000])]}, id="logprobs"
+        ),
+    ],
+)
+def test_the_size_of_a_reply_covers_all_that_it_has(fields: dict[str, Any]) -> None:
+    assert BufferedReply("ann", None, replace(reply("resp_1"), **fields)).bytes > 100_000
+
+
+def test_the_size_of_a_reply_covers_the_calls_in_its_input() -> None:
+    calls: list[ToolCall] = [{"id": "call_1", "name": "f", "arguments": "x" * 100_000}]
+    assert BufferedReply("ann", None, reply("resp_1"), [replace(message("m"), tool_calls=calls)]).bytes > 100_000
 
 
 @pytest.mark.anyio
-async def test_a_reply_is_written_with_its_input_at_its_position(conversations: Conversations) -> None:
-    await conversations.put_items("ann", "conv", 0, [message("m1"), reply("r1"), message("m2")])
-    await unwritten("r2", "conv", 2).write_to(conversations)
-    assert [item.id for item in await conversations.items("ann", "conv")] == ["m1", "r1", "mr2", "r2"]
+async def test_a_turn_is_written_at_its_place(conversations: Conversations) -> None:
+    await begin(conversations, "conv", message("m1", "one"), reply("resp_1", "two"))
+    await unwritten("resp_2", "conv", Place("m1", "resp_1"), "three").write_to(conversations)
+    assert await contents(conversations, "conv") == ["one", "three", ""]
+
+
+# The leaf behind turns
+
+
+def test_the_leaf_moves_with_each_turn_that_has_seen_it() -> None:
+    first, second = unwritten("resp_1", "conv", NEW), unwritten("resp_2", "conv", Place("resp_1", "resp_1"))
+    assert leaf_behind([first, second], None, False) == ("resp_2", True)
+    assert leaf_behind([second], "resp_1", True) == ("resp_2", True)
+    assert leaf_behind([second], "resp_3", True) == ("resp_3", True), "the leaf has changed meanwhile"
+    assert leaf_behind([finished("resp_1", "conv")], "resp_9", True) == ("resp_9", True)
+
+
+def test_the_leaf_stays_when_a_turn_does_not_advance_it() -> None:
+    branch = unwritten("resp_2", "conv", Place("resp_1", "resp_1", advances=False))
+    assert leaf_behind([branch], "resp_1", True) == ("resp_1", True)
+    unlisted = unwritten("resp_1", "conv", Place(new=True, listed=False))
+    assert leaf_behind([unlisted], None, False) == (None, False)
 
 
 # All replies
@@ -79,111 +103,159 @@ async def test_a_reply_is_written_with_its_input_at_its_position(conversations: 
 
 def test_only_its_user_finds_a_reply_until_it_is_dropped() -> None:
     replies = BufferedReplies(10_000)
-    replies.keep(finished("r1", "conv"))
-    assert replies.find("ann", "r1") == ("conv", reply("r1"))
-    assert replies.find("bob", "r1") is None
-    assert replies.find("ann", "r2") is None
-    replies.drop("r1")
-    replies.drop("r1")
-    assert replies.find("ann", "r1") is None
+    replies.keep(finished("resp_1", "conv"))
+    assert replies.find("ann", "resp_1") == finished("resp_1", "conv")
+    assert replies.find("bob", "resp_1") is None
+    assert replies.find("ann", "resp_2") is None
+    replies.drop("resp_1")
+    replies.drop("resp_1")
+    assert replies.find("ann", "resp_1") is None
 
 
-def test_a_later_state_keeps_the_input_and_the_position_of_an_earlier_one() -> None:
+def test_a_later_state_keeps_the_input_and_the_place_of_an_earlier_one() -> None:
     replies = BufferedReplies(10_000)
-    replies.keep(unwritten("r1", "conv", 4))
-    replies.keep(finished("r1", "conv"))
+    place = Place("resp_0", "resp_0")
+    replies.keep(unwritten("resp_1", "conv", place))
+    replies.keep(finished("resp_1", "conv"))
     (one,) = replies.unwritten
-    assert (one.reply.content, one.position, [item.id for item in one.input]) == ("hi", 4, ["mr1"])
+    assert (one.reply.content, one.place, ids_of(one.input), one.begun) == ("hi", place, ["mresp_1"], False)
 
 
-def test_options_are_kept_only_while_the_database_lacks_the_whole_reply() -> None:
+def test_the_input_of_a_reply_is_kept_only_while_the_database_lacks_it() -> None:
     replies = BufferedReplies(10_000)
-    replies.keep(replace(unwritten("r1", "conv", 0), reply=reply("r1", options={"seed": 1})))
-    replies.keep(BufferedReply("ann", "conv", reply("r2", options={"seed": 2})))
-    assert [one.reply.options for one in replies.unwritten] == [{"seed": 1}, None]
+    replies.keep(BufferedReply("ann", "conv", reply("resp_1"), [message("m1")], begun=True))
+    replies.keep(BufferedReply("ann", None, reply("resp_2"), [message("m2")]))
+    kept = [replies.find("ann", id) for id in ("resp_1", "resp_2")]
+    assert [ids_of(one.input) for one in kept if one] == [[], ["m2"]]
 
 
 def test_the_unwritten_replies_of_a_conversation_come_in_order() -> None:
     replies = BufferedReplies(100_000)
     for one in (
-        unwritten("r1", "conv", 0),
-        unwritten("r2", "other", 0),
-        finished("r1", "conv"),
-        finished("r3", "conv", user="bob"),
-        finished("r4"),
-        unwritten("r5", "conv", 2),
+        unwritten("resp_1", "conv", NEW),
+        unwritten("resp_2", "other", NEW),
+        finished("resp_1", "conv"),
+        finished("resp_3", "conv", user="bob"),
+        finished("resp_4"),
+        unwritten("resp_5", "conv", Place("resp_1", "resp_1")),
     ):
         replies.keep(one)
-    assert ids(replies.unwritten_of("ann", "conv")) == ["r1", "r5"]
-    assert ids(replies.unwritten_of("bob", "conv")) == ["r3"]
+    assert ids(replies.unwritten_of("ann", "conv")) == ["resp_1", "resp_5"]
+    assert ids(replies.unwritten_of("bob", "conv")) == ["resp_3"]
     assert ids(replies.unwritten_of("ann", None)) == []
-    assert {*ids(replies.unwritten)} == {"r1", "r2", "r3", "r5"}, "a reply of no conversation is never written"
+    assert {*ids(replies.unwritten)} == {"resp_1", "resp_2", "resp_3", "resp_5"}, "one of no conversation is not"
+
+
+def test_a_walk_goes_back_through_the_turns_in_memory() -> None:
+    replies = BufferedReplies(100_000)
+    replies.keep(unwritten("resp_2", "conv", Place("resp_1", "resp_1")))
+    replies.keep(unwritten("resp_3", "conv", Place("resp_2", "resp_2")))
+    replies.keep(unwritten("resp_4", "conv", Place("mresp_2", "resp_3")))
+
+    def walk(node: str | None) -> tuple[list[str], str | None]:
+        nodes, last = replies.walk("ann", "conv", node)
+        return ids_of(nodes), last
+
+    assert walk("resp_3") == (["mresp_2", "resp_2", "mresp_3", "resp_3"], "resp_1")
+    assert walk("mresp_3") == (["mresp_2", "resp_2", "mresp_3"], "resp_1")
+    assert walk("resp_4") == (["mresp_2", "mresp_4", "resp_4"], "resp_1")
+    assert walk("resp_1") == ([], "resp_1")
+    assert walk(None) == ([], None)
+    assert replies.walk("bob", "conv", "resp_3") == replies.walk("ann", "other", "resp_3") == ([], "resp_3")
+
+
+def test_replies_among_items_are_replaced_by_their_latest_state() -> None:
+    replies = BufferedReplies(100_000)
+    replies.keep(finished("resp_1", "conv"))
+    items = [message("m1"), replace(growing("resp_1", "h"), parent="m1"), replace(growing("resp_2"), parent="resp_1")]
+    assert replies.latest("ann", items) == [items[0], replace(reply("resp_1", "hi"), parent="m1"), items[2]]
+    assert replies.latest("bob", items) == items
 
 
 def test_a_written_reply_is_dropped_unless_it_has_changed_since() -> None:
     replies = BufferedReplies(10_000)
-    replies.keep(unwritten("r1", "conv", 0))
+    replies.keep(unwritten("resp_1", "conv", NEW))
     (written,) = replies.unwritten
-    replies.keep(finished("r1", "conv"))
+    replies.keep(finished("resp_1", "conv"))
     replies.drop_written(written)
-    assert found(replies, "r1") == ["r1"]
+    assert found(replies, "resp_1") == ["resp_1"]
     replies.drop_written(replies.unwritten[0])
-    assert found(replies, "r1") == []
+    assert found(replies, "resp_1") == []
     replies.drop_written(written)
+
+
+# Room
 
 
 def test_the_oldest_replies_are_dropped_when_there_is_no_room() -> None:
-    replies = BufferedReplies(3 * finished("r1").bytes)
-    lost = [replies.keep(finished(f"r{number}")) for number in range(5)]
-    assert found(replies, "r0", "r1", "r2", "r3", "r4") == ["r2", "r3", "r4"]
+    replies = BufferedReplies(3 * finished("resp_1").bytes)
+    lost = [replies.keep(finished(f"resp_{number}")) for number in range(5)]
+    assert found(replies, *(f"resp_{number}" for number in range(5))) == ["resp_2", "resp_3", "resp_4"]
     assert lost == [[]] * 5, "replies of no conversation did not have to be written"
 
 
 def test_dropped_replies_that_had_to_be_written_are_reported_as_lost() -> None:
-    replies = BufferedReplies(2 * unwritten("r0", "conv0", 0).bytes)
-    assert [replies.keep(unwritten(f"r{number}", f"conv{number}", 0)) for number in range(4)] == [
-        *([], [], ["r0"], ["r1"])
+    replies = BufferedReplies(2 * unwritten("resp_0", "conv0", NEW).bytes)
+    assert [replies.keep(unwritten(f"resp_{number}", f"conv{number}", NEW)) for number in range(4)] == [
+        *([], [], ["resp_0"], ["resp_1"])
     ]
 
 
 def test_replies_of_no_conversation_are_dropped_before_those_that_have_to_be_written() -> None:
-    replies = BufferedReplies(unwritten("r0", "conv", 0).bytes + 2 * finished("r1").bytes)
-    lost = replies.keep(unwritten("r0", "conv", 0))
+    replies = BufferedReplies(unwritten("resp_0", "conv", NEW).bytes + 2 * finished("resp_1").bytes)
+    lost = replies.keep(unwritten("resp_0", "conv", NEW))
     for number in range(1, 5):
-        lost += replies.keep(finished(f"r{number}"))
-    assert (found(replies, "r0", "r1", "r2", "r3", "r4"), lost) == (["r0", "r3", "r4"], [])
+        lost += replies.keep(finished(f"resp_{number}"))
+    kept = found(replies, *(f"resp_{number}" for number in range(5)))
+    assert (kept, lost) == (["resp_0", "resp_3", "resp_4"], [])
 
 
-def test_a_reply_behind_a_lost_one_moves_to_its_position() -> None:
-    replies = BufferedReplies(2 * unwritten("r1", "conv", 0).bytes)
-    for one in (unwritten("r1", "conv", 2), unwritten("r2", "conv", 4), unwritten("r3", "conv", 6)):
-        replies.keep(one)
-    assert [(one.reply.id, one.position) for one in replies.unwritten] == [("r2", 2), ("r3", 4)]
+def places_after_a_loss(*turns: tuple[str, Place]) -> list[tuple[str, Place]]:
+    """The places of the later turns of a conversation, after there was no room for the first one."""
+    replies = BufferedReplies((len(turns) - 1) * unwritten("resp_1", "conv", NEW).bytes)
+    for id, place in turns:
+        replies.keep(unwritten(id, "conv", place))
+    return [(one.reply.id, one.place) for one in replies.unwritten]
+
+
+def test_the_turns_that_continue_a_lost_one_take_its_place() -> None:
+    turns = [
+        ("resp_2", Place("resp_1", "resp_1")),
+        ("resp_3", Place("resp_2", "resp_2")),
+        ("resp_4", Place("resp_3", "resp_3")),
+        ("resp_5", Place("mresp_2", "resp_4")),
+    ]
+    assert places_after_a_loss(*turns) == [("resp_3", turns[0][1]), turns[2], ("resp_5", Place("resp_1", "resp_4"))]
+
+
+def test_the_first_turn_after_a_lost_one_begins_what_that_one_began() -> None:
+    turns = [("resp_1", NEW), ("resp_2", Place(None, "resp_1")), ("resp_3", Place("resp_2", "resp_2"))]
+    assert places_after_a_loss(*turns) == [("resp_2", NEW), turns[2]]
 
 
 def test_dropped_and_replaced_replies_take_no_room() -> None:
-    replies = BufferedReplies(2 * finished("r1").bytes)
+    replies = BufferedReplies(2 * finished("resp_1").bytes)
     for number in range(100):
-        replies.keep(finished(f"r{number}"))
-        replies.keep(finished(f"r{number}"))
+        replies.keep(finished(f"resp_{number}"))
+        replies.keep(finished(f"resp_{number}"))
         if number % 2:
-            replies.drop(f"r{number}")
-            replies.drop(f"r{number}")
-    for id in ("a", "b"):
+            replies.drop(f"resp_{number}")
+            replies.drop(f"resp_{number}")
+    for id in ("resp_a", "resp_b"):
         replies.keep(finished(id))
-    assert found(replies, "a", "b") == ["a", "b"]
+    assert found(replies, "resp_a", "resp_b") == ["resp_a", "resp_b"]
 
 
 def test_a_reply_that_is_too_large_is_not_kept_and_takes_no_room() -> None:
     replies = BufferedReplies(10_000)
-    replies.keep(finished("r1"))
-    replies.keep(BufferedReply("ann", None, reply("r2", "x" * 20_000)))
-    assert found(replies, "r1", "r2") == []
-    replies.keep(finished("r3"))
-    assert found(replies, "r3") == ["r3"]
+    replies.keep(finished("resp_1"))
+    replies.keep(BufferedReply("ann", None, reply("resp_2", "x" * 20_000)))
+    assert found(replies, "resp_1", "resp_2") == []
+    replies.keep(finished("resp_3"))
+    assert found(replies, "resp_3") == ["resp_3"]
 
 
 def test_without_room_no_reply_is_kept() -> None:
     replies = BufferedReplies(0)
-    assert replies.keep(finished("r1", "conv")) == ["r1"]
+    assert replies.keep(finished("resp_1", "conv")) == ["resp_1"]
     assert replies.unwritten == []

@@ -10,23 +10,25 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Connection, inspect
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from models.errors import DatabaseError, DataFolderError
+from models.output_item import OutputItem
 from models.settings import Settings
 from models.store import database
-from models.store.conversations import Conversations
+from models.store.conversations import Conversations, Listing
 from models.store.database import (
     conversations_table,
     ended_sessions_table,
-    instructions_table,
     items_table,
     open_database,
     owner_table,
+    texts_table,
     users_table,
 )
-from models.store.item import Item, Status
+from models.store.item import Status
 from models.users.users import User, Users
+from tests.support.trees import contents, go_on, message, reply
 
 pytestmark = pytest.mark.anyio
 
@@ -66,8 +68,13 @@ async def schema(engine: AsyncEngine) -> dict[str, Any]:
 async def write_and_read(engine: AsyncEngine) -> str:
     """Add a conversation, and return the text that is read back."""
     store = Conversations(engine)
-    await store.put_items("ann", "conv_1", 0, [Item("item_1", "user", "Hello", 1.0)])
-    return (await store.items("ann", "conv_1"))[0].content
+    conversation = await store.create("ann", [message("msg_1", "Hello")])
+    return (await store.path("ann", conversation.id)).items[0].content
+
+
+async def ids(engine: AsyncEngine) -> list[str]:
+    """The ids of the conversation and its item that `write_and_read` has added."""
+    return [*(await rows(engine, "SELECT conversation_id, id FROM items"))[0]]
 
 
 async def open_error(settings: Settings) -> str:
@@ -117,7 +124,7 @@ async def test_opening_a_database_again_changes_nothing(empty_database: Settings
     async with open_database(empty_database) as engine:
         assert await schema(engine) == before
         assert await versions(engine) == ALL_VERSIONS
-        assert [item.content for item in await Conversations(engine).items("ann", "conv_1")] == ["Hello"]
+        assert (await Conversations(engine).find_item("ann", *await ids(engine))).content == "Hello"
 
 
 async def test_an_update_from_the_first_release_keeps_the_users(
@@ -129,16 +136,21 @@ async def test_an_update_from_the_first_release_keeps_the_users(
         assert await write_and_read(engine) == "Hello"
 
 
+async def migrate(connection: AsyncConnection, first: int, last: int) -> None:
+    """Run the migrations from one version to another, as the Parley of that time did."""
+    await connection.exec_driver_sql("CREATE TABLE IF NOT EXISTS version (number INTEGER NOT NULL)")
+    for number in range(first, last + 1):
+        for statement in database.MIGRATIONS[number - 1]:
+            await connection.exec_driver_sql(statement)
+        await connection.exec_driver_sql(f"INSERT INTO version VALUES ({number})")
+
+
 async def test_an_update_keeps_the_conversations_of_an_earlier_release(
     empty_database: Settings, other_program: AsyncEngine
 ) -> None:
     options = '{"instructions": "Be brief.", "seed": 1}'
     async with other_program.begin() as connection:
-        await connection.exec_driver_sql("CREATE TABLE version (number INTEGER NOT NULL)")
-        for number, statements in enumerate(database.MIGRATIONS[:2], start=1):
-            for statement in statements:
-                await connection.exec_driver_sql(statement)
-            await connection.exec_driver_sql(f"INSERT INTO version VALUES ({number})")
+        await migrate(connection, 1, 2)
         await connection.exec_driver_sql("INSERT INTO conversations VALUES ('conv_1', 'ann', 'Hello', 1.0, 2.0)")
         for id, position, content, status in (("item_1", 0, "Hello", "NULL"), ("resp_1", 1, "Hi", "'in_progress'")):
             await connection.exec_driver_sql(
@@ -146,12 +158,98 @@ async def test_an_update_keeps_the_conversations_of_an_earlier_release(
                 f"VALUES ('{id}', 'conv_1', {position}, 'user', '{content}', 1.0, {status}, '{options}', '2')"
             )
     async with open_database(empty_database) as engine:
-        question, reply = await Conversations(engine).items("ann", "conv_1")
-        assert (question.content, reply.content, reply.status) == ("Hello", "Hi", Status.FAILED)
-        assert reply.options == {"instructions": "Be brief.", "seed": 1}
+        question, answer = (await Conversations(engine).path("ann", "conv_1")).items
+        assert (question.content, answer.content, answer.status) == ("Hello", "Hi", Status.FAILED)
+        assert answer.options == {"instructions": "Be brief.", "seed": 1}
         assert (await rows(engine, "SELECT bytes FROM conversations")) == [(9,)]
-        await Conversations(engine).put_items("ann", "conv_1", 2, [Item("item_2", "user", "And?", 1.0)])
-        assert (await rows(engine, "SELECT bytes FROM conversations")) == [(13,)]
+
+
+# Conversations as the version before trees left them: linear, with the lengths of pieces beside the content.
+LINEAR = """
+    INSERT INTO conversations VALUES ('conv_1', 'ann', 'First', 1.0, 2.0, 99), ('conv_2', 'bob', 'Empty', 3.0, 4.0, 0);
+    INSERT INTO instructions VALUES ('conv_1', 'id_1', 'Be brief.', 9);
+    INSERT INTO items (id, conversation_id, position, role, content, created, status, reason, usage, options, left_out,
+        cuts, decode_seconds, instructions, bytes, owner) VALUES
+        ('resp_2', 'conv_1', 7, 'assistant', 'Second', 6.5, 'incomplete', 'max_output_tokens', '{"n": 2}',
+            '{"seed": 7}', 1, '1 5', 0.5, 'id_1', 9, 'me'),
+        ('item_1', 'conv_1', 0, 'system', 'Be kind.', 1.5, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 8, NULL),
+        ('item_2', 'conv_1', 1, 'user', 'Was ist das? 广州 👩', 2.5, NULL, NULL, NULL, NULL, NULL, NULL, NULL,
+            NULL, 20, NULL),
+        ('resp_1', 'conv_1', 2, 'assistant', 'É广州 👩s', 3.5, 'completed', 'stop', '{"n": 1}', '{}', 0,
+            '1 2 1 1 1', 0.25, NULL, 17, 'me'),
+        ('item_3', 'conv_1', 5, 'user', 'More', 5.5, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 4, NULL),
+        ('resp_3', 'conv_1', 8, 'assistant', '', 7.5, 'cancelled', 'client_cancelled', '{}', '{}', 0, '', 0.0, NULL, 0,
+            'me'),
+        ('item_4', 'conv_2', 0, 'user', 'Hello', 8.5, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 5, NULL),
+        ('resp_4', 'conv_2', 1, 'assistant', 'Half of', 9.5, 'in_progress', NULL, '{}', '{}', 0, '4 3', 0.1, NULL, 10,
+            'me')
+"""
+
+
+@pytest.fixture
+async def linear(empty_database: Settings, other_program: AsyncEngine) -> Settings:
+    """A database of the version before trees, with conversations."""
+    async with other_program.begin() as connection:
+        await migrate(connection, 1, 4)
+        for statement in LINEAR.split(";\n"):
+            await connection.exec_driver_sql(statement)
+    return empty_database
+
+
+async def test_an_update_to_trees_keeps_each_message_in_its_place(linear: Settings) -> None:
+    async with open_database(linear) as engine:
+        store = Conversations(engine)
+        conversation = await store.find("ann", "conv_1")
+        assert (conversation.title, conversation.created, conversation.updated) == ("First", 1.0, 2.0)
+        assert (conversation.leaf, conversation.metadata) == ("resp_3", {})
+        items = (await store.path("ann", "conv_1")).items
+        assert [(item.id, item.parent, item.role, item.created) for item in items] == [
+            ("item_1", None, "system", 1.5),
+            ("item_2", "item_1", "user", 2.5),
+            ("resp_1", "item_2", "assistant", 3.5),
+            ("item_3", "resp_1", "user", 5.5),
+            ("resp_2", "item_3", "assistant", 6.5),
+            ("resp_3", "resp_2", "assistant", 7.5),
+        ]
+        texts = ["Be kind.", "Was ist das? 广州 👩", "É广州 👩s", "More", "Second", ""]
+        assert await contents(store, "conv_1") == texts
+        assert await contents(store, "conv_2", "bob") == ["Hello", "Half of"]
+
+
+async def test_an_update_to_trees_keeps_replies_as_they_were(linear: Settings) -> None:
+    async with open_database(linear) as engine:
+        store = Conversations(engine, "next")
+        first, second, third = [(await store.find_response("ann", f"resp_{number}")).item for number in (1, 2, 3)]
+        assert first.output == [OutputItem("message", ["É", "广州", " ", "👩", "s"], complete=True)]
+        assert second.output == [OutputItem("message", ["S", "econd"])]
+        assert third.output == []
+        assert second == replace(
+            reply("resp_2"),
+            content="Second",
+            created=6.5,
+            parent="item_3",
+            status=Status.INCOMPLETE,
+            reason="max_output_tokens",
+            usage={"n": 2},
+            options={"instructions": "Be brief.", "seed": 7},
+            left_out=1,
+            output=second.output,
+            decode_seconds=0.5,
+        )
+        inputs = [[item.id for item in (await store.input_items_of("ann", f"resp_{n}", 9))[0]] for n in (1, 2, 3)]
+        assert inputs == [["item_2", "item_1"], ["item_3"], []]
+        assert await store.fail_unfinished() == 1
+        assert (await store.find_response("bob", "resp_4")).item.output[0].pieces == ["Half", " of"]
+
+
+async def test_an_updated_conversation_can_go_on(linear: Settings) -> None:
+    async with open_database(linear) as engine:
+        store = Conversations(engine)
+        await go_on(store, "conv_1", message("msg_9", "And?"), reply("resp_9", "So."))
+        assert (await contents(store, "conv_1"))[-4:] == ["Second", "", "And?", "So."]
+        assert await store.list_page("ann", Listing(query="second")) == ([await store.find("ann", "conv_1")], False)
+        await store.delete_response("ann", "resp_9")
+        assert (await store.find("ann", "conv_1")).leaf == "resp_3"
 
 
 async def test_an_updated_database_has_the_same_tables_as_a_new_one(
@@ -176,7 +274,7 @@ async def test_the_tables_have_exactly_the_columns_that_the_code_uses(empty_data
             ended_sessions_table,
             conversations_table,
             items_table,
-            instructions_table,
+            texts_table,
             owner_table,
         )
     }
@@ -249,10 +347,11 @@ async def test_a_new_file_can_be_opened_many_times_at_once(tmp_path: Path) -> No
 async def test_text_is_stored_unchanged_except_for_nul(empty_database: Settings, text: str, stored: str) -> None:
     async with open_database(empty_database) as engine:
         async with engine.begin() as connection:
-            values = {"id": "conv_1", "user_id": "ann", "title": text, "created": 1.5, "updated": 2.5, "bytes": 9}
-            await connection.execute(conversations_table.insert().values(values))
+            times = {"created": 1.5, "updated": 2.5}
+            values = {"id": "conv_1", "user_id": "ann", "title": text, "bytes": 9, "listed": True}
+            await connection.execute(conversations_table.insert().values(values | times))
             inside = (await connection.execute(conversations_table.select())).all()
-    assert [tuple(row) for row in inside] == [("conv_1", "ann", stored, 1.5, 2.5, 9)]
+    assert [tuple(row) for row in inside] == [("conv_1", "ann", stored, 1.5, 2.5, 9, None, None, True)]
 
 
 async def test_only_its_owner_can_open_the_data_folder(tmp_path: Path) -> None:

@@ -5,94 +5,120 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, strategies
 
-from models.errors import ItemNotFoundError
-from models.messages import Role
-from models.store.item import TITLE_LENGTH, Edge, Item, Status, count_left_out, items_up_to, title_of, visible_messages
-
-SYSTEM = Item("item_0", "system", "Be brief.", 1.0)
-QUESTION = Item("item_1", "user", "How are you?", 2.0)
-ANSWER = Item(
-    "resp_1",
-    "assistant",
-    "I am well.",
-    3.0,
-    Status.COMPLETED,
-    "stop",
-    {"total_tokens": 9},
-    {"seed": 7},
-    1,
-    "2 3 5",
-    0.5,
+from models.messages import Message, Role, ToolCall
+from models.output_item import OutputItem, OutputType
+from models.store.item import (
+    TITLE_LENGTH,
+    Item,
+    Status,
+    count_left_out,
+    linked,
+    node_id,
+    part_id,
+    part_index,
+    title_of,
+    visible_messages,
 )
+from tests.support.trees import message, reply
+
+SYSTEM = Item("msg_0", "system", "Be brief.", 1.0)
+QUESTION = message("msg_1", "How are you?")
+ANSWER = reply("resp_1", "I am ", "well.")
+CALL: ToolCall = {"id": "call_1", "name": "look", "arguments": '{"at": "it"}'}
 
 
 def items_of(*roles: Role) -> list[Item]:
     """Items with some roles; the content of each is its index."""
-    return [Item(f"item_{index}", role, str(index), 1.0) for index, role in enumerate(roles)]
+    return [Item(f"msg_{index}", role, str(index), 1.0) for index, role in enumerate(roles)]
 
 
 def test_each_new_message_gets_an_item_with_its_own_id() -> None:
     items = [Item.of_message({"role": "user", "content": "Hello"}, 1.5) for _ in range(100)]
     assert len({item.id for item in items}) == 100
-    assert all(item.id.startswith("item_") and len(item.id) == 37 for item in items)
-    assert all(item == Item(item.id, "user", "Hello", 1.5) and item.status is None for item in items)
+    assert all(item.id.startswith("msg_") and len(item.id) == 36 for item in items)
+    assert all(item == Item(item.id, "user", "Hello", 1.5) and not item.is_reply for item in items)
 
 
-# Deltas
-
-
-@given(strategies.lists(strategies.text(min_size=1)))
-def test_deltas_can_be_restored_from_the_content_and_their_lengths(deltas: list[str]) -> None:
-    item = replace(ANSWER, content="".join(deltas), cuts=" ".join(str(len(delta)) for delta in deltas))
-    assert item.deltas == deltas
-    assert item.sequence_number == len(deltas)
-
-
-@pytest.mark.parametrize("cuts", [pytest.param(None, id="message"), pytest.param("", id="empty-reply")])
-def test_an_item_without_cuts_has_no_deltas(cuts: str | None) -> None:
-    item = replace(ANSWER, cuts=cuts)
-    assert (item.deltas, item.sequence_number) == ([], 0)
-
-
-# Items up to one of them
+# Ids
 
 
 @pytest.mark.parametrize(
-    ("after", "count"),
+    ("type", "index", "id"),
+    [("message", 0, "msg_1f_0"), ("reasoning", 1, "rs_1f_1"), ("function_call", 12, "fc_1f_12")],
+)
+def test_the_id_of_a_part_leads_back_to_its_reply_and_its_index(type: OutputType, index: int, id: str) -> None:
+    assert part_id("resp_1f", type, index) == id
+    assert (node_id(id), part_index(id)) == ("resp_1f", index)
+
+
+@pytest.mark.parametrize(
+    "id", ["msg_1f", "item_1f", "resp_1f", "item_1f_0", "msg_1f_x", "msg__0", "msg_1f_0\n", "", "msg_1_2_3"]
+)
+def test_the_id_of_a_node_stays_as_it_is(id: str) -> None:
+    assert (node_id(id), part_index(id)) == (id, None)
+
+
+def test_items_are_linked_below_each_other() -> None:
+    nodes = linked([SYSTEM, QUESTION, ANSWER], "resp_0")
+    assert [item.parent for item in nodes] == ["resp_0", "msg_0", "msg_1"]
+    assert [replace(item, parent=None) for item in nodes] == [SYSTEM, QUESTION, ANSWER]
+    assert linked([], None) == []
+
+
+# Replies
+
+
+def test_a_reply_has_the_text_of_its_messages_as_content() -> None:
+    output = [
+        OutputItem("reasoning", ["hm"]),
+        OutputItem("message", ["I am ", "well"]),
+        OutputItem("function_call", ["{}"], "look", "call_1"),
+        OutputItem("message", ["."]),
+    ]
+    item = Item.of_reply("resp_1", 1.0, output)
+    assert (item.content, item.role, item.output, item.is_reply) == ("I am well.", "assistant", output, True)
+
+
+def test_a_reply_does_not_change_when_its_output_goes_on_growing() -> None:
+    part = OutputItem("message", ["a"], logprobs=[[]])
+    item = Item.of_reply("resp_1", 1.0, output := [part])
+    part.pieces.append("b")
+    assert part.logprobs is not None
+    part.logprobs.append([])
+    output.append(OutputItem("message", ["c"]))
+    assert (item.content, item.output) == ("a", [OutputItem("message", ["a"], logprobs=[[]])])
+
+
+@pytest.mark.parametrize(
+    "sent",
     [
-        pytest.param(Edge.START, 0, id="start"),
-        pytest.param("item_0", 1, id="first"),
-        pytest.param("item_1", 2, id="second"),
-        pytest.param("item_2", 3, id="last"),
-        pytest.param(Edge.END, 3, id="end"),
+        pytest.param({"role": "user", "content": "Hello"}, id="user"),
+        pytest.param({"role": "assistant", "content": "", "reasoning": "hm", "tool_calls": [CALL]}, id="assistant"),
+        pytest.param({"role": "tool", "content": "found", "tool_call_id": "call_1"}, id="tool"),
     ],
 )
-def test_the_items_up_to_an_item_include_it(after: str | Edge, count: int) -> None:
-    items = items_of("system", "user", "assistant")
-    assert list(items_up_to(items, after)) == items[:count]
+def test_an_input_message_is_what_was_sent(sent: Message) -> None:
+    assert Item.of_message(sent, 1.0).message == sent
 
 
-@pytest.mark.parametrize("id", ["item_3", "", "None", "ITEM_0", "item_", "0", "none", "start", "end"])
-def test_an_unknown_item_id_is_refused(id: str) -> None:
-    with pytest.raises(ItemNotFoundError, match="no such item") as raised:
-        items_up_to(items_of("system", "user", "assistant"), id)
-    error = raised.value
-    assert (error.type, error.code, error.param, error.status) == (
-        "invalid_request_error",
-        "item_not_found",
-        "after",
-        404,
-    )
+def test_the_message_of_a_reply_has_its_text_reasoning_and_calls() -> None:
+    output = [
+        OutputItem("reasoning", ["h", "m"]),
+        OutputItem("message", ["Let me ", "see."]),
+        OutputItem("function_call", ['{"at": ', '"it"}'], "look", "call_1"),
+    ]
+    assert Item.of_reply("resp_1", 1.0, output).message == {
+        "role": "assistant",
+        "content": "Let me see.",
+        "reasoning": "hm",
+        "tool_calls": [CALL],
+    }
 
 
-@pytest.mark.parametrize("edge", [Edge.START, Edge.END], ids=["start", "end"])
-def test_an_empty_conversation_has_no_items_up_to_an_edge(edge: Edge) -> None:
-    assert list(items_up_to([], edge)) == []
-
-
-def test_an_empty_conversation_has_no_item_to_name() -> None:
-    with pytest.raises(ItemNotFoundError):
-        items_up_to([], "item_0")
+def test_the_message_of_a_reply_leaves_out_what_it_has_not() -> None:
+    assert ANSWER.message == {"role": "assistant", "content": "I am well."}
+    blank = Item.of_reply("resp_1", 1.0, [OutputItem("function_call"), OutputItem("reasoning")])
+    assert blank.message == {"role": "assistant", "content": ""}
 
 
 # What the model sees
@@ -132,6 +158,14 @@ def test_the_oldest_messages_are_left_out_but_never_the_system_prompt(count: int
     items = items_of("system", "user", "assistant", "system", "user", "assistant", "user")
     items[5] = replace(items[5], left_out=count)
     assert [message["content"] for message in visible_messages(items)] == visible
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_the_model_does_not_see_deleted_messages(count: int) -> None:
+    items = items_of("system", "user", "assistant", "user", "assistant", "user")
+    items[2] = replace(items[2], content="", status=Status.DELETED)
+    items[4] = replace(items[4], left_out=count)
+    assert [message["content"] for message in visible_messages(items)] == ["0", *["1", "3", "4", "5"][count // 2 :]]
 
 
 def test_an_empty_conversation_has_no_messages() -> None:
@@ -181,3 +215,8 @@ def test_a_title_is_a_short_beginning_of_the_text(content: str) -> None:
 )
 def test_a_title_comes_from_the_first_user_message_else_from_the_first_item(roles: list[Role], expected: str) -> None:
     assert title_of(items_of(*roles)) == expected
+
+
+def test_a_title_is_empty_without_messages() -> None:
+    assert title_of([]) == ""
+    assert title_of([replace(QUESTION, status=Status.DELETED)]) == ""

@@ -21,10 +21,10 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from models.settings import Settings
 from models.store.database import (
     conversations_table,
-    instructions_table,
     items_table,
     open_database,
     owner_table,
+    texts_table,
     users_table,
 )
 
@@ -144,6 +144,6 @@ async def empty_tables(shared_database: Settings) -> AsyncIterator[AsyncEngine]:
     """A database whose tables are empty: SQLite, then PostgreSQL. A test must not change the tables themselves."""
     async with open_database(shared_database) as engine:
         async with engine.begin() as connection:
-            for table in (items_table, instructions_table, conversations_table, users_table, owner_table):
+            for table in (items_table, texts_table, conversations_table, users_table, owner_table):
                 await connection.execute(table.delete())
         yield engine

@@ -7,15 +7,17 @@ from collections.abc import Iterable, Sequence
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from models.store.conversations import Conversations
-from models.store.item import Item
+from models.store.conversations import Conversations, Path
+from models.store.item import Edge, Item
+from models.store.place import Place
+from models.store.responses import Found, FoundPath
 
 
 class SlowConversations(Conversations):
     """A store whose writes wait or fail.
 
-    Items are put while `may_put` is set, and replies are updated while `may_update` is set. `put_asked` is set by each
-    call that puts items, `updated` when replies were updated, or put late. While `broken` is True, both calls raise.
+    Turns are put while `may_put` is set, and replies are updated while `may_update` is set. `put_asked` is set by each
+    call that puts a turn, `updated` when replies were updated, or put late. While `broken` is True, both calls raise.
     """
 
     def __init__(self, database: AsyncEngine) -> None:
@@ -27,12 +29,14 @@ class SlowConversations(Conversations):
         self.may_update.set()
         self.broken = False
 
-    async def put_items(self, user: str, id: str, position: int, new: Sequence[Item], accepted: bool = False) -> None:
+    async def begin_turn(
+        self, user: str, id: str, place: Place, input: Sequence[Item], reply: Item, accepted: bool = False
+    ) -> None:
         self.put_asked.set()
         await self.may_put.wait()
         if self.broken:
             raise OSError("the disk is full")
-        await super().put_items(user, id, position, new, accepted)
+        await super().begin_turn(user, id, place, input, reply, accepted)
         self.put_late = self.put_late or accepted
 
     async def update_replies(self, replies: Iterable[Item]) -> None:
@@ -49,7 +53,7 @@ class SlowConversations(Conversations):
 class AwayConversations(Conversations):
     """A store that cannot be written while `broken` is True, nor read while `unreadable` is True.
 
-    `putting` is set when items are about to be put, `back` after each update that succeeds, even one of no replies.
+    `putting` is set when a turn is about to be put, `back` after each update that succeeds, even one of no replies.
     """
 
     def __init__(self, database: AsyncEngine) -> None:
@@ -58,19 +62,33 @@ class AwayConversations(Conversations):
         self.putting = asyncio.Event()
         self.back = asyncio.Event()
 
-    async def put_items(self, user: str, id: str, position: int, new: Sequence[Item], accepted: bool = False) -> None:
+    async def begin_turn(
+        self, user: str, id: str, place: Place, input: Sequence[Item], reply: Item, accepted: bool = False
+    ) -> None:
         self._check(self.broken)
         self.putting.set()
-        await super().put_items(user, id, position, new, accepted)
+        await super().begin_turn(user, id, place, input, reply, accepted)
 
     async def update_replies(self, replies: Iterable[Item]) -> None:
         self._check(self.broken)
         await super().update_replies(replies)
         self.back.set()
 
-    async def items(self, user: str, id: str) -> list[Item]:
+    async def path(self, user: str, id: str, after: str | Edge = Edge.END) -> Path:
         self._check(self.unreadable)
-        return await super().items(user, id)
+        return await super().path(user, id, after)
+
+    async def find_response(self, user: str, id: str) -> Found:
+        self._check(self.unreadable)
+        return await super().find_response(user, id)
+
+    async def path_of_response(self, user: str, id: str) -> FoundPath:
+        self._check(self.unreadable)
+        return await super().path_of_response(user, id)
+
+    async def delete_response(self, user: str, id: str) -> None:
+        self._check(self.broken)
+        await super().delete_response(user, id)
 
     def _check(self, away: bool) -> None:
         if away:
