@@ -61,7 +61,7 @@ class AsyncEngine:
     async def generate(self, sequence: Sequence) -> AsyncGenerator[list[Token], None]:
         """Yield the tokens of a sequence, all that have come since the last ones: several if the event loop is behind.
 
-        Closing the generator frees its slot. Raises EngineError.
+        Closing the generator frees its slot. Raises EngineError, and FormatFailedError if its constraint fails.
         """
         if self.trouble:
             raise EngineError(self.trouble)
@@ -75,7 +75,7 @@ class AsyncEngine:
                 if tokens := [token for token in outcomes if token]:
                     yield tokens
                 if len(tokens) < len(outcomes):
-                    raise EngineError("the engine could not continue a reply")
+                    raise sequence.error or EngineError("the engine could not continue a reply")
                 if tokens[-1].finish_reason:
                     return
         finally:

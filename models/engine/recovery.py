@@ -43,6 +43,10 @@ class StepRecovery:
 
         Raises the error of a broken device.
         """
+        outcomes = self._step()
+        return [*outcomes, *((sequence, None) for sequence in self.engine.take_failed())]
+
+    def _step(self) -> list[Outcome]:
         began = time.perf_counter()
         try:
             tokens = self.engine.step()

@@ -6,8 +6,11 @@ import random
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from models.engine.constraint import Constraint
+from models.engine.logprobs import Logprobs
 from models.engine.prefix_cache import OwnedTokens
 from models.engine.sampling_params import SamplingParams
+from models.errors import FormatFailedError
 from models.messages import FinishReason
 
 
@@ -16,7 +19,7 @@ class Sequence:
     """A prompt, the tokens generated after it, and how many of them are in the key-value cache.
 
     Other owners may reuse only the first `public` tokens of the prompt. A token that a device computes counts before
-    its id is known: it is in flight.
+    its id is known: it is in flight. If its constraint fails, `error` says why it ended.
     """
 
     prompt: list[int]
@@ -26,12 +29,14 @@ class Sequence:
     seed: int | None = None
     owner: str = ""
     public: int = 0
+    constraint: Constraint | None = None
     slot: int = field(default=-1, init=False)  # in the key-value cache; -1 is none
     tokens: list[int] = field(init=False)  # the prompt and the generated tokens
     in_flight: int = field(default=0, init=False)  # generated tokens whose ids are not known yet
     cached: int = field(default=0, init=False)  # tokens whose keys and values are in the slot
     final_length: int = field(init=False)  # where it ends at the latest
     reused: int = field(default=0, init=False)  # prompt tokens that were in the prefix cache
+    error: FormatFailedError | None = field(default=None, init=False)
     uniform: float = field(init=False)  # the random number of the next token; a repeated step reuses it
     random: random.Random = field(init=False)
 
@@ -77,3 +82,9 @@ class Token(NamedTuple):
     sequence: Sequence
     id: int
     finish_reason: FinishReason | None
+    logprobs: Logprobs | None = None  # if its sequence asks for them
+
+    @property
+    def stops(self) -> bool:
+        """Whether it only says that the sequence ends. A sequence can also end by "stop" at the end of its format."""
+        return self.id in self.sequence.stop_ids

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,24 +22,23 @@ def to_device(numbers: list[int] | list[float], device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)  # a copy from other memory would wait
 
 
-class TokensToHost:
-    """Tokens, (rows,), on their way to the host. The copy begins at once; `tolist` waits for it alone.
+class ToHost:
+    """A tensor on its way to the host. The copy begins at once; `tolist` waits for it alone.
 
-    What the device computes after them goes on meanwhile.
+    What the device computes after it goes on meanwhile.
     """
 
-    def __init__(self, tokens: Tensor) -> None:
-        self._tokens = tokens
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
         self._done: torch.cuda.Event | None = None
-        if tokens.device.type == "cuda":
-            self._tokens = torch.empty_like(tokens, device="cpu", pin_memory=True)
-            self._tokens.copy_(tokens, non_blocking=True)
+        if tensor.device.type == "cuda":
+            self._tensor = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            self._tensor.copy_(tensor, non_blocking=True)
             self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._done.record()
 
-    def tolist(self) -> list[int]:
-        """The tokens, once they are there."""
+    def tolist(self) -> Any:
+        """The numbers, once they are there."""
         if self._done:
             self._done.synchronize()
-        ids: list[int] = self._tokens.tolist()
-        return ids
+        return self._tensor.tolist()

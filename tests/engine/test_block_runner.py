@@ -17,6 +17,7 @@ from models.engine.recovery import StepRecovery
 from models.engine.sampler import Sampler
 from models.engine.sampling_params import SamplingParams
 from models.engine.sequence import Sequence, Token
+from models.engine.token_masks import TokenMasks
 from models.errors import CacheTooLargeError
 from tests.engine.test_engine import generate, generate_one, reference
 from tests.support.blocks import BLOCK, CountingGraphs, PlainFused, block_engine, blocks_of
@@ -331,10 +332,17 @@ def test_a_sequence_that_fails_alone_ends_and_the_others_do_not_change(llama: Pr
         def __getattr__(self, name: str) -> object:
             return getattr(self.sampler, name)
 
-        def sample(self, logits: Tensor, slots: list[int], where: Tensor, uniforms: list[float]) -> Tensor:
+        def sample(
+            self,
+            logits: Tensor,
+            slots: list[int],
+            where: Tensor,
+            uniforms: list[float],
+            masks: TokenMasks | None = None,
+        ) -> Tensor:
             if sequences[1].slot in slots and sequences[1].generated >= 4:
                 raise ValueError("unlucky")
-            return self.sampler.sample(logits, slots, where, uniforms)
+            return self.sampler.sample(logits, slots, where, uniforms, masks)
 
     engine = block_engine(llama, 4, 96)
     engine.sampler = FailingSampler(engine)  # type: ignore[assignment]
@@ -359,8 +367,15 @@ def test_a_step_that_fails_once_its_tokens_are_chosen_gives_the_same_ones_again(
 
         calls = 0
 
-        def sample(self, logits: Tensor, slots: list[int], where: Tensor, uniforms: list[float]) -> Tensor:
-            tokens = super().sample(logits, slots, where, uniforms)
+        def sample(
+            self,
+            logits: Tensor,
+            slots: list[int],
+            where: Tensor,
+            uniforms: list[float],
+            masks: TokenMasks | None = None,
+        ) -> Tensor:
+            tokens = super().sample(logits, slots, where, uniforms, masks)
             self.calls += 1
             if self.calls % 3 == 0:
                 raise MemoryError

@@ -13,6 +13,7 @@ from models.engine.recovery import StepRecovery
 from models.engine.sampler import Sampler
 from models.engine.sampling_params import SamplingParams
 from models.engine.sequence import Sequence
+from models.engine.token_masks import TokenMasks
 from tests.support.faulty import Broken, Fault, both_attentions, faulty_engine, make_engine
 from tests.support.tiny import prompts
 
@@ -83,10 +84,17 @@ def fault_with(poison: Sequence, error: Exception) -> Fault:
 class FaultySampler(Sampler):
     """Fails for each sequence with the parameters UNLUCKY."""
 
-    def sample(self, logits: Tensor, slots: list[int], where: Tensor, uniforms: list[float]) -> Tensor:
+    def sample(
+        self,
+        logits: Tensor,
+        slots: list[int],
+        where: Tensor,
+        uniforms: list[float],
+        masks: TokenMasks | None = None,
+    ) -> Tensor:
         if any(self.params[slot] == UNLUCKY for slot in slots):
             raise ValueError("unlucky")
-        return super().sample(logits, slots, where, uniforms)
+        return super().sample(logits, slots, where, uniforms, masks)
 
 
 @both_attentions

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -18,6 +19,7 @@ from transformers import (
 
 from models.engine.sampler import Sampler
 from models.engine.sampling_params import SamplingParams
+from models.engine.token_masks import TokenMasks
 from tests.support.no_waiting import NoWaiting
 
 VOCABULARY = 60
@@ -54,6 +56,16 @@ def sampled(sampler: Sampler, logits: Tensor, slots: list[int], uniforms: list[f
     return ids
 
 
+def masked(rows: list[int], *allowed: set[int]) -> TokenMasks:
+    """The masks of some rows, each with the tokens that it may have."""
+    masks = TokenMasks(rows, VOCABULARY, torch.device("cpu"))
+    masks.bits.zero_()
+    for bits, tokens in zip(masks.bits, allowed, strict=True):
+        for token in tokens:
+            bits[token // 32] |= (1 << token % 32) - (1 << 32 if token % 32 == 31 else 0)
+    return masks
+
+
 def sample_each(
     logits: Tensor, params: SamplingParams, uniforms: list[float], prompt: list[int] | None = None
 ) -> list[int]:
@@ -79,6 +91,8 @@ def transformers_probabilities(logits: Tensor, params: SamplingParams) -> Tensor
         processors.append(TopKLogitsWarper(params.top_k))
     if params.top_p < 1:
         processors.append(TopPLogitsWarper(params.top_p))
+    if params.min_p:
+        processors.append(MinPLogitsWarper(params.min_p))
     processed: Tensor = LogitsProcessorList(processors)(torch.tensor([PROMPT]), logits)  # type: ignore[arg-type]
     return processed.softmax(-1)[0]
 
@@ -93,6 +107,9 @@ def transformers_probabilities(logits: Tensor, params: SamplingParams) -> Tensor
         SamplingParams(0.7, top_p=0.95, top_k=20, repetition_penalty=2.0),
         SamplingParams(1.0, top_k=1000, repetition_penalty=0.5),
         SamplingParams(1.0, top_p=1e-9),
+        SamplingParams(1.0, min_p=0.1),
+        SamplingParams(1.7, min_p=0.02, repetition_penalty=1.3),
+        SamplingParams(1.5, top_k=7, min_p=0.3),
     ],
     ids=describe,
 )
@@ -160,6 +177,8 @@ any_params = strategies.builds(
     strategies.floats(0, 2, exclude_min=True),
     strategies.floats(-2, 2),
     strategies.floats(-2, 2),
+    strategies.floats(0, 1),
+    strategies.dictionaries(strategies.integers(0, VOCABULARY - 1), strategies.floats(-100, 100), max_size=5),
 )
 any_uniform = strategies.floats(0, 1, exclude_max=True)
 
@@ -287,12 +306,16 @@ def test_a_token_that_was_used_millions_of_times_comes_never_or_always(temperatu
 def test_sampling_never_makes_the_host_wait_for_a_device() -> None:
     every = [SamplingParams(), SamplingParams(0.5, 0.9, 0, 1.1), SamplingParams(1.0, 1.0), SamplingParams(1.0, 0.9, 5)]
     every.append(SamplingParams(0.7, 0.5, 7, 1.2, 0.5, 0.5))
-    sampler = Sampler(len(every), 3000, torch.device("meta"))  # has shapes and no numbers
+    every.append(SamplingParams(1.0, min_p=0.1, logit_bias={5: 1.0}, logprobs=3))
+    meta = torch.device("meta")  # has shapes and no numbers
+    sampler = Sampler(len(every), 3000, meta)
     with NoWaiting():
         for slot, params in enumerate(every):
             sampler.assign(slot, params, PROMPT)
         slots, where = list(range(len(every))), torch.arange(len(every), device="meta")
-        tokens = sampler.sample(torch.empty(len(every), 3000, device="meta"), slots, where, [0.5] * len(every))
+        logits = torch.empty(len(every), 3000, device="meta")
+        tokens = sampler.sample(logits, slots, where, [0.5] * len(every), TokenMasks([1, 3], 3000, meta))
+        assert sampler.logprobs(logits, slots, tokens)
         sampler.count(slots, where, tokens)
     assert tokens.shape == (len(every),)
 
@@ -311,6 +334,8 @@ def test_the_logits_are_not_changed() -> None:
     before = logits.clone()
     sample_each(logits, SamplingParams(0.7, 0.9, 5, 1.5), [0.5])
     sample_reply(logits.expand(2, -1), SamplingParams(frequency_penalty=1.0), [0.5, 0.5])
+    sample_reply(logits, SamplingParams(logit_bias={3: 5.0}), [0.5])
+    new_sampler([SamplingParams()]).sample(logits, [0], torch.tensor([0]), [0.5], masked([0], {1, 2}))
     assert logits.equal(before)
 
 
@@ -345,3 +370,99 @@ def test_a_large_vocabulary_is_sampled_as_if_it_were_sorted(params: SamplingPara
     expected = [int(order[int((bounds <= uniform).sum())]) for uniform in uniforms]
     sampler = new_sampler([params], [1], vocabulary=3000)
     assert [sampled(sampler, logits, [0], [uniform])[0] for uniform in uniforms] == expected
+
+
+def test_min_p_is_a_share_of_the_largest_probability_after_the_temperature_and_before_top_p() -> None:
+    logits = torch.full((1, VOCABULARY), -torch.inf)
+    logits[0, [7, 8, 9, 10]] = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
+    uniforms = [index / 100 for index in range(100)]
+    cases = [
+        (SamplingParams(1.0, min_p=0.2), {7, 8, 9, 10}),
+        (SamplingParams(1.0, min_p=0.3), {7, 8, 9}),
+        (SamplingParams(0.5, min_p=0.3), {7, 8}),  # 0.16, 0.09, 0.04, 0.01
+        (SamplingParams(2.0, min_p=0.49), {7, 8, 9, 10}),
+        (SamplingParams(1.0, top_p=0.56, min_p=0.6), {7}),  # of 0.57 and 0.43; before min-p, top-p would keep two
+        (SamplingParams(1.0, min_p=1.0), {7}),
+    ]
+    for params, kept in cases:
+        assert set(sample_each(logits, params, uniforms, prompt=[0])) == kept
+
+
+@pytest.mark.parametrize(
+    "params", [SamplingParams(), SamplingParams(0.7, top_p=0.9), SamplingParams(1.0, top_k=5)], ids=describe
+)
+def test_a_bias_is_added_to_the_logits_before_penalties_and_temperature(params: SamplingParams) -> None:
+    logits, uniforms = random_logits(rows=40), [(7 * step % 40 + 0.5) / 40 for step in range(40)]
+    bias = {token: 3.0 * (-1) ** token for token in range(0, VOCABULARY, 3)}
+    biased = logits.clone()
+    for token, value in bias.items():
+        biased[:, token] += value
+    penalties = replace(params, repetition_penalty=1.4, presence_penalty=0.5)
+    expected = sample_reply(biased, penalties, uniforms)
+    assert sample_reply(logits, replace(penalties, logit_bias=bias), uniforms) == expected
+    assert sample_reply(logits, penalties, uniforms) != expected
+
+
+def test_the_next_sequence_of_a_slot_has_no_bias_of_the_one_before() -> None:
+    logits, sampler = random_logits(), new_sampler([SamplingParams(logit_bias={5: 100.0})])
+    assert sampled(sampler, logits, [0], [0.5]) == [5]
+    sampler.assign(0, SamplingParams(), PROMPT)
+    assert sampled(sampler, logits, [0], [0.5]) == [int(logits.argmax())]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    strategies.lists(strategies.tuples(any_params, any_uniform), min_size=4, max_size=4),
+    strategies.dictionaries(
+        strategies.integers(0, 3), strategies.sets(strategies.integers(0, VOCABULARY - 1), min_size=1), min_size=1
+    ),
+)
+def test_a_masked_row_gets_an_allowed_token_and_the_other_rows_do_not_change(
+    rows: list[tuple[SamplingParams, float]], allowed: dict[int, set[int]]
+) -> None:
+    logits, slots, uniforms = random_logits(rows=4), [0, 1, 2, 3], [uniform for _, uniform in rows]
+    sampler, where = new_sampler([params for params, _ in rows]), torch.arange(4)
+    free = sampler.sample(logits, slots, where, uniforms).tolist()
+    tokens = sampler.sample(logits, slots, where, uniforms, masked(list(allowed), *allowed.values())).tolist()
+    for row in slots:
+        assert tokens[row] in allowed[row] if row in allowed else tokens[row] == free[row]
+
+
+@pytest.mark.parametrize("vocabulary", [1, 31, 32, 33, 60])
+def test_each_bit_of_a_mask_is_one_token(vocabulary: int) -> None:
+    sampler = new_sampler([SamplingParams()], [0], vocabulary)
+    for token in range(vocabulary):
+        masks = TokenMasks([0], vocabulary, torch.device("cpu"))
+        words = [0] * masks.bits.shape[1]
+        words[token // 32] = 1 << token % 32
+        masks.bits[0] = torch.tensor(words, dtype=torch.int64).to(torch.int32)
+        logits = torch.arange(vocabulary, dtype=torch.float32)[None] * (-1) ** token
+        assert sampler.sample(logits, [0], torch.tensor([0]), [0.5], masks).tolist() == [token]
+
+
+def test_log_probabilities_are_those_of_the_model_whatever_the_parameters() -> None:
+    logits = random_logits(rows=3)
+    logits[2, :4] = -torch.inf
+    changing = SamplingParams(1.5, 0.9, 0, 1.5, 0.5, 0.5, 0.1, {7: 50.0}, logprobs=20)
+    sampler = new_sampler([SamplingParams(logprobs=0), SamplingParams(), changing])
+    tokens = torch.tensor([4, 5, 7])
+    asked = sampler.logprobs(logits, [0, 1, 2], tokens)
+    assert asked
+    read, expected = asked.read(), logits.log_softmax(-1)
+    assert list(read) == [0, 2]
+    assert read[0].chosen == pytest.approx(float(expected[0, 4]))
+    assert read[0].top == []
+    chosen, best = read[2]
+    assert chosen == pytest.approx(float(expected[2, 7]))
+    order = expected[2].argsort(descending=True).tolist()[:20]
+    assert [token for token, _ in best] == order
+    assert [value for _, value in best] == pytest.approx(expected[2, order].tolist())
+
+
+def test_a_token_without_probability_has_a_finite_logarithm() -> None:
+    logits = torch.full((1, VOCABULARY), -torch.inf)
+    logits[0, 3] = 0.0
+    asked = new_sampler([SamplingParams(logprobs=2)]).logprobs(logits, [0], torch.tensor([5]))
+    assert asked
+    assert asked.read()[0].chosen == -9999.0
+    assert asked.read()[0].top[0] == (3, 0.0)
