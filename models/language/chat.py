@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Collection, Mapping
 from typing import Any, Protocol
 
+from models.chat_request import ChatRequest
 from models.language.events import Event
-from models.messages import Message, Usage
+from models.messages import Usage
 from models.options import Options
 
 
@@ -23,9 +24,10 @@ class PreparedReply(Protocol):
         """How many of the oldest messages after the system prompt had no room in the context."""
 
     def events(self) -> AsyncGenerator[Event, None]:
-        """Generate the reply. Closing the generator cancels it: its slot is free within one step. Raises EngineError.
+        """Generate the reply. Closing the generator cancels it: its slot is free within one step.
 
-        Call it once, after the response has got its slot.
+        Call it once, after the response has got its slot. Raises EngineError, and FormatFailedError if the reply cannot
+        go on in its format.
         """
 
 
@@ -44,6 +46,10 @@ class Chat(Protocol):
         """The options of a reply whose request sets none."""
 
     @property
+    def capabilities(self) -> Collection[str]:
+        """What the model does beside answering, by itself: "tools", "reasoning"."""
+
+    @property
     def trouble(self) -> str | None:
         """Why the model cannot answer at the moment; None if it can."""
 
@@ -59,12 +65,10 @@ class Chat(Protocol):
     def cache_usage(self) -> float:
         """The share of the key-value cache in use, from 0 to 1."""
 
-    async def prepare(
-        self, user: str, messages: list[Message], options: Options, keep_all: bool = False
-    ) -> PreparedReply:
-        """Make the prompt of a reply to the last message.
+    async def prepare(self, request: ChatRequest) -> PreparedReply:
+        """Make the prompt of a reply.
 
-        Nothing that other users can see or measure depends on the messages of `user`. If the messages do not fit the
-        context, the oldest ones are left out; with `keep_all` that is an error. Raises MessagesRejectedError or
-        ContextLengthExceededError.
+        Nothing that other users can see or measure depends on the messages of the request's user. Raises
+        InvalidRequestError: MessagesRejectedError, ContextLengthExceededError, UnsupportedParameterError for what this
+        model cannot do, and InvalidValueError for a schema or a grammar that cannot be honoured.
         """

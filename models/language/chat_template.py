@@ -1,24 +1,40 @@
 """The chat template of a model: messages in, token ids of a prompt out.
 
 Templates differ in the messages that they take. `ChatTemplate.of` tries the one of a tokenizer with marked messages, so
-that a template that fails is told at the start, and one that drops the text of a message is noticed.
+that a template that fails is told at the start, and one that drops the text of a message is noticed. In the same way it
+finds out what a template knows of tools and reasoning.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+import re
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import product
 from typing import Any
 
 from transformers import AddedToken, PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import mark_control_tokens
 
-from models.errors import MessagesRejectedError, ModelError, one_line
+from models.errors import MessagesRejectedError, ModelError, UnsupportedParameterError, one_line
+from models.language.call_style import CallStyle, styles
+from models.language.history import calls_as_text, can_join, text_of
 from models.language.model_files import model_label
+from models.language.reasoning_effort import effort_arguments
 from models.messages import Message, Role
 from models.settings import Settings
+from models.tools import Tool
 
 ALL_ROLES: frozenset[Role] = frozenset({"system", "user", "assistant"})
+TOOLS_VARIABLES = ("tools", "xml_tools")  # of templates
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # of messages
+RESERVED = {  # names that no argument of a template may have
+    *inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters,
+    *("messages", "xml_tools", "raise_exception", "strftime_now", "namespace", "range", "dict"),
+} - {"documents"}
 PARTS: tuple[frozenset[Role], ...] = (frozenset(), ALL_ROLES, frozenset({"system", "user"}))  # what is tried, in order
 
 
@@ -36,6 +52,10 @@ class ChatTemplate:
     later_system: bool = True  # takes system messages anywhere
     alternating: bool = False  # refuses two messages of one role in a row
     reply_end: int | None = None  # the token after the text of a reply
+    tools: str | None = None  # the variable that it takes tools in
+    calls: CallStyle | None = None  # how it takes calls of tools and their results; None if it knows none
+    keeps_reasoning: bool = False  # writes the reasoning of earlier replies into the prompt
+    efforts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # the arguments of each reasoning effort
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, instructions: str | None = None) -> ChatTemplate:
@@ -55,6 +75,12 @@ class ChatTemplate:
                 template._takes("user", "user") and template._takes("user", "assistant", "assistant", "user")
             ),
         )
+        template = template._with_tools()
+        template = replace(
+            template,
+            keeps_reasoning=template._keeps_reasoning(),
+            efforts=effort_arguments(template.source, template._works_with),
+        )
         template._mark_built_control_tokens()
         if instructions:
             try:
@@ -63,18 +89,65 @@ class ChatTemplate:
                 raise ModelError(f"PARLEY_INSTRUCTIONS cannot be used: {error}") from error
         return replace(template, reply_end=template._find_reply_end())
 
-    def render(self, messages: Sequence[Message]) -> list[int]:
-        """The token ids of a prompt for a reply to the messages. Raises MessagesRejectedError."""
+    @property
+    def source(self) -> str:
+        return str(self.tokenizer.get_chat_template())
+
+    def render(
+        self, messages: Sequence[Message], tools: Sequence[Tool] = (), arguments: Mapping[str, Any] | None = None
+    ) -> list[int]:
+        """The token ids of a prompt for a reply to the messages. Raises MessagesRejectedError.
+
+        Calls of tools and their results become text where the template does not take them.
+        """
         try:
-            ids = self.tokenizer.apply_chat_template(
-                self._with_parts(self.adapted(messages)),
-                add_generation_prompt=True,
-                return_dict=False,
-                sanitize_control_tokens=True,
-            )
+            try:
+                return self._ids(messages, tools, arguments or {})
+            except Exception:  # as below
+                if self.calls is None or not _has_calls(messages):
+                    raise
+            return replace(self, calls=None)._ids(messages, tools, arguments or {})
         except Exception as error:  # Jinja's own errors, and any error that a template's expressions raise
             raise MessagesRejectedError(f"the chat template of the model rejects these messages: {error}") from error
+
+    def arguments(self, effort: str | None, own: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of the template for an effort, and the request's own. Raises UnsupportedParameterError.
+
+        An effort that the template does not know changes nothing.
+        """
+        for name in own:
+            if name in RESERVED or name in self.tokenizer.special_tokens_map:
+                raise UnsupportedParameterError(
+                    f"chat_template_kwargs.{name} is not allowed: it is no argument of a chat template, or the server "
+                    "sets it itself",
+                    f"chat_template_kwargs.{name}",
+                )
+        return {**self.efforts.get(effort or "", {}), **own}
+
+    def _ids(self, messages: Sequence[Message], tools: Sequence[Tool], arguments: Mapping[str, Any]) -> list[int]:
+        ids = self.tokenizer.apply_chat_template(
+            self._marked_keys(self._as_dicts(messages)),
+            add_generation_prompt=True,
+            return_dict=False,
+            sanitize_control_tokens=True,
+            **self._marked_keys({**self._tools_argument(tools), **arguments}),
+        )
         return list(ids)
+
+    def _tools_argument(self, tools: Sequence[Tool]) -> dict[str, Any]:
+        return {self.tools: [tool_as_json(tool) for tool in tools]} if self.tools and tools else {}
+
+    def _marked_keys(self, value: Any) -> Any:
+        """The value with the control tokens in its keys marked, which `sanitize_control_tokens` does not do."""
+        if isinstance(value, Mapping):
+            marked = (mark_control_tokens(key, self._control_tokens) for key in value)
+            return dict(zip(marked, map(self._marked_keys, value.values()), strict=True))
+        return [*map(self._marked_keys, value)] if isinstance(value, (list, tuple)) else value
+
+    @cached_property
+    def _control_tokens(self) -> re.Pattern[str]:
+        contents = sorted((token.content for token in self._added_tokens().values()), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, contents)) or "(?!)")
 
     def adapted(self, messages: Sequence[Message]) -> list[Message]:
         """The messages in roles and in an order that the template takes.
@@ -91,27 +164,85 @@ class ChatTemplate:
             if folds:
                 role = "user"
             one_system = role == "system" and not self.later_system
-            if adapted and adapted[-1]["role"] == role and (folded or one_system or self.alternating):
-                adapted[-1] = {"role": role, "content": f"{adapted[-1]['content']}\n\n{message['content']}"}
+            joins = folded or one_system or self.alternating
+            if joins and adapted and adapted[-1]["role"] == role and can_join(adapted[-1], message):
+                adapted[-1] = {**adapted[-1], "content": f"{adapted[-1]['content']}\n\n{message['content']}"}
             else:
-                adapted.append({"role": role, "content": message["content"]})
+                adapted.append({**message, "role": role})
             leading, folded = leads, folds
         return adapted
 
-    def _with_parts(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+    def _as_dicts(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        """The messages as the template takes them."""
+        if self.calls is None:
+            messages = calls_as_text(messages)
+        adapted = self.adapted(messages)
+        shown = (self.calls or CallStyle()).as_dicts(adapted, self._reasoning_keys())
         return [
             {**message, "content": [{"type": "text", "text": message["content"]}]}
             if message["role"] in self.parts
-            else {**message}
-            for message in messages
+            else message
+            for message in shown
         ]
 
-    def _text(self, messages: Sequence[Message], prompt: bool = True) -> str:
+    def _text(
+        self,
+        messages: Sequence[Message],
+        prompt: bool = True,
+        tools: Sequence[Tool] = (),
+        arguments: Mapping[str, Any] | None = None,
+    ) -> str:
         """The text that the template writes; with `prompt`, up to where a reply begins."""
         text = self.tokenizer.apply_chat_template(
-            self._with_parts(messages), tokenize=False, add_generation_prompt=prompt
+            self._as_dicts(messages),
+            tokenize=False,
+            add_generation_prompt=prompt,
+            **self._tools_argument(tools),
+            **(arguments or {}),
         )
         return str(text)
+
+    def _reasoning_keys(self) -> list[str]:
+        """Where the template looks for the reasoning of a message."""
+        return [key for key in REASONING_KEYS if re.search(rf"\b{key}\b", self.source)]
+
+    def _with_tools(self) -> ChatTemplate:
+        """This template, with what it knows of tools and of calls."""
+        takers = [replace(self, tools=name) for name in TOOLS_VARIABLES]
+        template = next((taker for taker in takers if MARKED_TOOL.name in taker._written(_marked("user"))), self)
+        tool: frozenset[Role] = frozenset({"tool"})
+        parts = {self.parts, self.parts | tool} if self.parts else {self.parts}
+        # Some templates drop the text before a call, wherever it stands: that is no reason to write calls as text.
+        for calls, style, roles in product((MARKED_CALLS, _without_text(MARKED_CALLS)), styles(), parts):
+            known = replace(template, calls=style, parts=roles)
+            # A template may write less of what comes before the last question, and the results may come last.
+            if known._writes(calls) and known._writes([*calls, *_marked_end()]):
+                return known
+        return template
+
+    def _writes(self, messages: Sequence[Message]) -> bool:
+        """Whether the template writes all texts of marked messages."""
+        text = self._written(messages)
+        return all(mark in text for message in messages for mark in MARK.findall(text_of(message)))
+
+    def _written(self, messages: Sequence[Message]) -> str:
+        """The text of messages and a marked tool; empty if the template refuses them."""
+        with suppress(Exception):  # as in `render`
+            return self._text(messages, tools=[MARKED_TOOL])
+        return ""
+
+    def _keeps_reasoning(self) -> bool:
+        """Whether the template writes the reasoning of a reply before the last question."""
+        question, reply, other = _marked("user", "assistant", "user")
+        with suppress(Exception):  # as in `render`
+            return THOUGHT in self._text([question, {**reply, "reasoning": THOUGHT}, other])
+        return False
+
+    def _works_with(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether the template takes some arguments."""
+        with suppress(Exception):  # as in `render`
+            return bool(self._text(_marked("user"), arguments=arguments))
+        return False
 
     def _failure(self, *roles: Role) -> str | None:
         """What goes wrong with messages of these roles; None if the template writes all their text."""
@@ -137,9 +268,11 @@ class ChatTemplate:
 
         By itself it knows special tokens, and those that are in the text of the template.
         """
-        source = str(self.tokenizer.get_chat_template())
+        source = self.source
         roles: list[Role] = ["user", "assistant", "user"]
         text = self._text(_marked("system", *roles) if self.system else _marked(*roles))
+        if self.calls:
+            text += self._text(MARKED_CALLS, tools=[MARKED_TOOL])
         contents = [token.content for token in self._added_tokens().values()]
         if any(content in text and content not in source for content in contents):
             self.tokenizer.chat_control_tokens = [
@@ -187,6 +320,48 @@ def read_chat_template(tokenizer: PreTrainedTokenizerBase, settings: Settings) -
         raise ModelError(f"{label}: {error}; set PARLEY_CHAT_TEMPLATE to a Jinja file") from error
 
 
+def tool_as_json(tool: Tool) -> dict[str, Any]:
+    """A tool as chat templates take it. All fields are there, since some templates read them unasked."""
+    function = {
+        "name": tool.name,
+        "description": tool.description or "",
+        "parameters": dict(tool.parameters or {"type": "object", "properties": {}}),
+    }
+    return {"type": "function", "function": function}
+
+
+def _has_calls(messages: Sequence[Message]) -> bool:
+    return any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
+
+
+# Messages whose texts are easy to find
+
+MARK = re.compile(r"parley-\d+-mark")
+THOUGHT = "parley-thought"
+MARKED_TOOL = Tool("parley-90-mark", "parley-91-mark")
+MARKED_CALLS: list[Message] = [
+    {"role": "user", "content": "parley-10-mark"},
+    {
+        "role": "assistant",
+        "content": "parley-11-mark",
+        "reasoning": THOUGHT,
+        "tool_calls": [
+            {"id": "call_1", "name": "parley-12-mark", "arguments": '{"a": "parley-13-mark"}'},
+            {"id": "call_2", "name": "parley-14-mark", "arguments": '{"b": "parley-15-mark"}'},
+        ],
+    },
+    {"role": "tool", "content": "parley-16-mark", "tool_call_id": "call_1"},
+    {"role": "tool", "content": "parley-17-mark", "tool_call_id": "call_2"},
+]
+
+
+def _without_text(messages: list[Message]) -> list[Message]:
+    return [{**message, "content": ""} if message.get("tool_calls") else message for message in messages]
+
+
+def _marked_end() -> list[Message]:
+    return [{"role": "assistant", "content": "parley-18-mark"}, {"role": "user", "content": "parley-19-mark"}]
+
+
 def _marked(*roles: Role) -> list[Message]:
-    """Messages whose texts are easy to find."""
     return [{"role": role, "content": f"parley-{index}-mark"} for index, role in enumerate(roles)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
 from transformers import PreTrainedTokenizerBase
 
@@ -12,16 +13,18 @@ UNDECODABLE = "\ufffd"
 class Detokenizer:
     """Turns the token ids of one reply into pieces of text. Joined, they are exactly the decoding of all ids.
 
+    Special tokens have no text, but those in `kept`, which mark the parts of a reply.
+
     The text of a token can depend on the token before it (a leading space, a split character). So each step decodes all
     tokens since the last clean break (the last time that all text was certain), and returns the text that is new. Text
     that may still change is held back: an incomplete last character, and a run of byte tokens, since one bad byte
     changes the text of the whole run.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, kept: Collection[int] = ()) -> None:
         self._tokenizer = tokenizer
         added = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self._special = added.union(tokenizer.all_special_ids)
+        self._special = added.union(tokenizer.all_special_ids).difference(kept)
         self._window: list[int] = []  # the token before the last clean break, and all after it
         self._sent = 0  # how many characters of the window's text were returned
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
@@ -13,6 +13,7 @@ from weakref import WeakValueDictionary
 from platformdirs import user_cache_path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from models.chat_request import ChatRequest
 from models.engine.architecture import check_architecture
 from models.engine.async_engine import AsyncEngine
 from models.engine.engine import Engine
@@ -21,16 +22,23 @@ from models.engine.quantization import shares
 from models.engine.runner import make_runner
 from models.engine.sampling_params import SamplingParams
 from models.engine.sequence import Sequence, Token
-from models.errors import MessagesRejectedError
+from models.errors import InvalidValueError, MessagesRejectedError
 from models.language.chat_template import ChatTemplate
 from models.language.detokenizer import Detokenizer
-from models.language.events import Done, Event, TextPiece
+from models.language.events import Done, Event
+from models.language.grammar.constraint import GrammarConstraint
+from models.language.grammar.grammars import Grammars
+from models.language.grammar.lark import lark_of
 from models.language.memory import Memory, size_of_model, tell_memory
 from models.language.model_config import context_length, default_options, stop_token_ids
-from models.language.prompt import PromptBuilder
-from models.language.reply_text import ReplyText
-from models.language.stop_strings import StopStrings
-from models.messages import FinishReason, Message, Usage
+from models.language.prompt import Prompt, PromptBuilder
+from models.language.replies.parser import MarkedReply, ReplyParser
+from models.language.reply_events import ReplyEvents, joined
+from models.language.reply_format import ReplyFormat
+from models.language.reply_grammar import Grammar, reply_grammar
+from models.language.text_logprobs import TextLogprobs
+from models.language.token_bytes import TokenBytes
+from models.messages import Usage
 from models.options import Options
 from models.settings import Settings
 
@@ -54,10 +62,15 @@ class EngineChat:
         self._tokenizer = tokenizer
         template = ChatTemplate.of(tokenizer, self.defaults.instructions)
         self._prompts = PromptBuilder(template, self.context, self.defaults.instructions)
+        self._format = ReplyFormat.of(tokenizer, template.tools is not None)
+        knows = {"tools": template.tools is not None, "reasoning": self._format.thinks}
+        self.capabilities = [name for name, known in knows.items() if known]
         self._stop_ids = stop_token_ids(template, model)
+        self._token_bytes = TokenBytes(tokenizer)
         check_architecture(model)
         runner = make_runner(model, settings.slots, self.context, DTYPES.get(settings.kv_cache))
         self._engine = Engine(runner)
+        self._grammars = Grammars(tokenizer, runner.logits_size, self._stop_ids)
         memory = Memory(size, runner.cache.size, settings.slots, self.context, runner.capacity)
         tell_memory(memory, model.device)
         self._async_engine = AsyncEngine(self._engine, on_shrink, on_step)
@@ -89,6 +102,7 @@ class EngineChat:
         finally:
             await chat._async_engine.stop()
             chat._tokenizer_thread.shutdown(wait=False)
+            chat._grammars.close()
 
     @property
     def trouble(self) -> str | None:
@@ -120,64 +134,108 @@ class EngineChat:
         """The share of the key-value cache in use, from 0 to 1."""
         return self._engine.cache_usage
 
-    async def prepare(
-        self, user: str, messages: list[Message], options: Options, keep_all: bool = False
-    ) -> EngineReply:
-        """Make the prompt of a reply to the last message. Raises MessagesRejectedError, ContextLengthExceededError."""
-        build = partial(self._prompts.build, messages, options, keep_all)
+    async def prepare(self, request: ChatRequest) -> EngineReply:
+        """Make the prompt of a reply to the last message, and the constraint of its form.
+
+        Raises MessagesRejectedError, ContextLengthExceededError, InvalidValueError and UnsupportedParameterError.
+        """
+        user, options = request.user, request.options
         async with self._turns.setdefault(user, asyncio.Lock()):
-            prompt = await asyncio.get_running_loop().run_in_executor(self._tokenizer_thread, build)
+            prompt, parser, grammar = await asyncio.get_running_loop().run_in_executor(
+                self._tokenizer_thread, partial(self._build, request)
+            )
         if not prompt.ids or max(prompt.ids) >= self._engine.runner.vocabulary:
             raise MessagesRejectedError("the prompt is empty, or has a token that the model does not know")
         sequence = Sequence(
             prompt.ids,
-            SamplingParams(
-                temperature=options.temperature,
-                top_p=options.top_p,
-                top_k=options.top_k,
-                repetition_penalty=options.repetition_penalty,
-                frequency_penalty=options.frequency_penalty,
-                presence_penalty=options.presence_penalty,
-            ),
+            self._sampling_params(options, request.top_logprobs),
             options.max_output_tokens or self.context,
-            self._stop_ids,
+            frozenset() if request.ignore_eos else self._stop_ids,
             options.seed,
             owner=user,
             public=prompt.public,
+            constraint=await self._constraint(request, grammar),
         )
-        text = ReplyText(Detokenizer(self._tokenizer), StopStrings(options.stop))
-        return EngineReply(self._async_engine, sequence, text, prompt.left_out)
+        # A text in a format ends where the format does, and calls are no text, also if one of them is cut off.
+        stop = options.stop if request.format.type == "text" and not request.tools.forced else ()
+        parts = ReplyEvents(Detokenizer(self._tokenizer, self._format.special.values()), parser, stop)
+        logprobs = None if request.top_logprobs is None else TextLogprobs(self._token_bytes)
+        return EngineReply(self._async_engine, sequence, parts, prompt.left_out, logprobs)
+
+    def _build(self, request: ChatRequest) -> tuple[Prompt, ReplyParser, Grammar | None]:
+        """The prompt, the parser of the reply, and its grammar, if its form is not free."""
+        if request.prompt is not None:
+            return self._prompts.complete(request.prompt), MarkedReply(), None
+        prompt = self._prompts.build(request)
+        end = self._prompts.end_of(prompt)
+        grammar = reply_grammar(self._format, request, self._format.is_thinking(end), lark_of)
+        return prompt, self._format.parser(request.tools, end), grammar
+
+    async def _constraint(self, request: ChatRequest, grammar: Grammar | None) -> GrammarConstraint | None:
+        if grammar is None:
+            return await self._grammars.compile(request.format, request.user)
+        return await self._grammars.compile_lark(grammar.lark, grammar.param, request.user, request.format)
+
+    def _sampling_params(self, options: Options, top_logprobs: int | None) -> SamplingParams:
+        """How the engine chooses tokens. Raises InvalidValueError for a bias of a token that the model has not."""
+        known = self._engine.runner.vocabulary
+        if any(not (token_id.isdecimal() and int(token_id[:9]) < known) for token_id in options.logit_bias):
+            raise InvalidValueError(
+                f"logit_bias must have token ids of this model, from 0 to {known - 1}", "logit_bias"
+            )
+        return SamplingParams(
+            temperature=options.temperature,
+            top_p=options.top_p,
+            top_k=options.top_k,
+            repetition_penalty=options.repetition_penalty,
+            frequency_penalty=options.frequency_penalty,
+            presence_penalty=options.presence_penalty,
+            min_p=options.min_p,
+            logit_bias={int(token_id): bias for token_id, bias in options.logit_bias.items()},
+            logprobs=top_logprobs,
+        )
 
 
 class EngineReply:
     """A reply that is ready for our engine to generate."""
 
-    def __init__(self, engine: AsyncEngine, sequence: Sequence, text: ReplyText, left_out: int) -> None:
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        sequence: Sequence,
+        parts: ReplyEvents,
+        left_out: int,
+        logprobs: TextLogprobs | None = None,
+    ) -> None:
         self.usage = Usage(input_tokens=len(sequence.prompt))
         self.left_out = left_out
         self._engine = engine
         self._sequence = sequence
-        self._text = text
+        self._parts = parts
+        self._logprobs = logprobs
 
     async def events(self) -> AsyncGenerator[Event, None]:
-        """Generate the reply. Closing the generator frees its slot within one step. Raises EngineError."""
+        """Generate the reply. Closing the generator frees its slot within one step.
+
+        Raises EngineError, and FormatFailedError if the reply cannot go on in its format.
+        """
         async with aclosing(self._engine.generate(self._sequence)) as steps:
             async for tokens in steps:
                 self.usage.cached_tokens = self._sequence.reused
-                text, finish_reason = self._push(tokens)
-                if text:
-                    yield TextPiece(text)
-                if finish_reason:
-                    yield Done(finish_reason)
-                    return
+                for event in self._events_of(tokens):
+                    yield event
+                    if isinstance(event, Done):
+                        return
 
-    def _push(self, tokens: list[Token]) -> tuple[str, FinishReason | None]:
-        """The text that is certain after some tokens, and why the reply ends, if it does."""
-        text = ""
+    def _events_of(self, tokens: list[Token]) -> Iterable[Event]:
+        """The events that are certain after some tokens, up to the end of the reply."""
+        events: list[Event] = []
         for token in tokens:
             self.usage.output_tokens += 1
-            piece, finish_reason = self._text.push(token.id, token.finish_reason)
-            text += piece
-            if finish_reason:
-                return text, finish_reason
-        return text, None
+            if self._logprobs:
+                self._logprobs.push(token)
+            events += self._parts.push(None if token.stops else token.id, token.finish_reason)
+            self.usage.reasoning_tokens = self._parts.reasoning_tokens
+            if events and isinstance(events[-1], Done):
+                break
+        return self._logprobs.attach(joined(events)) if self._logprobs else joined(events)

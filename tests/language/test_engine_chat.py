@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -10,23 +12,29 @@ import pytest
 from msgspec import structs
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from models.chat_request import ChatRequest
 from models.engine.kv_cache import DTYPES
 from models.errors import (
     ContextLengthExceededError,
+    FormatFailedError,
+    InvalidValueError,
     MessagesRejectedError,
     QueueFullError,
     SettingsError,
     TooManyResponsesError,
+    UnsupportedParameterError,
 )
 from models.generation.admission import Admission
 from models.language.engine_chat import EngineChat, EngineReply
-from models.language.events import Done, Event, TextPiece
+from models.language.events import Done, Event, ReasoningDelta, TextDelta
 from models.language.loader import load
 from models.messages import Message
 from models.options import Options
+from models.output_format import OutputFormat
 from models.settings import Settings
-from tests.support.chat_templates import GEMMA, MISTRAL, PARTS_ONLY
-from tests.support.tiny import tiny_tokenizer
+from models.tools import Tool, Tools
+from tests.support.chat_templates import GEMMA, MISTRAL, PARTS_ONLY, QWEN
+from tests.support.tiny import TEMPLATE, tiny_tokenizer
 
 pytestmark = pytest.mark.anyio
 
@@ -70,6 +78,11 @@ async def embedded_chat(embedded: tuple[PreTrainedTokenizerBase, PreTrainedModel
         yield chat
 
 
+def asked(user: str, messages: list[Message], options: Options, keep_all: bool = False) -> ChatRequest:
+    """A request whose oldest messages may be left out, unless `keep_all` is set."""
+    return ChatRequest(user, messages, options, truncate=not keep_all)
+
+
 async def events_of(reply: EngineReply) -> list[Event]:
     """All events of a reply."""
     async with aclosing(reply.events()) as events:
@@ -78,12 +91,12 @@ async def events_of(reply: EngineReply) -> list[Event]:
 
 async def answer(chat: EngineChat, messages: list[Message], options: Options) -> tuple[str, Event]:
     """The text of a reply, and its last event."""
-    *deltas, last = await events_of(await chat.prepare("ann", messages, options))
+    *deltas, last = await events_of(await chat.prepare(asked("ann", messages, options)))
     return text_of(deltas), last
 
 
 def text_of(events: list[Event]) -> str:
-    return "".join(event.text for event in events if isinstance(event, TextPiece))
+    return "".join(event.text for event in events if isinstance(event, TextDelta))
 
 
 # The embedded model
@@ -92,7 +105,7 @@ def text_of(events: list[Event]) -> str:
 @pytest.mark.slow
 @pytest.mark.compiler
 async def test_the_embedded_model_knows_the_capital_of_france(embedded_chat: EngineChat) -> None:
-    reply = await embedded_chat.prepare("ann", CAPITAL, GREEDY)
+    reply = await embedded_chat.prepare(asked("ann", CAPITAL, GREEDY))
     *deltas, done = await events_of(reply)
     assert text_of(deltas) == "The capital of France is Paris."
     assert done == Done("stop")
@@ -132,7 +145,7 @@ async def test_a_stop_string_ends_the_reply(embedded_chat: EngineChat) -> None:
 
 
 async def test_the_usage_counts_the_tokens_of_the_prompt_and_the_reply(chat: EngineChat) -> None:
-    reply = await chat.prepare("ann", user("Hi"), greedy(10))
+    reply = await chat.prepare(asked("ann", user("Hi"), greedy(10)))
     assert (reply.usage.input_tokens, reply.usage.output_tokens) == (len("(user\nHi)\n(assistant\n"), 0)
     await events_of(reply)
     assert reply.usage.output_tokens == 10
@@ -144,31 +157,31 @@ async def test_a_prompt_that_fills_the_context_is_refused(
     async with opened(tokenizer, llama, context=64) as chat:
         for length in (200, 1_000, 100_000):
             with pytest.raises(
-                ContextLengthExceededError, match="the context holds 64 tokens, including the reply"
+                ContextLengthExceededError, match=r"^This model's maximum context length is 64 tokens\. However, "
             ) as raised:
-                await chat.prepare("ann", user("x" * length), GREEDY)
+                await chat.prepare(asked("ann", user("x" * length), GREEDY))
             assert (raised.value.code, raised.value.param) == ("context_length_exceeded", "input")
         assert (await answer(chat, user("short"), structs.replace(GREEDY, seed=1)))[0]
 
 
 async def test_the_oldest_messages_are_left_out_but_a_long_last_one_is_refused(chat: EngineChat) -> None:
     history: list[Message] = [*user("before"), {"role": "assistant", "content": "yes"}]
-    assert (await chat.prepare("ann", [*history, *user("x" * 200)], GREEDY)).left_out == 2
+    assert (await chat.prepare(asked("ann", [*history, *user("x" * 200)], GREEDY))).left_out == 2
     with pytest.raises(ContextLengthExceededError, match="256"):
-        await chat.prepare("ann", [*history, *user("x" * 250)], GREEDY)
+        await chat.prepare(asked("ann", [*history, *user("x" * 250)], GREEDY))
 
 
 async def test_a_whole_prompt_is_refused_instead_of_shortened(chat: EngineChat) -> None:
     messages: list[Message] = [*user("x" * 150), {"role": "assistant", "content": "y" * 150}, *user("now")]
-    assert (await chat.prepare("ann", messages, GREEDY)).left_out == 2
+    assert (await chat.prepare(asked("ann", messages, GREEDY))).left_out == 2
     with pytest.raises(ContextLengthExceededError):
-        await chat.prepare("ann", messages, GREEDY, keep_all=True)
+        await chat.prepare(asked("ann", messages, GREEDY, keep_all=True))
 
 
 async def test_the_prompts_after_a_cut_are_found_in_the_prefix_cache(chat: EngineChat) -> None:
     messages, seen = user("x" * 60), list[tuple[int, int]]()
     for _ in range(30):
-        reply = await chat.prepare("ann", messages, greedy(8))
+        reply = await chat.prepare(asked("ann", messages, greedy(8)))
         text = text_of(await events_of(reply))
         seen.append((reply.left_out, reply.usage.cached_tokens))
         messages = [*messages[reply.left_out :], {"role": "assistant", "content": text}, *user("go on")]
@@ -179,7 +192,7 @@ async def test_the_prompts_after_a_cut_are_found_in_the_prefix_cache(chat: Engin
 
 async def test_a_rejection_by_the_chat_template_is_told(chat: EngineChat) -> None:
     with pytest.raises(MessagesRejectedError, match="it cannot begin"):
-        await chat.prepare("ann", [{"role": "assistant", "content": "Hi"}], GREEDY)
+        await chat.prepare(asked("ann", [{"role": "assistant", "content": "Hi"}], GREEDY))
 
 
 async def test_a_prompt_with_a_token_that_the_model_lacks_is_refused(llama: PreTrainedModel) -> None:
@@ -190,7 +203,7 @@ async def test_a_prompt_with_a_token_that_the_model_lacks_is_refused(llama: PreT
         assert tokenizer.chat_template
         tokenizer.chat_template += "<|image|>"
         with pytest.raises(MessagesRejectedError, match="a token that the model does not know"):
-            await chat.prepare("ann", user("Look"), GREEDY)
+            await chat.prepare(asked("ann", user("Look"), GREEDY))
 
 
 @pytest.mark.parametrize("template", [GEMMA, MISTRAL, PARTS_ONLY], ids=["gemma", "mistral", "parts"])
@@ -198,8 +211,8 @@ async def test_instructions_and_two_questions_in_a_row_reach_the_model(llama: Pr
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
     async with opened(tokenizer, llama, options={"instructions": "i" * 40}) as chat:
-        short = await chat.prepare("ann", [*user("one"), *user("x")], chat.defaults)
-        long = await chat.prepare("ann", [*user("one"), *user("x" * 21)], chat.defaults)
+        short = await chat.prepare(asked("ann", [*user("one"), *user("x")], chat.defaults))
+        long = await chat.prepare(asked("ann", [*user("one"), *user("x" * 21)], chat.defaults))
     assert short.usage.input_tokens > 40
     assert long.usage.input_tokens == short.usage.input_tokens + 20
 
@@ -209,7 +222,7 @@ async def test_an_empty_prompt_is_refused(llama: PreTrainedModel) -> None:
     async with opened(tokenizer, llama) as chat:
         tokenizer.chat_template = ""
         with pytest.raises(MessagesRejectedError, match="the prompt is empty"):
-            await chat.prepare("ann", user("Hi"), GREEDY)
+            await chat.prepare(asked("ann", user("Hi"), GREEDY))
 
 
 # Text
@@ -230,9 +243,9 @@ async def test_a_shorter_reply_is_the_beginning_of_a_longer_one(chat: EngineChat
 
 async def test_no_text_delta_is_empty(chat: EngineChat) -> None:
     wild = Options(temperature=1.5, top_p=1, repetition_penalty=1, seed=4, max_output_tokens=100)
-    *deltas, last = await events_of(await chat.prepare("ann", user("Hi"), wild))
+    *deltas, last = await events_of(await chat.prepare(asked("ann", user("Hi"), wild)))
     assert deltas
-    assert all(isinstance(delta, TextPiece) and delta.text for delta in deltas)
+    assert all(isinstance(delta, TextDelta) and delta.text for delta in deltas)
     assert isinstance(last, Done)
 
 
@@ -243,6 +256,8 @@ async def test_every_sampling_option_changes_the_reply(chat: EngineChat) -> None
         {"temperature": 1.5},
         {"top_p": 0.5},
         {"top_k": 2},
+        {"min_p": 0.5},
+        {"logit_bias": {"100": 5}},
         {"repetition_penalty": 2},
         {"frequency_penalty": 2},
         {"presence_penalty": -2},
@@ -262,6 +277,45 @@ async def test_a_reply_that_is_cut_says_why(
         assert (await answer(chat, user("Hi"), greedy(25)))[1] == Done(reason)  # type: ignore[arg-type]
 
 
+# Reasoning and tools
+
+THINKING = TEMPLATE.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+
+
+async def test_a_prompt_that_opens_the_reasoning_makes_a_reply_of_reasoning(llama: PreTrainedModel) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = THINKING
+    async with opened(tokenizer, llama) as chat:
+        reply = await chat.prepare(asked("ann", user("Hi"), greedy(20)))
+        *deltas, last = await events_of(reply)
+    assert deltas
+    assert all(isinstance(delta, ReasoningDelta) for delta in deltas)
+    assert (last, reply.usage.reasoning_tokens) == (Done("max_output_tokens"), 20)
+
+
+async def test_an_answer_has_no_tokens_of_reasoning(chat: EngineChat) -> None:
+    reply = await chat.prepare(asked("ann", user("Hi"), greedy(20)))
+    await events_of(reply)
+    assert (reply.usage.output_tokens, reply.usage.reasoning_tokens) == (20, 0)
+
+
+async def test_tools_are_refused_where_the_chat_template_knows_none(chat: EngineChat) -> None:
+    tools = Tools((Tool("weather"),))
+    with pytest.raises(UnsupportedParameterError, match="the chat template of this model knows no tools"):
+        await chat.prepare(ChatRequest("ann", user("Hi"), GREEDY, tools))
+    with pytest.raises(ContextLengthExceededError):
+        await chat.prepare(ChatRequest("ann", user("Hi"), GREEDY, replace(tools, choice="required")))
+
+
+async def test_a_stop_string_in_a_call_that_is_cut_off_does_not_complete_the_reply(
+    tokenizer: PreTrainedTokenizerBase, llama: PreTrainedModel
+) -> None:
+    tools = Tools((Tool("weather"),), choice="required")
+    async with opened(tokenizer, llama, context=512) as chat:
+        reply = await chat.prepare(ChatRequest("ann", user("Hi"), greedy(5, stop=("t",)), tools))
+        assert (await events_of(reply))[-1] == Done("max_output_tokens")
+
+
 # Slots
 
 
@@ -270,13 +324,24 @@ async def replies_in_turn(
 ) -> AsyncGenerator[int | Event, None]:
     """The positions and then the events of a reply that waits for its slot."""
     with admission.ticket(name) as ticket:
-        reply = await chat.prepare("ann", user("Hi"), options)
+        reply = await chat.prepare(asked("ann", user("Hi"), options))
         yield ticket.position
         async for position in ticket.wait():
             yield position
         async with aclosing(reply.events()) as events:
             async for event in events:
                 yield event
+
+
+async def test_a_chat_says_what_its_model_does_by_its_chat_template(
+    tokenizer: PreTrainedTokenizerBase, llama: PreTrainedModel
+) -> None:
+    thinking = deepcopy(tokenizer)
+    thinking.chat_template = QWEN
+    async with opened(tokenizer, llama) as plain:
+        assert plain.capabilities == []
+    async with opened(thinking, llama) as chat:
+        assert chat.capabilities == ["tools", "reasoning"]
 
 
 async def test_a_waiting_reply_gets_the_next_free_slot(
@@ -295,8 +360,8 @@ async def test_a_waiting_reply_gets_the_next_free_slot(
     assert [one for one in second if isinstance(one, int)] == [1]
     assert [one for one in third if isinstance(one, int)] == [2, 1]
     events = [[one for one in reply if not isinstance(one, int)] for reply in (first, second, third)]
-    assert events[0] == events[1] == events[2]
-    assert events[0][-1] == Done("max_output_tokens")
+    assert text_of(events[0]) == text_of(events[1]) == text_of(events[2]) != ""
+    assert [each[-1] for each in events] == [Done("max_output_tokens")] * 3
 
 
 async def test_a_refused_reply_costs_nothing_and_closed_ones_free_their_slots(
@@ -323,7 +388,7 @@ async def test_closing_a_reply_frees_its_slot(
     tokenizer: PreTrainedTokenizerBase, llama: PreTrainedModel, deltas: int
 ) -> None:
     async with opened(tokenizer, llama, slots=1, context=512) as chat:
-        reply = await chat.prepare("ann", user("Hi"), greedy(400))
+        reply = await chat.prepare(asked("ann", user("Hi"), greedy(400)))
         async with aclosing(reply.events()) as events:
             for _ in range(deltas):
                 await anext(events)
@@ -336,7 +401,7 @@ async def test_cancelling_a_reply_before_its_first_token_frees_its_slot(
     tokenizer: PreTrainedTokenizerBase, llama: PreTrainedModel
 ) -> None:
     async with opened(tokenizer, llama, slots=1, context=512) as chat:
-        cancelled = asyncio.create_task(events_of(await chat.prepare("ann", user("Hi"), greedy(400))))
+        cancelled = asyncio.create_task(events_of(await chat.prepare(asked("ann", user("Hi"), greedy(400)))))
         await asyncio.sleep(0)  # it begins
         cancelled.cancel()
         assert (await answer(chat, user("Hi"), greedy(9)))[1] == Done("max_output_tokens")
@@ -389,7 +454,7 @@ async def test_a_user_has_one_prompt_at_a_time_in_the_tokenizer(
     async with opened(tokenizer, llama) as chat:
 
         async def prepare(name: str, content: str) -> None:
-            await chat.prepare(name, user(content), GREEDY)
+            await chat.prepare(asked(name, user(content), GREEDY))
             order.append(name)
 
         greedy_user = [prepare("ann", "x" * 100) for _ in range(5)]
@@ -398,18 +463,18 @@ async def test_a_user_has_one_prompt_at_a_time_in_the_tokenizer(
 
 
 async def test_a_prompt_that_waits_for_the_tokenizer_can_be_cancelled(chat: EngineChat) -> None:
-    first, second = (asyncio.create_task(chat.prepare("ann", user(word), GREEDY)) for word in ("one", "two"))
+    first, second = (asyncio.create_task(chat.prepare(asked("ann", user(word), GREEDY))) for word in ("one", "two"))
     await asyncio.sleep(0)
     second.cancel()
     assert (await first).usage.input_tokens
     with pytest.raises(asyncio.CancelledError):
         await second
-    assert (await chat.prepare("ann", user("three"), GREEDY)).usage.input_tokens
+    assert (await chat.prepare(asked("ann", user("three"), GREEDY))).usage.input_tokens
 
 
 async def cached_tokens(chat: EngineChat, user_id: str, content: str, options: Options = GREEDY) -> int:
     """How many tokens of a message's prompt were in the prefix cache."""
-    reply = await chat.prepare(user_id, user(content), structs.replace(options, max_output_tokens=1))
+    reply = await chat.prepare(asked(user_id, user(content), structs.replace(options, max_output_tokens=1)))
     await events_of(reply)
     return reply.usage.cached_tokens
 
@@ -426,3 +491,122 @@ async def test_a_user_finds_only_own_messages_and_the_operators_instructions_in_
         assert await cached_tokens(chat, "ann", "My number is 123456!", options) > shared + 15
         own = structs.replace(GREEDY, instructions=instructions[:20])
         assert await cached_tokens(chat, "carl", "My number", own) == 0
+
+
+# A text in place of messages
+
+
+async def test_a_text_is_continued_as_it_is(chat: EngineChat) -> None:
+    texts = []
+    for prompt in ("Once upon", "Once upon a"):
+        reply = await chat.prepare(ChatRequest("ann", [], greedy(4), prompt=prompt))
+        assert reply.usage.input_tokens == len(prompt)
+        *pieces, end = await events_of(reply)
+        assert end == Done("max_output_tokens")
+        texts.append("".join(piece.text for piece in pieces if isinstance(piece, TextDelta)))
+    assert texts[0] != texts[1]
+
+
+async def test_a_reply_goes_on_after_its_end_if_the_request_says_so(
+    tokenizer: PreTrainedTokenizerBase, llama: PreTrainedModel
+) -> None:
+    bias = {str(llama.config.eos_token_id): 100.0}  # so the model ends at once
+    async with opened(tokenizer, llama) as chat:
+        for ignore_eos, end, tokens in ((False, Done("stop"), 1), (True, Done("max_output_tokens"), 5)):
+            request = ChatRequest("ann", user("Hi"), greedy(5, logit_bias=bias), ignore_eos=ignore_eos)
+            reply = await chat.prepare(request)
+            assert (await events_of(reply))[-1] == end
+            assert reply.usage.output_tokens == tokens
+
+
+# Formats
+
+
+WILD = Options(temperature=1.0, top_p=1, repetition_penalty=1, seed=4, max_output_tokens=200)
+
+
+def formatted(format: OutputFormat, options: Options = WILD, top_logprobs: int | None = None) -> ChatRequest:
+    return ChatRequest("ann", user("Hi"), options, format=format, top_logprobs=top_logprobs)
+
+
+@pytest.mark.parametrize(
+    ("format", "pattern"),
+    [
+        (OutputFormat("json_schema", {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"],
+                                      "additionalProperties": False}), r'\{\s*"a"\s*:\s*[12]\s*\}'),
+        (OutputFormat("regex", "[a-c]{5}"), "[a-c]{5}"),
+        (OutputFormat("choice", ("yes", "no")), "yes|no"),
+        (OutputFormat("grammar", 'start: "(" start ")" | "x"'), r"\(*x\)*"),
+    ],
+    ids=lambda value: getattr(value, "type", None),
+)  # fmt: skip
+async def test_a_reply_keeps_to_its_format_and_ends_by_itself(
+    chat: EngineChat, format: OutputFormat, pattern: str
+) -> None:
+    *deltas, done = await events_of(await chat.prepare(formatted(format)))
+    assert re.fullmatch(pattern, text_of(deltas))
+    assert done == Done("stop")
+
+
+async def test_a_reply_that_is_cut_in_its_format_is_no_whole_one(chat: EngineChat) -> None:
+    options = structs.replace(WILD, max_output_tokens=4)
+    *deltas, done = await events_of(await chat.prepare(formatted(OutputFormat("regex", "[a-c]{5}"), options)))
+    assert re.fullmatch("[a-c]{4}", text_of(deltas))
+    assert done == Done("max_output_tokens")
+
+
+async def test_a_format_that_cannot_be_honoured_is_refused_before_the_reply(chat: EngineChat) -> None:
+    format = OutputFormat("json_schema", {"not": {}}, "response_format.json_schema.schema")
+    with pytest.raises(InvalidValueError, match='Unimplemented keys: \\["not"\\]') as raised:
+        await chat.prepare(formatted(format))
+    assert raised.value.param == "response_format.json_schema.schema"
+
+
+async def test_a_format_that_becomes_too_complex_ends_its_reply_and_no_other_one(chat: EngineChat) -> None:
+    ambiguous = OutputFormat("grammar", 'start: s\ns: s s s s s s | "a" | "b" | ""', "text.grammar")
+    options = structs.replace(WILD, logit_bias={"2": -100})
+    failing = await chat.prepare(formatted(ambiguous, options))
+    expected = await answer(chat, user("Hi"), greedy(40))
+    failure, reply = await asyncio.gather(
+        events_of(failing), answer(chat, user("Hi"), greedy(40)), return_exceptions=True
+    )
+    assert isinstance(failure, FormatFailedError)
+    assert str(failure).startswith("the reply cannot go on in its format: ")
+    assert failure.param == "text.grammar"
+    assert reply == expected
+    assert chat.trouble is None
+
+
+async def test_a_bias_makes_a_token_come_always_or_never(chat: EngineChat, tokenizer: PreTrainedTokenizerBase) -> None:
+    (letter,) = tokenizer.encode("z")
+    always, _ = await answer(chat, user("Hi"), greedy(5, logit_bias={str(letter): 100}))
+    assert always == "zzzzz"
+    text, _ = await answer(chat, user("Hi"), greedy(20))
+    ids = {str(token_id): -100 for token_id in tokenizer.encode(text)}
+    other, _ = await answer(chat, user("Hi"), greedy(20, logit_bias=ids))
+    assert not set(other) & set(text.replace("\ufffd", ""))
+
+
+@pytest.mark.parametrize("token_id", ["259", "-1", "1e3", "five", "", "99999999999999999999"])
+async def test_a_bias_of_an_unknown_token_is_refused(chat: EngineChat, token_id: str) -> None:
+    with pytest.raises(InvalidValueError, match="token ids of this model, from 0 to 258") as raised:
+        await chat.prepare(asked("ann", user("Hi"), greedy(5, logit_bias={token_id: 1})))
+    assert raised.value.param == "logit_bias"
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 5])
+async def test_the_tokens_with_probabilities_make_the_text_up_to_a_stop_string(chat: EngineChat, length: int) -> None:
+    letters, wild = OutputFormat("regex", "[a-zé日!]{60}"), structs.replace(WILD, temperature=1.5)
+    whole = text_of(await events_of(await chat.prepare(formatted(letters, wild))))
+    if length:
+        wild = structs.replace(wild, stop=(whole[40 : 40 + length],))
+    *deltas, done = await events_of(await chat.prepare(formatted(letters, wild, top_logprobs=2)))
+    *plain, same = await events_of(await chat.prepare(formatted(letters, wild)))
+    assert (text_of(deltas), done) == (text_of(plain), same)
+    assert text_of(deltas)
+    for delta in deltas:
+        assert isinstance(delta, TextDelta)
+        assert delta.logprobs
+        assert b"".join(token.token for token in delta.logprobs).decode() == delta.text
+        assert all(len(token.top) == 2 and token.logprob <= token.top[0][1] <= 0 for token in delta.logprobs)
+    assert all(delta.logprobs is None for delta in plain if isinstance(delta, TextDelta))

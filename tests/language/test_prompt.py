@@ -1,18 +1,30 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from models.errors import ContextLengthExceededError, MessagesRejectedError
+from models.chat_request import ChatRequest
+from models.errors import ContextLengthExceededError, MessagesRejectedError, UnsupportedParameterError
 from models.language.chat_template import ChatTemplate
 from models.language.prompt import BYTES_PER_TOKEN, Prompt, PromptBuilder
-from models.messages import Message, Role
+from models.messages import Message, Role, ToolCall
 from models.options import Options
 from models.store.item import Item, count_left_out, visible_messages
-from tests.support.chat_templates import CHATML, GEMMA, LATE_SYSTEM, LLAMA, MISTRAL, PARTS_ONLY, tokenizer_with
+from models.tools import Tool, Tools
+from tests.support.chat_templates import (
+    CHATML,
+    FAMILIES,
+    GEMMA,
+    LATE_SYSTEM,
+    LLAMA,
+    MISTRAL,
+    PARTS_ONLY,
+    tokenizer_with,
+)
 from tests.support.tiny import tiny_tokenizer
 
 CONTEXT = 256
@@ -32,6 +44,10 @@ def assistant(content: str) -> Message:
     return {"role": "assistant", "content": content}
 
 
+def asked(messages: list[Message], options: Options = NO_OPTIONS, keep_all: bool = False, **more: Any) -> ChatRequest:
+    return ChatRequest("ann", messages, options, truncate=not keep_all, **more)
+
+
 def build(
     tokenizer: PreTrainedTokenizerBase,
     messages: list[Message],
@@ -39,7 +55,7 @@ def build(
     keep_all: bool = False,
     context: int = CONTEXT,
 ) -> Prompt:
-    return PromptBuilder(ChatTemplate.of(tokenizer), context).build(messages, options, keep_all)
+    return PromptBuilder(ChatTemplate.of(tokenizer), context).build(asked(messages, options, keep_all))
 
 
 def rendered(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
@@ -56,9 +72,16 @@ def test_instructions_become_the_system_prompt(tokenizer: PreTrainedTokenizerBas
     assert prompt.ids == rendered(tokenizer, [SYSTEM, user("Hi")])
 
 
-def test_a_system_prompt_replaces_the_instructions(tokenizer: PreTrainedTokenizerBase) -> None:
-    prompt = build(tokenizer, [SYSTEM, user("Hi")], Options(instructions="Be long and boring."))
+def test_a_system_prompt_replaces_the_instructions_of_the_operator(tokenizer: PreTrainedTokenizerBase) -> None:
+    boring = "Be long and boring."
+    builder = PromptBuilder(ChatTemplate.of(tokenizer), CONTEXT, boring)
+    prompt = builder.build(asked([SYSTEM, user("Hi")], Options(instructions=boring)))
     assert prompt.ids == rendered(tokenizer, [SYSTEM, user("Hi")])
+
+
+def test_a_system_prompt_comes_after_the_instructions_of_the_request(tokenizer: PreTrainedTokenizerBase) -> None:
+    prompt = build(tokenizer, [SYSTEM, user("Hi")], Options(instructions="Speak French."))
+    assert prompt.ids == rendered(tokenizer, [{"role": "system", "content": "Speak French."}, SYSTEM, user("Hi")])
 
 
 def test_a_later_system_message_does_not_replace_the_instructions(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -130,7 +153,7 @@ def test_a_whole_prompt_is_never_shortened(tokenizer: PreTrainedTokenizerBase) -
     assert build(tokenizer, messages).left_out == 2
     whole = build(tokenizer, messages, keep_all=True)
     assert (whole.ids, whole.left_out) == (rendered(tokenizer, messages), 0)
-    with pytest.raises(ContextLengthExceededError, match=r"the prompt has \d+ tokens"):
+    with pytest.raises(ContextLengthExceededError, match=r"the prompt has \d+ tokens.* prompt is too long"):
         build(tokenizer, [user("x" * 150), assistant("y" * 150), user("last")], keep_all=True)
 
 
@@ -167,7 +190,7 @@ class CountingTokenizer:
 def test_a_far_too_long_text_is_refused_before_it_is_encoded(keep_all: bool) -> None:
     tokenizer: Any = CountingTokenizer()
     for messages in ([user("x" * 1_000_000)], [user("x"), assistant("y" * 1_000_000)], [SYSTEM, user("é" * 600)]):
-        with pytest.raises(ContextLengthExceededError, match="bytes, and the context holds 64 tokens") as raised:
+        with pytest.raises(ContextLengthExceededError, match=r"context length is 64 tokens.* bytes") as raised:
             build(tokenizer, messages, keep_all=keep_all, context=64)
         assert raised.value.tokens == 0
     with pytest.raises(ContextLengthExceededError):
@@ -214,7 +237,7 @@ INSTRUCTIONS = "You are a pirate, and a very polite one."
 
 def public_text(tokenizer: PreTrainedTokenizerBase, messages: list[Message], options: Options) -> str:
     """The text of a prompt that other users may share, if the operator has instructions."""
-    prompt = PromptBuilder(ChatTemplate.of(tokenizer), CONTEXT, INSTRUCTIONS).build(messages, options, False)
+    prompt = PromptBuilder(ChatTemplate.of(tokenizer), CONTEXT, INSTRUCTIONS).build(asked(messages, options))
     return str(tokenizer.decode(prompt.ids[: prompt.public]))
 
 
@@ -290,7 +313,7 @@ def test_a_template_that_writes_the_time_stays_public_up_to_it() -> None:
     tokenizer.chat_template = "{{ strftime_now('%f') }}{% for message in messages %}{{ message.content }}{% endfor %}"
     builder = PromptBuilder(ChatTemplate.of(tokenizer), CONTEXT)
     for _ in range(3):
-        assert builder.build([user("Hi")], NO_OPTIONS, False).public <= 6
+        assert builder.build(asked([user("Hi")])).public <= 6
 
 
 def test_a_template_without_system_messages_has_nothing_public_for_them() -> None:
@@ -369,3 +392,227 @@ def test_only_the_chat_template_adds_special_tokens(tokenizer: PreTrainedTokeniz
     ids = build(tokenizer, messages).ids
     start, end = (tokenizer.get_vocab()[token] for token in ("<|start|>", "<|end|>"))
     assert (ids.count(start), ids.count(end)) == (len(roles) + 1, len(roles))
+
+
+# Tools and reasoning
+
+
+WEATHER = Tool("weather", "The weather of a city", {"type": "object", "properties": {"city": {"type": "string"}}})
+TOOLS = Tools((WEATHER,))
+
+
+def family_builder(family: str, context: int = 4096, instructions: str | None = None) -> PromptBuilder:
+    return PromptBuilder(ChatTemplate.of(FAMILIES[family].tokenizer()), context, instructions)
+
+
+def text_of(family: str, messages: list[Message], options: Options = NO_OPTIONS, **more: Any) -> str:
+    """The text of the prompt of a request."""
+    prompt = family_builder(family).build(asked(messages, options, **more))
+    return str(FAMILIES[family].tokenizer().decode(prompt.ids))
+
+
+def call(call_id: str) -> Message:
+    calls: list[ToolCall] = [{"id": call_id, "name": "weather", "arguments": '{"city": "Rome"}'}]
+    return {"role": "assistant", "content": "", "tool_calls": calls}
+
+
+def result(call_id: str, content: str) -> Message:
+    return {"role": "tool", "content": content, "tool_call_id": call_id}
+
+
+def thought(reasoning: str) -> Message:
+    return {"role": "assistant", "content": "", "reasoning": reasoning}
+
+
+def test_tools_that_may_be_called_are_in_the_prompt() -> None:
+    assert "The weather of a city" in text_of("qwen", [user("Hi")], tools=TOOLS)
+    assert "The weather of a city" not in text_of("qwen", [user("Hi")], tools=replace(TOOLS, choice="none"))
+    two = Tools((WEATHER, Tool("time", "The time")), allowed=frozenset({"time"}))
+    text = text_of("qwen", [user("Hi")], tools=two)
+    assert "The time" in text
+    assert "The weather of a city" not in text
+
+
+def test_the_items_of_one_reply_are_one_message_of_the_prompt() -> None:
+    items = [
+        user("Hi"),
+        thought("Hm."),
+        assistant("Look."),
+        call("a"),
+        call("b"),
+        result("a", "sun"),
+        result("b", "ice"),
+    ]
+    text = text_of("qwen", items, tools=TOOLS)
+    assert text.count("<|im_start|>assistant") == 2
+    assert text.index("Hm.") < text.index("Look.") < text.index("Rome") < text.index("sun") < text.index("ice")
+
+
+def test_auto_is_refused_where_the_template_knows_no_tools(tokenizer: PreTrainedTokenizerBase) -> None:
+    builder = PromptBuilder(ChatTemplate.of(tokenizer), CONTEXT)
+    with pytest.raises(UnsupportedParameterError, match='tool_choice to "required"') as raised:
+        builder.build(asked([user("Hi")], tools=TOOLS))
+    assert raised.value.param == "tools"
+    assert builder.build(asked([user("Hi")], tools=replace(TOOLS, choice="none"))).ids
+
+
+@pytest.mark.parametrize("messages", [[user("Hi")], [SYSTEM, user("Hi")]], ids=["no-system", "system"])
+def test_forced_tools_are_told_in_the_system_prompt_where_the_template_knows_none(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message]
+) -> None:
+    builder = PromptBuilder(ChatTemplate.of(tokenizer), 4096)
+    prompt = builder.build(asked(messages, tools=replace(TOOLS, choice="required")))
+    text = str(tokenizer.decode(prompt.ids))
+    assert text.count("<|start|>system") == 1
+    assert '"name": "weather", "description": "The weather of a city"' in text
+    assert "<tool_call>" in text
+    assert ("Be brief." in text) == (SYSTEM in messages)
+    assert prompt.left_out == 0
+
+
+def test_a_history_with_calls_needs_no_template_with_tools(tokenizer: PreTrainedTokenizerBase) -> None:
+    messages = [user("Hi"), call("a"), result("a", "sunny"), user("Thanks")]
+    text = str(tokenizer.decode(build(tokenizer, messages, context=4096).ids))
+    assert '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>' in text
+    assert "<tool_response>\nsunny\n</tool_response>" in text
+
+
+def test_a_cut_never_separates_a_result_from_its_call() -> None:
+    builder = family_builder("qwen", 512)
+    turns = [
+        [user("x" * 20), thought("r"), call(f"{turn}"), result(f"{turn}", "y" * 20), assistant("z")]
+        for turn in range(9)
+    ]
+    for end in range(1, 4):
+        messages = [*chain.from_iterable(turns), *[user("now"), call("last"), result("last", "w" * 30)][:end]]
+        prompt = builder.build(asked(messages))
+        assert prompt.left_out in range(5, 46, 5)
+
+
+def test_old_reasoning_counts_only_where_the_template_keeps_it() -> None:
+    messages = [user("Hi"), thought("r" * 100_000), assistant("Yes"), user("Why?")]
+    assert family_builder("qwen", 512).build(asked(messages, keep_all=True)).left_out == 0
+    keeping = CHATML.replace("{{ message['content'] }}", "{{ message.reasoning_content }}{{ message['content'] }}")
+    with pytest.raises(ContextLengthExceededError):
+        build(tokenizer_with(keeping), messages, keep_all=True)
+
+
+@pytest.mark.parametrize(
+    ("messages", "more"),
+    [
+        pytest.param([user("Hi")], {"tools": Tools((Tool("f", "d" * 100_000),))}, id="description"),
+        pytest.param([user("Hi")], {"tools": Tools((Tool("f", None, {"x": ["y" * 100_000]}),))}, id="schema"),
+        pytest.param([user("Hi")], {"template_arguments": {"x": "y" * 100_000}}, id="template-arguments"),
+        pytest.param(
+            [
+                user("Hi"),
+                {
+                    "role": "assistant",
+                    "content": "",
+                    "tool_calls": [{"id": "a", "name": "f", "arguments": "x" * 100_000}],
+                },
+            ],
+            {},
+            id="arguments",
+        ),
+        pytest.param([user("Hi"), thought("r" * 100_000)], {}, id="reasoning"),
+        pytest.param([user("Hi"), result("a", "x" * 100_000)], {}, id="result"),
+    ],
+)
+def test_far_too_long_tools_and_calls_are_refused_before_they_are_encoded(
+    messages: list[Message], more: dict[str, Any]
+) -> None:
+    tokenizer: Any = CountingTokenizer()
+    tokenizer.tokenizer.chat_template = FAMILIES["qwen"].template
+    builder = PromptBuilder(ChatTemplate.of(tokenizer), 512)
+    tokenizer.encoded = 0
+    with pytest.raises(ContextLengthExceededError, match=r"1\d\d\d\d\d bytes"):
+        builder.build(asked(messages, **more))
+    assert tokenizer.encoded == 0
+
+
+def nested(depth: int) -> Any:
+    schema: dict[str, Any] = {}
+    for _ in range(depth):
+        schema = {"a": schema}
+    return schema
+
+
+def test_too_deep_schemas_are_refused() -> None:
+    with pytest.raises(MessagesRejectedError):
+        text_of("qwen", [user("Hi")], tools=Tools((Tool("f", None, nested(100_000)),)))
+
+
+def test_an_effort_reaches_the_prompt() -> None:
+    assert "Reasoning: high" in text_of("gpt-oss", [user("Hi")], Options(reasoning_effort="high"))
+    assert text_of("qwen", [user("Hi")], Options(reasoning_effort="none")).endswith("<think>\n\n</think>\n\n")
+    assert text_of("qwen", [user("Hi")], template_arguments={"enable_thinking": False}).endswith("</think>\n\n")
+
+
+def test_a_refused_argument_of_the_template_is_told(tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(UnsupportedParameterError, match="tokenize"):
+        PromptBuilder(ChatTemplate.of(tokenizer), CONTEXT).build(
+            asked([user("Hi")], template_arguments={"tokenize": False})
+        )
+
+
+def test_the_end_of_a_prompt_tells_whether_the_reply_has_begun() -> None:
+    builder = family_builder("deepseek")
+    assert builder.end_of(builder.build(asked([user("Hi")]))).endswith("<think>\n")
+
+
+# A template that writes the tools, or an argument, before the instructions.
+TOOLS_FIRST = (
+    "<|start|>{{ note }}{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}"
+    "{% for message in messages %}{{ message.content }}{% endfor %}"
+)
+
+
+def test_tools_and_template_arguments_are_not_public() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TOOLS_FIRST
+    builder = PromptBuilder(ChatTemplate.of(tokenizer), CONTEXT, INSTRUCTIONS)
+    options = Options(instructions=INSTRUCTIONS)
+    guesses: list[dict[str, Any]] = [
+        {"tools": Tools((Tool(INSTRUCTIONS[:20]),))},
+        {"template_arguments": {"note": INSTRUCTIONS[:20]}},
+    ]
+    for guess in guesses:
+        prompt = builder.build(asked([user("Hi")], options, **guess))
+        assert tokenizer.decode(prompt.ids[: prompt.public]) == "<|start|>"
+    plain = builder.build(asked([user("Hi")], options))
+    assert tokenizer.decode(plain.ids[: plain.public]) == f"<|start|>{INSTRUCTIONS}"
+
+
+def test_the_operators_instructions_are_public_beside_tools() -> None:
+    builder = family_builder("qwen", instructions=INSTRUCTIONS)
+    prompt = builder.build(
+        asked([user("Hi")], Options(instructions=INSTRUCTIONS, reasoning_effort="none"), tools=TOOLS)
+    )
+    text = str(FAMILIES["qwen"].tokenizer().decode(prompt.ids[: prompt.public]))
+    assert text.startswith(f"<|im_start|>system\n{INSTRUCTIONS}")
+    assert "weather" not in text
+
+
+# A text in place of messages
+
+
+def test_a_text_is_the_prompt_with_the_control_tokens_that_it_names() -> None:
+    tokenizer = tiny_tokenizer()
+    end = tokenizer.eos_token
+    prompt = PromptBuilder(ChatTemplate.of(tokenizer), CONTEXT).complete(f"Once{end}upon")
+    assert prompt == Prompt(tokenizer.encode(f"Once{end}upon"), 0, 0)
+    assert prompt.ids.count(tokenizer.eos_token_id) == 1
+
+
+def test_a_text_that_fills_the_context_is_refused() -> None:
+    tokenizer: Any = CountingTokenizer()
+    prompts = PromptBuilder(ChatTemplate.of(tokenizer), 64)
+    tokenizer.encoded = 0
+    with pytest.raises(ContextLengthExceededError, match=r"context length is 64 tokens.* 1000000 bytes"):
+        prompts.complete("x" * 1_000_000)
+    assert tokenizer.encoded == 0
+    with pytest.raises(ContextLengthExceededError, match=r"context length is 64 tokens.* 64 tokens") as raised:
+        prompts.complete("x" * 64)
+    assert raised.value.tokens == 64
+    assert len(prompts.complete("x" * 63).ids) == 63
