@@ -41,14 +41,22 @@ from models.users.commands import users
 from models.users.connections import ConnectionRegistry
 from models.users.sessions import Session
 from models.users.users import User, Users
-from models.web import completions, conversations, pages, status
+from models.web import completions, conversations, pages, responses, status
 from models.web.authentication import UserRequired
-from models.web.chat_socket import FRAME_BYTES, ChatSocket
+from models.web.chat_socket import ChatSocket
 from models.web.error_responses import HANDLERS, authentication_error
 from models.web.http_protocol import HTTPProtocol
-from models.web.middleware import ProxiesMiddleware, SecurityHeadersMiddleware, StartErrorMiddleware
+from models.web.middleware import (
+    APIMiddleware,
+    ProxiesMiddleware,
+    RequestIdMiddleware,
+    SecurityHeadersMiddleware,
+    StartErrorMiddleware,
+)
 from models.web.open_connections import OpenConnections
 from models.web.paced_listener import PacedListener
+from models.web.responses_socket import ResponsesSocket
+from models.web.session_socket import FRAME_BYTES
 
 logger = logging.getLogger("parley")
 
@@ -84,7 +92,7 @@ async def lifespan(app: Starlette) -> AsyncIterator[dict[str, object]]:
             state.metrics, state.started = Metrics(), int(time.time())
             state.admission = Admission.of(settings)
             state.chat = await stack.enter_async_context(state.open_chat(app))
-            state.model_info = ModelInfo(state.chat.model_name, state.chat.context, state.chat.defaults)
+            state.model_info = model_info(state.chat, settings)
             state.responses = await stack.enter_async_context(
                 ResponseManager.opened(state.chat, state.admission, state.conversations, settings, state.metrics)
             )
@@ -98,6 +106,12 @@ async def lifespan(app: Starlette) -> AsyncIterator[dict[str, object]]:
     except (StartError, KeyboardInterrupt, asyncio.CancelledError) as error:
         state.start_error = str(error) or "interrupted"
         raise
+
+
+def model_info(chat: Chat, settings: Settings) -> ModelInfo:
+    """What clients may know about the model of a chat."""
+    names = settings.model_aliases
+    return ModelInfo(chat.model_name, chat.context, chat.defaults, names, tuple(chat.capabilities))
 
 
 @asynccontextmanager
@@ -153,7 +167,7 @@ async def wait_for_any(*events: asyncio.Event) -> None:
 
 
 def revoke(app: Starlette, user: User) -> None:
-    """Close the connections of a user whose secret is no longer valid, and end the user's HTTP requests."""
+    """End the replies of a user whose secret is no longer valid, and close the user's connections."""
     log("revoked", user=user.id)
     app.state.responses.revoke(user.id)
     app.state.connections.close_user(user.id, 4401, WrongCredentialsError.code)
@@ -179,8 +193,16 @@ api = [  # behind `users_only`
     Route("/models", completions.models),
     Route("/models/{id:path}", completions.model),
     Route("/chat/completions", completions.chat_completions, methods=["POST"]),
-    Route("/conversations", conversations.conversations),
+    Route("/completions", completions.text_completions, methods=["POST"]),
+    Route("/responses", responses.create, methods=["POST"]),
+    Route("/responses/{id}", responses.ResponseEndpoint),
+    Route("/responses/{id}/cancel", responses.cancel, methods=["POST"]),
+    Route("/responses/{id}/input_items", responses.input_items),
+    Route("/conversations", conversations.ConversationsEndpoint),
     Route("/conversations/{id}", conversations.ConversationEndpoint),
+    Route("/conversations/{id}/items", conversations.ItemsEndpoint),
+    Route("/conversations/{id}/items/{item}", conversations.ItemEndpoint),
+    Route("/conversations/{id}/branch", conversations.branch),
     Route("/conversations/{id}/export", conversations.export),
 ]
 routes = [
@@ -192,6 +214,7 @@ routes = [
     Route("/metrics", status.metrics),
     Route("/args", status.args),
     WebSocketRoute("/ws", ChatSocket),  # authenticates after it accepts, so that it can send errors
+    WebSocketRoute("/v1/responses", ResponsesSocket),
     Mount("/v1", routes=api, middleware=[users_only]),
     Mount("/static", pages.static_files, name="static"),
 ]
@@ -202,9 +225,11 @@ def create_app(settings: Settings | None = None, open_chat: OpenChat = open_chat
     settings = settings or read_settings()
     middleware = [
         Middleware(StartErrorMiddleware),
+        Middleware(RequestIdMiddleware),
         *([Middleware(ProxiesMiddleware, proxies=settings.proxies)] if settings.proxies else []),
         Middleware(SecurityHeadersMiddleware),
         Middleware(TrustedHostMiddleware, allowed_hosts=settings.hosts or ["*"], www_redirect=False),
+        Middleware(APIMiddleware, origins=settings.origins),
     ]
     app = Starlette(routes=routes, lifespan=lifespan, middleware=middleware, exception_handlers=HANDLERS)
     app.state.settings = settings

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain, zip_longest
+from itertools import chain, islice, zip_longest
 
 from models.errors import QueueFullError, ServerStoppingError, TooManyResponsesError
 from models.generation.rate_limiter import RateLimiter
 from models.messages import Usage
 from models.settings import Settings
+
+USUAL_SECONDS = 5.0  # how long a reply has its slot, as long as none has ended yet
+WEIGHT = 1 / 8  # of the last reply, in the mean of how long replies have their slots
+MAX_RETRY_SECONDS = 60
 
 
 class Ticket:
@@ -30,6 +35,11 @@ class Ticket:
     def waited(self) -> float | None:
         """How many seconds it waited for its slot; None while it has no slot."""
         return None if self.position else self._admitted - self._entered
+
+    @property
+    def held(self) -> float:
+        """For how many seconds it has had its slot."""
+        return self._clock() - self._admitted
 
     def move(self, position: int) -> None:
         """Set a new position."""
@@ -49,9 +59,11 @@ class Ticket:
 
 
 class Admission:
-    """Gives `slots` to the users in turn. Up to `queue` more responses wait; a user has at most `per_user` in all.
+    """Gives `slots` to the users in turn, at most `per_user` to each. Up to `queue` more responses wait.
 
-    If many responses of one user wait, another user's first one waits for at most one of them.
+    A user whose limit is reached is passed over, and keeps the turn. If many responses of one user wait, another user's
+    first one waits for at most one of them. As many of one user may wait as the queue has places left, so that no user
+    fills it: alone, half of it (Choudhury and Hahne, "Dynamic queue length thresholds", 1998).
     """
 
     def __init__(
@@ -71,6 +83,7 @@ class Admission:
         self._rate_limiter = rate_limiter or RateLimiter()
         self._clock = clock
         self._waiting: dict[str, deque[Ticket]] = {}  # by user; the next user in turn comes first
+        self._seconds_held = USUAL_SECONDS  # how long a reply has its slot: a moving mean
 
     @classmethod
     def of(cls, settings: Settings) -> Admission:
@@ -80,14 +93,20 @@ class Admission:
 
     @property
     def waiting(self) -> list[Ticket]:
-        """The tickets that wait, the next one first: the first of each user, then the second of each, and so on."""
-        rounds = zip_longest(*self._waiting.values())
-        return [ticket for ticket in chain.from_iterable(rounds) if ticket]
+        """The tickets that wait, the next one first: the first of each user, then the second of each, and so on.
+
+        Those that wait for a reply of their own user come last.
+        """
+        next_ones = {user: self._room_of(user) for user in self._waiting}
+        return [
+            *_in_turn(islice(tickets, next_ones[user]) for user, tickets in self._waiting.items()),
+            *_in_turn(islice(tickets, next_ones[user], None) for user, tickets in self._waiting.items()),
+        ]
 
     @property
     def running(self) -> int:
         """How many responses have a slot."""
-        return self.in_flight.total() - len(self.waiting)
+        return self.in_flight.total() - self._queued
 
     def close(self) -> None:
         """Refuse all new responses from now on."""
@@ -112,50 +131,78 @@ class Admission:
 
         Raises ServerStoppingError, TooManyResponsesError, QueueFullError or RateLimitExceededError.
         """
-        waiting = sum(map(len, self._waiting.values()))
         if self.closed:
             raise ServerStoppingError
-        if self.in_flight[user] >= self.per_user:
-            raise TooManyResponsesError(
-                f"you have {self.per_user} replies running or waiting: wait for one to end, or cancel one"
-            )
-        if self.free <= 0 and waiting >= self.queue:
-            raise QueueFullError("the wait queue is full: try again later")
+        has_slot = self.free > 0 and self._room_of(user) > 0
+        if not has_slot:
+            self._check_queue(user)
         self._rate_limiter.count_request(user)
         self.in_flight[user] += 1
-        if self.free > 0:
+        if has_slot:
             self.free -= 1
             return Ticket(user, 0, self._clock)
-        ticket = Ticket(user, waiting + 1, self._clock)
+        ticket = Ticket(user, self._queued + 1, self._clock)
         self._waiting.setdefault(user, deque()).append(ticket)
         self._renumber()
         return ticket
 
     def leave(self, ticket: Ticket) -> None:
         """Give a ticket back. The next ticket gets its slot, and all later ones move up."""
-        self.in_flight -= Counter([ticket.user])  # drops users who have no ticket left
         if ticket.position:
             self._waiting[ticket.user].remove(ticket)
         else:
             self.free += 1
+            self._seconds_held += (ticket.held - self._seconds_held) * WEIGHT
             self.count_tokens(ticket.user, ticket.usage.total_tokens)
+        self.in_flight -= Counter([ticket.user])  # drops users who have no ticket left
         self._waiting = {user: tickets for user, tickets in self._waiting.items() if tickets}
-        if self._waiting and self.free > 0:
-            self._admit_next()
+        self._admit()
         self._renumber()
 
     def count_tokens(self, user: str, tokens: int) -> None:
         """Count tokens against the user's limit. `leave` does so for replies that had a slot."""
         self._rate_limiter.count_tokens(user, tokens)
 
-    def _admit_next(self) -> None:
-        user = next(iter(self._waiting))
-        tickets = self._waiting.pop(user)
-        tickets.popleft().move(0)
-        self.free -= 1
-        if tickets:
-            self._waiting[user] = tickets  # after all other users
+    @property
+    def _queued(self) -> int:
+        return sum(map(len, self._waiting.values()))
+
+    def _running_of(self, user: str) -> int:
+        return self.in_flight[user] - len(self._waiting.get(user, ()))
+
+    def _room_of(self, user: str) -> int:
+        """How many more slots a user may have at the moment."""
+        return max(0, self.per_user - self._running_of(user))
+
+    def _check_queue(self, user: str) -> None:
+        """Raise TooManyResponsesError or QueueFullError if one more response of a user may not wait."""
+        own, left = len(self._waiting.get(user, ())), self.queue - self._queued
+        if own < left:
+            return
+        if own or not self._room_of(user):
+            raise TooManyResponsesError(
+                f"you have {self.in_flight[user]} replies running or waiting: wait for one to end, or cancel one",
+                self._seconds_until_one_ends(self._running_of(user)),
+            )
+        raise QueueFullError("the wait queue is full: try again later", self._seconds_until_one_ends(self.running))
+
+    def _seconds_until_one_ends(self, running: int) -> int:
+        """After how many seconds one of some running replies ends, if they last as long as the last ones did."""
+        return min(MAX_RETRY_SECONDS, max(1, math.ceil(self._seconds_held / max(1, running))))
+
+    def _admit(self) -> None:
+        """Give the free slots to the users in turn."""
+        while self.free > 0 and (user := next(filter(self._room_of, self._waiting), None)):
+            self._waiting[user].popleft().move(0)
+            self.free -= 1
+            if tickets := self._waiting.pop(user):
+                self._waiting[user] = tickets  # after all other users
 
     def _renumber(self) -> None:
         for position, ticket in enumerate(self.waiting, start=1):
             ticket.move(position)
+
+
+def _in_turn(lines: Iterable[Iterable[Ticket]]) -> list[Ticket]:
+    """The first of each line, then the second of each, and so on."""
+    return [ticket for ticket in chain.from_iterable(zip_longest(*lines)) if ticket]

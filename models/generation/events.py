@@ -1,22 +1,33 @@
-"""The events that a response sends to its listeners. Each protocol renders them in its own way."""
+"""The events that a response sends to its listeners. Each protocol renders them in its own way.
+
+The first one is `Created`, the last one `Finished`. Between them, each part of the reply has `OutputItemAdded`, its
+deltas, and `OutputItemDone`. A replay gives the same events, but for `Queued` and `Warned`, which tell of a moment.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from msgspec import Struct
 
 from models.errors import APIError
+from models.messages import Usage
+from models.output_item import OutputItem, TokenLogprob
 from models.store.item import Item
 
 
 class Created(Struct, frozen=True):
     """The request is accepted; messages that a conversation keeps are stored, or wait to be stored.
 
-    A Finished event always follows.
+    A Finished event always follows. `reply` has no output yet. `conversation` is the one that the request names.
     """
 
-    response_id: str
     conversation: str | None
-    left_out: int  # how many of the oldest messages had no room in the context
+    reply: Item
+
+    @property
+    def response_id(self) -> str:
+        return self.reply.id
 
 
 class Rejected(Struct, frozen=True):
@@ -33,12 +44,30 @@ class Queued(Struct, frozen=True):
     position: int
 
 
-class TextDelta(Struct, frozen=True):
-    """A piece of the reply's text, never empty; the pieces are numbered from 1."""
+class OutputItemAdded(Struct, frozen=True):
+    """The reply begins its next part, whose text follows; the parts are numbered from 0."""
 
     response_id: str
-    sequence_number: int
+    index: int
+    item: OutputItem
+
+
+class OutputDelta(Struct, frozen=True):
+    """A piece of the text of the part that was added last, never empty."""
+
+    response_id: str
+    index: int
     text: str
+    logprobs: Sequence[TokenLogprob] | None = None  # of its tokens, if the request asks for them
+    usage: Usage | None = None  # the counts so far, which grow; None in a replay
+
+
+class OutputItemDone(Struct, frozen=True):
+    """A part has ended."""
+
+    response_id: str
+    index: int
+    item: OutputItem
 
 
 class Warned(Struct, frozen=True):
@@ -54,5 +83,9 @@ class Finished(Struct, frozen=True):
     conversation: str | None
     reply: Item
 
+    @property
+    def response_id(self) -> str:
+        return self.reply.id
 
-ResponseEvent = Created | Rejected | Queued | TextDelta | Warned | Finished
+
+ResponseEvent = Created | Rejected | Queued | OutputItemAdded | OutputDelta | OutputItemDone | Warned | Finished

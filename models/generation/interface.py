@@ -2,36 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
+from models.chat_request import ChatRequest
 from models.generation.events import ResponseEvent
 from models.messages import Message
 from models.options import Options
-from models.store.item import Edge
+from models.store.item import Edge, Item
+
+ANY_NAME = "*"
+MAX_MODEL_NAME = 256  # characters of a name that a reply has
 
 
 @dataclass(frozen=True)
 class Stateless:
-    """Nothing is stored, no message is left out of the prompt, and the reply is gone after its end."""
+    """Nothing is stored, and the reply is gone after its end."""
 
 
 @dataclass(frozen=True)
 class Unstored:
-    """The reply belongs to no conversation. It can be resumed for a while, from memory."""
+    """The reply is not stored, but can be resumed for a while. It continues the response `after`, if any."""
+
+    after: str | None = None
 
 
 @dataclass(frozen=True)
 class NewConversation:
-    """The reply begins a conversation. Its id is new, so there are no items to read."""
+    """The reply begins a conversation. Its id is new, so there are no items to read.
+
+    One that is not listed only holds responses for those who know their ids.
+    """
 
     id: str
+    listed: bool = True
 
 
 @dataclass(frozen=True)
 class StoredConversation:
-    """The reply continues a conversation after one of its items. Later items are deleted.
+    """The reply continues a conversation after its current item, or after another one, as a new branch.
 
     A conversation that does not exist is an error, unless `create` is set: then this reply begins it.
     """
@@ -41,17 +51,30 @@ class StoredConversation:
     create: bool = False
 
 
-Target = Stateless | Unstored | NewConversation | StoredConversation
+@dataclass(frozen=True)
+class Branch:
+    """The reply continues a stored response, as a branch of its conversation, whose current item stays."""
+
+    after: str
+
+
+Target = Stateless | Unstored | NewConversation | StoredConversation | Branch
 
 
 @dataclass(frozen=True)
 class ResponseRequest:
-    """A request for a reply to messages."""
+    """A request for a reply. `chat` has the new messages only: the earlier ones are read from the target."""
 
-    user: str
-    messages: Sequence[Message]
-    options: Options
+    chat: ChatRequest
     target: Target
+    background: bool = False  # goes on when nobody follows it
+    generate: bool = True  # else there is a response without output, which later ones can continue
+    previous: str | None = None  # the response that it continues, as the client knows it
+    details: Mapping[str, Any] = field(default_factory=dict)  # what the protocol wants back with the reply; JSON
+
+    @property
+    def user(self) -> str:
+        return self.chat.user
 
 
 class Listener(Protocol):
@@ -72,16 +95,22 @@ class ResponseService(Protocol):
     """Runs responses. A user cannot find the responses of other users."""
 
     def create(self, request: ResponseRequest, listener: Listener) -> str:
-        """Start a response, send its events to a listener, and return its id. Raises ConversationBusyError."""
+        """Start a response, send its events to a listener, and return its id. Raises ConversationLockedError."""
 
-    async def follow(self, user: str, id: str, starting_after: int, follower: Follower) -> None:
-        """Send a follower all events after the text delta `starting_after`. Raises ResponseNotFoundError."""
+    async def follow(self, user: str, id: str, follower: Follower) -> None:
+        """Send a follower all events of a response, past and future ones. Raises ResponseNotFoundError."""
+
+    async def find(self, user: str, id: str) -> tuple[str | None, Item]:
+        """The conversation and the reply of a response, as far as it is. Raises ResponseNotFoundError."""
 
     def leave(self, listener: Listener) -> None:
         """Stop sending events to a listener. A response that nobody follows ends after a while."""
 
-    def cancel(self, user: str, id: str) -> None:
-        """End a response. Raises ResponseNotFoundError."""
+    def cancel(self, user: str, id: str, steered: bool = False) -> None:
+        """End a response; one that is `steered` is incomplete, not cancelled.
+
+        Raises ResponseNotFoundError if it does not run.
+        """
 
     def cancel_all(self, listener: Listener) -> None:
         """End all responses that a listener follows."""
@@ -89,14 +118,34 @@ class ResponseService(Protocol):
     def abandon(self, user: str, id: str) -> None:
         """End a response whose client has disconnected, if it is still running."""
 
+    async def find_message(self, user: str, id: str) -> Message:
+        """The message of a stored item, by its id. Raises ItemNotFoundError."""
+
+    async def wait_ended(self, user: str, id: str) -> None:
+        """Wait until a response has ended; return at once if it does not run."""
+
+    async def delete(self, user: str, id: str) -> None:
+        """Delete a response; it ends first, if it runs. Raises ResponseNotFoundError."""
+
     async def delete_conversation(self, user: str, id: str) -> None:
-        """Delete a conversation; a response that runs in it ends first. Raises ConversationNotFoundError."""
+        """Delete a conversation; responses that run in it end first. Raises ConversationNotFoundError."""
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What clients may know about the model."""
+    """What clients may know about the model. The name "*" among the `aliases` means every name."""
 
     name: str
     context: int  # how many tokens a prompt and its reply may have together
     defaults: Options
+    aliases: tuple[str, ...] = ()
+    capabilities: tuple[str, ...] = ()  # "tools", "reasoning"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its own name, and its other names."""
+        return tuple(dict.fromkeys([self.name, *(alias for alias in self.aliases if alias != ANY_NAME)]))
+
+    def is_called(self, name: str) -> bool:
+        """Whether a client may call it by this name."""
+        return name in self.names or (ANY_NAME in self.aliases and 0 < len(name) <= MAX_MODEL_NAME)

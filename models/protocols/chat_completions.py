@@ -1,142 +1,86 @@
-"""A reply as a chat completion of OpenAI's API, whole or in chunks."""
+"""A reply as a choice of a chat completion of OpenAI's API."""
 
 from __future__ import annotations
 
-import asyncio
-import json
-import time
-import uuid
-from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Mapping
-from typing import Any
+from collections.abc import Iterable
+from itertools import chain
 
-from models.errors import (
-    APIError,
-    ContextLengthExceededError,
-    MessagesRejectedError,
-    ServerError,
-    ServerStoppingError,
-    WrongCredentialsError,
-)
-from models.generation.events import Finished, Queued, Rejected, ResponseEvent, TextDelta
-from models.generation.interface import ModelInfo, ResponseRequest, ResponseService, Stateless
-from models.protocols.chat_completions_request import ChatCompletionRequest
-from models.store.item import Item, Status
+from models.generation.events import OutputDelta, OutputItemAdded
+from models.generation.interface import ModelInfo
+from models.output_item import OutputItem, TokenLogprob
+from models.protocols.completion import Choice, finish_reason
+from models.protocols.logprobs import render_logprobs
+from models.store.item import Item
 from models.validation import Json
 
-FINISH_REASONS = {"stop": "stop", "max_output_tokens": "length", "context_length": "length"}
-INPUT_ERRORS = (MessagesRejectedError, ContextLengthExceededError)  # the domain's input is the messages here
-FAILURES: Mapping[str | None, type[APIError]] = {
-    "server_shutdown": ServerStoppingError,
-    "revoked": WrongCredentialsError,
-}
 
+class ChatChoice(Choice):
+    """A choice with a message: its text, its reasoning and its calls of tools."""
 
-class BaseChatCompletion(ABC):
-    """What whole and streamed chat completions have in common: a running response, whose events come to `on_event`."""
+    object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+    id_prefix = "chatcmpl"
+    input_param = "messages"
 
-    def __init__(self, responses: ResponseService, model: ModelInfo, user: str, request: ChatCompletionRequest) -> None:
-        self._responses = responses
-        self._model = model
-        self._user = user
-        self._id = f"chatcmpl-{uuid.uuid4().hex}"
-        self._created = int(time.time())
-        options = model.defaults.updated(request.options)
-        self.response_id = responses.create(ResponseRequest(user, request.messages, options, Stateless()), self)
+    def __init__(self, index: int, has_logprobs: bool) -> None:
+        super().__init__(index, has_logprobs)
+        self._item = OutputItem("message")  # the part that was added last
+        self._calls = 0
 
-    @abstractmethod
-    def on_event(self, event: ResponseEvent) -> None:
-        """Handle an event of the response."""
-
-    def cancel(self) -> None:
-        """End the response, since the client has disconnected."""
-        self._responses.abandon(self._user, self.response_id)
-
-    def _object(self, kind: str, choices: list[Any]) -> Json:
+    def whole(self, reply: Item) -> Json:
+        """The choice with the whole message; one that only calls tools has no content."""
+        calls = [item for item in reply.output if item.type == "function_call"]
+        reasoning = _text_of(reply, "reasoning")
+        message: Json = {"role": "assistant", "content": _text_of(reply, "message"), "refusal": None}
+        if calls:
+            message["content"] = message["content"] or None
+            message["tool_calls"] = [_render_call(call, call.text) for call in calls]
+        if reasoning:
+            message["reasoning_content"] = reasoning
+        logprobs = None
+        if self.has_logprobs:
+            pieces = (piece for item in reply.output for piece in item.logprobs or ())
+            logprobs = _render_logprobs(chain.from_iterable(pieces))
         return {
-            "id": self._id,
-            "object": kind,
-            "created": self._created,
-            "model": self._model.name,
-            "choices": choices,
+            "index": self.index,
+            "message": message,
+            "logprobs": logprobs,
+            "finish_reason": _finish_reason(reply, bool(calls)),
         }
 
+    def first(self) -> Json:
+        """The choice with the role."""
+        return self._choice({"role": "assistant", "content": ""})
 
-class ChatCompletion(BaseChatCompletion):
-    """A reply that is returned as one object, when it has ended."""
+    def next(self, event: OutputItemAdded | OutputDelta) -> Json | None:
+        """The choice with the next piece of text, reasoning or arguments, or with the beginning of a call."""
+        if isinstance(event, OutputItemAdded):
+            self._item = event.item
+            if event.item.type != "function_call":
+                return None
+            self._calls += 1
+            return self._choice({"tool_calls": [{"index": self._calls - 1, **_render_call(event.item, "")}]})
+        match self._item.type:
+            case "reasoning":
+                return self._choice({"reasoning_content": event.text})
+            case "function_call":
+                arguments = {"index": self._calls - 1, "function": {"arguments": event.text}}
+                return self._choice({"tool_calls": [arguments]})
+        logprobs = None if event.logprobs is None or not self.has_logprobs else _render_logprobs(event.logprobs)
+        return self._choice({"content": event.text}, logprobs)
 
-    def __init__(self, responses: ResponseService, model: ModelInfo, user: str, request: ChatCompletionRequest) -> None:
-        self._last_event: asyncio.Future[Rejected | Finished] = asyncio.get_running_loop().create_future()
-        super().__init__(responses, model, user, request)
+    def last(self, reply: Item) -> Json:
+        """The choice with the finish reason."""
+        return self._choice({}, None, _finish_reason(reply, bool(self._calls)))
 
-    def on_event(self, event: ResponseEvent) -> None:
-        """Keep the last event, and ignore all others."""
-        if isinstance(event, Rejected | Finished) and not self._last_event.cancelled():
-            self._last_event.set_result(event)
-
-    async def result(self) -> Json:
-        """The completion. Raises APIError if there is none."""
-        reply = _reply_of(await self._last_event)
-        message = {"role": "assistant", "content": reply.content, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": _finish_reason(reply)}
-        return self._object("chat.completion", [choice]) | {"usage": _usage(reply)}
-
-
-class ChatCompletionChunks(BaseChatCompletion):
-    """A reply that is sent in chunks, as server-sent events."""
-
-    def __init__(self, responses: ResponseService, model: ModelInfo, user: str, request: ChatCompletionRequest) -> None:
-        self._include_usage = request.include_usage
-        self._events: asyncio.Queue[ResponseEvent] = asyncio.Queue()
-        super().__init__(responses, model, user, request)
-
-    def on_event(self, event: ResponseEvent) -> None:
-        """Keep the event for the chunks."""
-        self._events.put_nowait(event)
-
-    async def wait_started(self) -> None:
-        """Wait until the request is accepted. Raises APIError if it is rejected."""
-        event = await self._events.get()
-        if isinstance(event, Rejected):
-            raise event.error
-
-    async def frames(self) -> AsyncGenerator[str, None]:
-        """The server-sent events, after the request is accepted."""
-        yield self._chunk({"role": "assistant", "content": ""})
-        while True:
-            match await self._events.get():
-                case Queued(position=position):
-                    yield f": position {position} in the wait queue\n\n"  # a comment; it keeps proxies connected
-                case TextDelta(text=text):
-                    yield self._chunk({"content": text})
-                case Finished() as finished:
-                    break
-        try:
-            reply = _reply_of(finished)
-        except APIError as error:
-            yield _frame({"error": render_error(error)})
-        else:
-            yield self._chunk({}, _finish_reason(reply))
-            if self._include_usage:
-                yield _frame(self._object("chat.completion.chunk", []) | {"usage": _usage(reply)})
-        yield "data: [DONE]\n\n"
-
-    def _chunk(self, delta: Json, finish_reason: str | None = None) -> str:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        usage: Json = {"usage": None} if self._include_usage else {}
-        return _frame(self._object("chat.completion.chunk", [choice]) | usage)
+    def _choice(self, delta: Json, logprobs: Json | None = None, finish_reason: str | None = None) -> Json:
+        return {"index": self.index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
-def render_error(error: APIError) -> Json:
-    """An error in the format of OpenAI's API."""
-    param = "messages" if isinstance(error, INPUT_ERRORS) else error.param
-    return {"message": str(error), "type": error.type, "param": param, "code": error.code}
-
-
-def render_model(model: ModelInfo, created: int) -> Json:
-    """The model as OpenAI's API lists it; `created` is in Unix seconds."""
+def render_model(model: ModelInfo, created: int, name: str | None = None) -> Json:
+    """The model as OpenAI's API lists it, by its own or another name; `created` is in Unix seconds."""
     return {
-        "id": model.name,
+        "id": name or model.name,
         "object": "model",
         "created": created,
         "owned_by": "parley",
@@ -144,30 +88,18 @@ def render_model(model: ModelInfo, created: int) -> Json:
     }
 
 
-def _reply_of(event: Rejected | Finished) -> Item:
-    """The reply that has ended. Raises APIError if there is none, or if it failed."""
-    if isinstance(event, Rejected):
-        raise event.error
-    if event.reply.status == Status.FAILED:
-        raise FAILURES.get(event.reply.reason, ServerError)()
-    return event.reply
+def _text_of(reply: Item, kind: str) -> str:
+    return "".join(item.text for item in reply.output if item.type == kind)
 
 
-def _finish_reason(reply: Item) -> str | None:
-    return FINISH_REASONS.get(str(reply.reason))
+def _finish_reason(reply: Item, has_calls: bool) -> str | None:
+    reason = finish_reason(reply)
+    return "tool_calls" if reason == "stop" and has_calls else reason
 
 
-def _usage(reply: Item) -> Json:
-    usage = reply.usage
-    assert usage
-    return {
-        "prompt_tokens": usage["input_tokens"],
-        "completion_tokens": usage["output_tokens"],
-        "total_tokens": usage["total_tokens"],
-        "prompt_tokens_details": {"cached_tokens": usage["cached_tokens"]},
-    }
+def _render_call(call: OutputItem, arguments: str) -> Json:
+    return {"id": call.call_id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
 
 
-def _frame(data: Json) -> str:
-    """A server-sent event, in ASCII: many clients take U+2028 for the end of a line."""
-    return f"data: {json.dumps(data, separators=(',', ':'))}\n\n"
+def _render_logprobs(tokens: Iterable[TokenLogprob]) -> Json:
+    return {"content": render_logprobs(tokens), "refusal": None}

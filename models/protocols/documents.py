@@ -7,7 +7,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 from models.errors import InvalidValueError
-from models.protocols.conversations import render_conversation, render_item
+from models.protocols.conversations import render_conversation
+from models.protocols.responses.lists import render_node
 from models.store.conversations import Conversation
 from models.store.item import Item
 
@@ -27,8 +28,8 @@ class Document(ABC):
         """What comes before the items."""
 
     @abstractmethod
-    def piece(self, items: Sequence[Item], is_first: bool) -> str:
-        """Some items."""
+    def piece(self, items: Sequence[Item]) -> str:
+        """The next items."""
 
     @abstractmethod
     def end(self) -> str:
@@ -44,8 +45,8 @@ class MarkdownDocument(Document):
     def beginning(self) -> str:
         return f"# {self._conversation.title}"
 
-    def piece(self, items: Sequence[Item], is_first: bool) -> str:
-        return "".join(f"\n\n**{item.role.capitalize()}**\n\n{item.content}" for item in items)
+    def piece(self, items: Sequence[Item]) -> str:
+        return "".join(f"\n\n**{item.role.capitalize()}**\n\n{item.content}" for item in items if item.content)
 
     def end(self) -> str:
         return "\n"
@@ -56,14 +57,18 @@ class JSONDocument(Document):
 
     suffix = "json"
     media_type = "application/json"
+    _is_empty = True  # has no items yet
 
     def beginning(self) -> str:
         fields = json.dumps(render_conversation(self._conversation), ensure_ascii=False, indent=2)
         return fields.removesuffix("\n}") + ',\n  "items": ['
 
-    def piece(self, items: Sequence[Item], is_first: bool) -> str:
-        lines = [f"\n    {json.dumps(render_item(item), ensure_ascii=False)}" for item in items]
-        return ("" if is_first else ",") + ",".join(lines)
+    def piece(self, items: Sequence[Item]) -> str:
+        rendered = [one for item in items for one in render_node(item)]
+        lines = ",".join(f"\n    {json.dumps(one, ensure_ascii=False)}" for one in rendered)
+        separator = "," if rendered and not self._is_empty else ""
+        self._is_empty = self._is_empty and not rendered
+        return separator + lines
 
     def end(self) -> str:
         return "\n  ]\n}\n"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
+from models.chat_request import ChatRequest
 from models.errors import APIError, ServerError
-from models.generation.events import Finished, Rejected, ResponseEvent, TextDelta, Warned
+from models.generation.events import Finished, OutputDelta, OutputItemAdded, Rejected, ResponseEvent, Warned
 from models.generation.interface import (
     ModelInfo,
     NewConversation,
@@ -14,6 +15,7 @@ from models.generation.interface import (
     StoredConversation,
     Target,
 )
+from models.messages import Message
 from models.protocols.client import Client, Close
 from models.store.conversations import Conversations
 from models.store.item import Status
@@ -34,6 +36,7 @@ class PlainTextSession:
         self._messages: asyncio.Queue[str] = asyncio.Queue(WAITING)
         self._notices: list[str] = []  # lines that wait for the end of the reply
         self._answering = False
+        self._is_text = False  # whether the current part of the reply is one that the client gets
         self._answered = asyncio.Event()
         self._task = asyncio.create_task(self._answer_all())
 
@@ -62,7 +65,9 @@ class PlainTextSession:
     def on_event(self, event: ResponseEvent) -> None:
         """Send the client the text or the error of an event."""
         match event:
-            case TextDelta(text=text):
+            case OutputItemAdded(item=item):
+                self._is_text = item.type == "message"
+            case OutputDelta(text=text) if self._is_text:
                 self._client.send_text(text)
             case Warned(error=error):
                 self._notices.append(f"error: {error}")  # the reply goes on
@@ -86,9 +91,8 @@ class PlainTextSession:
             self._send_notices()
 
     async def _answer(self, message: str) -> None:
-        request = ResponseRequest(
-            self._user, [{"role": "user", "content": message}], self._model.defaults, self._target
-        )
+        messages: list[Message] = [{"role": "user", "content": message}]
+        request = ResponseRequest(ChatRequest(self._user, messages, self._model.defaults, truncate=True), self._target)
         if isinstance(self._target, NewConversation):
             self._target = StoredConversation(self._target.id, create=True)  # from the next message on
         self._answered.clear()

@@ -36,10 +36,10 @@ class UserRequired(AuthenticationBackend):
         return AuthCredentials(["user"]), SimpleUser(login.user.id)
 
 
-async def authenticate(connection: HTTPConnection) -> Login:
+async def authenticate(connection: HTTPConnection, by_query: bool = False) -> Login:
     """The user of a connection, by the first credentials that are present. Raises APIError.
 
-    The order: the Authorization header, a subprotocol, the session cookie, the query of a WebSocket.
+    The order: the Authorization header, a subprotocol, the session cookie, the query if `by_query` is set.
     """
     check_origin(connection)
     scheme, _, secret = connection.headers.get("authorization", "").partition(" ")
@@ -53,7 +53,7 @@ async def authenticate(connection: HTTPConnection) -> Login:
             raise OriginNotAllowedError
         if connection.query_params.get("userid", login.user.id) == login.user.id:
             return login
-    if connection.scope["type"] == "websocket" and (secret := connection.query_params.get("secret", "")):
+    if by_query and (secret := connection.query_params.get("secret", "")):
         return await log_in(connection, secret)
     raise WrongCredentialsError
 

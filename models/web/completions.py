@@ -1,78 +1,64 @@
-"""The endpoints of OpenAI's API: models and chat completions."""
+"""The endpoints of OpenAI's API: models, chat completions, and the older completions."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.responses import JSONResponse, Response
 
 from models.errors import ModelNotFoundError
+from models.generation.interface import ModelInfo
 from models.ops.logs import log
-from models.protocols.chat_completions import BaseChatCompletion, ChatCompletion, ChatCompletionChunks, render_model
-from models.protocols.chat_completions_request import ChatCompletionRequest
+from models.protocols.chat_completions import ChatChoice, render_model
+from models.protocols.chat_completions_request import parse_chat_completion
+from models.protocols.completion import Choice, Completion
+from models.protocols.completion_request import CompletionRequest
+from models.protocols.text_completions import TextChoice, parse_text_completion
 from models.web.authentication import authenticate
+from models.web.event_stream import EventStreamResponse, calls_at_disconnect
 from models.web.request_body import read_body
+
+Parse = Callable[[bytes, ModelInfo, str], CompletionRequest]
 
 
 async def models(request: Request) -> Response:
-    """`GET /v1/models`: the one model."""
+    """`GET /v1/models`: the one model, by all its names."""
     state = request.app.state
-    return JSONResponse({"object": "list", "data": [render_model(state.model_info, state.started)]})
+    listed = [render_model(state.model_info, state.started, name) for name in state.model_info.names]
+    return JSONResponse({"object": "list", "data": listed})
 
 
 async def model(request: Request) -> Response:
-    """`GET /v1/models/{id}`: the model with this id. Raises ModelNotFoundError."""
-    state = request.app.state
-    if request.path_params["id"] != state.model_info.name:
+    """`GET /v1/models/{id}`: the model with this name. Raises ModelNotFoundError."""
+    state, name = request.app.state, request.path_params["id"]
+    if not state.model_info.is_called(name):
         raise ModelNotFoundError(state.model_info.name)
-    return JSONResponse(render_model(state.model_info, state.started))
+    return JSONResponse(render_model(state.model_info, state.started, name))
 
 
 async def chat_completions(request: Request) -> Response:
-    """`POST /v1/chat/completions`: a completion, whole or streamed."""
+    """`POST /v1/chat/completions`: replies to messages, whole or streamed."""
+    return await _complete(request, parse_chat_completion, ChatChoice)
+
+
+async def text_completions(request: Request) -> Response:
+    """`POST /v1/completions`: continuations of a text, whole or streamed."""
+    return await _complete(request, parse_text_completion, TextChoice)
+
+
+async def _complete(request: Request, parse: Parse, choice: type[Choice]) -> Response:
     state, user = request.app.state, request.user.username
     body = await read_body(request)
     await authenticate(request)  # again: the user may have been removed while the body was on its way
-    asked = ChatCompletionRequest.parse(body, state.model_info.name)
-    kind = ChatCompletionChunks if asked.stream else ChatCompletion
-    completion = kind(state.responses, state.model_info, user, asked)
-    if asked.end_user:
-        log("completion", response=completion.response_id, user=user, end_user=asked.end_user)
-    if isinstance(completion, ChatCompletionChunks):
+    asked = parse(body, state.model_info, user)
+    completion = Completion(state.responses, asked, choice)
+    end_user = {"end_user": asked.end_user} if asked.end_user else {}
+    ids = ",".join(completion.response_ids)
+    log("completion", response=ids, user=user, request=request.state.request_id, **end_user)
+    if asked.stream:
         await completion.wait_started()
-        return CompletionStreamResponse(completion)
-    async with _cancelled_at_disconnect(completion, request.receive):
-        return JSONResponse(await completion.result())
-
-
-class CompletionStreamResponse(StreamingResponse):
-    """Sends a completion as server-sent events, and cancels it when the client disconnects."""
-
-    def __init__(self, completion: ChatCompletionChunks) -> None:
-        headers = {"X-Accel-Buffering": "no"}  # nginx passes each event on at once
-        super().__init__(completion.frames(), media_type="text/event-stream", headers=headers)
-        self.completion = completion
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with _cancelled_at_disconnect(self.completion, receive):
-            await self.stream_response(send)
-
-
-@asynccontextmanager
-async def _cancelled_at_disconnect(completion: BaseChatCompletion, receive: Receive) -> AsyncIterator[None]:
-    """Cancel a completion as soon as the client disconnects, even while nothing is being sent."""
-
-    async def disconnected() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-    listening = asyncio.create_task(disconnected())
-    listening.add_done_callback(lambda _: completion.cancel())
-    try:
-        yield
-    finally:
-        listening.cancel()
+        return EventStreamResponse(completion.frames(), completion.cancel)
+    async with calls_at_disconnect(completion.cancel, request.receive):
+        return await run_in_threadpool(JSONResponse, await completion.result())

@@ -11,28 +11,30 @@ from starlette.authentication import AuthenticationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Mount, Route
 from starlette.types import ExceptionHandler
 
 from models.errors import APIError, DatabaseUnavailableError, ServerError, one_line
-from models.protocols.chat_completions import render_error
-from models.web.middleware import SECURITY_HEADERS
+from models.protocols.error_object import render_error
+from models.web.middleware import REQUEST_ID, SECURITY_HEADERS, is_api
 
 logger = logging.getLogger("parley")
 
 
 async def api_error(request: Request, error: Any) -> Response:
     """One of our own errors, in the format of OpenAI's API."""
-    return _rendered(error)
+    return rendered(error)
 
 
 def authentication_error(connection: HTTPConnection, error: AuthenticationError) -> Response:
     """The reason why a backend of AuthenticationMiddleware refuses a request."""
     reason = error.__cause__
     assert isinstance(reason, APIError)
-    return _rendered(reason)
+    return rendered(reason)
 
 
-def _rendered(error: APIError) -> Response:
+def rendered(error: APIError) -> Response:
+    """An error in the format of OpenAI's API."""
     headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
     if error.retry_after:
         headers["Retry-After"] = str(error.retry_after)
@@ -40,18 +42,26 @@ def _rendered(error: APIError) -> Response:
 
 
 async def http_exception(request: Request, error: Any) -> Response:
-    """An error of Starlette: in the format of OpenAI's API under `/v1/`, else as text."""
-    root = request.scope.get("app_root_path", request.scope.get("root_path", ""))  # uvicorn's --root-path
-    if not request.url.path.removeprefix(root).startswith("/v1/"):
+    """An error of Starlette: in the format of OpenAI's API under `/v1`, else as text."""
+    if not is_api(request.scope):
         return PlainTextResponse(error.detail, error.status_code, error.headers)
     details = {"message": error.detail, "type": "invalid_request_error", "param": None, "code": None}
+    if error.status_code == 404:
+        details |= {"message": f"there is no such path here: {_paths(request)}", "code": "unknown_url"}
     return JSONResponse({"error": details}, error.status_code, error.headers)
+
+
+def _paths(request: Request) -> str:
+    """What there is under `/v1`."""
+    mounts = (route for route in request.app.routes if isinstance(route, Mount) and route.path == "/v1")
+    paths = [f"/v1{route.path}" for mount in mounts for route in mount.routes if isinstance(route, Route)]
+    return f"use {', '.join(path for path in paths if '{' not in path)}"
 
 
 async def database_error(request: Request, error: Exception) -> Response:
     """The database or a file cannot be used."""
     logger.error("the database or a file cannot be used: %s", one_line(error))
-    return _rendered(DatabaseUnavailableError())
+    return rendered(DatabaseUnavailableError())
 
 
 async def client_disconnect(request: Request, error: Exception) -> Response:
@@ -61,8 +71,9 @@ async def client_disconnect(request: Request, error: Exception) -> Response:
 
 async def unexpected_error(request: Request, error: Exception) -> Response:
     """Any other error is a bug. Starlette raises it again, so it is logged; no middleware sees this response."""
-    response = _rendered(ServerError())
+    response = rendered(ServerError())
     response.headers.update(SECURITY_HEADERS)
+    response.headers[REQUEST_ID] = request.scope["state"]["request_id"]
     return response
 
 

@@ -1,13 +1,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
+from collections import Counter, deque
+from contextlib import suppress
 from itertools import chain, zip_longest
 
 import pytest
 from hypothesis import given, settings, strategies
 
-from models.errors import QueueFullError, RateLimitExceededError, ServerStoppingError, TooManyResponsesError
+from models.errors import (
+    QueueFullError,
+    RateLimitError,
+    RateLimitExceededError,
+    ServerStoppingError,
+    TooManyResponsesError,
+)
 from models.generation.admission import Admission, Ticket
 from models.generation.rate_limiter import RateLimiter
 from models.messages import Usage
@@ -15,6 +22,16 @@ from models.settings import Settings
 from tests.support.fake_clock import FakeClock
 
 pytestmark = pytest.mark.anyio
+
+
+def fill(admission: Admission, user: str) -> int:
+    """Let a user enter until that is refused; returns how often it was not."""
+    for count in range(10_000):
+        try:
+            admission.enter(user)
+        except (TooManyResponsesError, QueueFullError):
+            return count
+    raise AssertionError("nothing is refused")
 
 
 # Slots and the wait queue
@@ -32,7 +49,7 @@ async def test_a_ticket_with_a_slot_does_not_wait() -> None:
 
 
 async def test_a_waiting_ticket_yields_each_new_position_until_its_slot() -> None:
-    admission = Admission(slots=1, queue=3, per_user=9)
+    admission = Admission(slots=1, queue=6, per_user=9)
     first, second, third, last = (admission.enter("ann") for _ in range(4))
     positions = aiter(last.wait())
     assert await anext(positions) == 3
@@ -47,7 +64,7 @@ async def test_a_waiting_ticket_yields_each_new_position_until_its_slot() -> Non
 
 
 async def test_a_ticket_does_not_move_when_one_behind_it_leaves() -> None:
-    admission = Admission(slots=1, queue=3, per_user=9)
+    admission = Admission(slots=1, queue=6, per_user=9)
     _, second, last = (admission.enter("ann") for _ in range(3))
     positions = aiter(second.wait())
     assert await anext(positions) == 1
@@ -59,14 +76,14 @@ async def test_a_ticket_does_not_move_when_one_behind_it_leaves() -> None:
 
 
 async def test_tickets_behind_one_that_stops_waiting_move_up() -> None:
-    admission = Admission(slots=1, queue=3, per_user=9)
+    admission = Admission(slots=1, queue=6, per_user=9)
     running, _, leaver, last = (admission.enter("ann") for _ in range(4))
     admission.leave(leaver)
     assert (running.position, last.position, admission.free) == (0, 2, 0)
 
 
 async def test_a_slot_that_is_left_before_it_is_used_goes_to_the_next() -> None:
-    admission = Admission(slots=1, queue=2, per_user=9)
+    admission = Admission(slots=1, queue=4, per_user=9)
     first, second, third = (admission.enter("ann") for _ in range(3))
     admission.leave(first)
     admission.leave(second)
@@ -83,15 +100,134 @@ async def test_a_full_wait_queue_refuses_the_next_reply() -> None:
     assert admission.in_flight["bob"] == 0
 
 
-async def test_waiting_replies_count_against_the_limit_of_their_user() -> None:
-    admission = Admission(slots=1, queue=9, per_user=2)
-    first, _ = admission.enter("ann"), admission.enter("ann")
+# Limits of a user
+
+
+async def test_replies_over_the_limit_of_their_user_wait_while_slots_are_free() -> None:
+    admission = Admission(slots=9, queue=9, per_user=2)
+    first, second, third, last = (admission.enter("ann") for _ in range(4))
+    assert [ticket.position for ticket in (first, second, third, last)] == [0, 0, 1, 2]
+    assert (admission.running, admission.free) == (2, 7)
+    assert admission.enter("bob").position == 0
+    admission.leave(second)
+    assert [ticket.position for ticket in (first, third, last)] == [0, 0, 1]
+    assert admission.running == 3
+
+
+async def test_twelve_replies_of_one_user_all_get_a_slot_four_at_a_time() -> None:
+    settings = Settings()
+    admission = Admission.of(settings)
+    running = deque(admission.enter("ann") for _ in range(12))
+    while running:
+        has_slot = [ticket for ticket in running if not ticket.position]
+        assert len(has_slot) == min(settings.responses_per_user, len(running))
+        assert has_slot == list(running)[: len(has_slot)]
+        admission.leave(running.popleft())
+
+
+async def test_a_user_at_the_limit_is_passed_over_and_keeps_the_turn() -> None:
+    admission = Admission(slots=2, queue=9, per_user=1)
+    anns = [admission.enter("ann") for _ in range(3)]
+    bob, carla = admission.enter("bob"), admission.enter("carla")
+    assert [ticket.position for ticket in (*anns, bob, carla)] == [0, 2, 3, 0, 1]
+    admission.leave(bob)
+    assert (carla.position, anns[1].position) == (0, 1)
+    dave = admission.enter("dave")
+    assert (dave.position, anns[1].position) == (1, 2)
+    admission.leave(anns[0])
+    assert (anns[1].position, dave.position) == (0, 1)
+
+
+@pytest.mark.parametrize(("queue", "one", "two"), [(256, 128, 86), (1, 1, 1), (2, 1, 1), (9, 5, 3)])
+async def test_a_user_may_have_as_many_waiting_as_the_queue_has_places_left(queue: int, one: int, two: int) -> None:
+    alone = Admission(slots=1, queue=queue, per_user=1)
+    assert fill(alone, "ann") == one + 1
+    shared = Admission(slots=1, queue=queue, per_user=1)
+    shared.enter("carla")
+    counts: Counter[str] = Counter()
+    for user in ["ann", "bob"] * queue:
+        with suppress(TooManyResponsesError, QueueFullError):
+            shared.enter(user)
+            counts[user] += 1
+    assert max(counts.values()) == two
+
+
+async def test_a_user_who_waits_for_nothing_gets_one_of_the_last_places() -> None:
+    admission = Admission(slots=1, queue=8, per_user=9)
+    for user in ("ann", "bob"):
+        fill(admission, user)
+    assert len(admission.waiting) == 6
+    assert admission.enter("carla").position == 3
+
+
+async def test_a_user_over_the_share_of_the_queue_is_refused() -> None:
+    admission = Admission(slots=9, queue=2, per_user=1)
+    running, _ = admission.enter("ann"), admission.enter("ann")
     with pytest.raises(TooManyResponsesError, match="you have 2 replies running or waiting") as raised:
         admission.enter("ann")
     assert (raised.value.status, raised.value.code) == (429, "too_many_responses")
-    assert admission.enter("bob").position == 2
-    admission.leave(first)
-    assert admission.enter("ann").position == 2
+    assert admission.in_flight["ann"] == 2
+    admission.leave(running)
+    assert admission.enter("ann").position == 1
+
+
+async def test_without_a_queue_the_limit_of_a_user_refuses() -> None:
+    admission = Admission(slots=9, queue=0, per_user=1)
+    admission.enter("ann")
+    with pytest.raises(TooManyResponsesError):
+        admission.enter("ann")
+    assert admission.enter("bob").position == 0
+
+
+# When to try again
+
+
+def retry_after(admission: Admission, user: str) -> int | None:
+    with pytest.raises(RateLimitError) as raised:
+        admission.enter(user)
+    return raised.value.retry_after
+
+
+async def test_a_refusal_says_when_one_of_the_running_replies_ends() -> None:
+    clock = FakeClock()
+    admission = Admission(slots=4, queue=1, per_user=2, clock=clock)
+    for _ in range(100):  # replies that take 20 s
+        ticket = admission.enter("ann")
+        clock.now += 20
+        admission.leave(ticket)
+        clock.now += 3600  # idle time does not count
+    for user in ("ann", "ann", "bob", "carla", "dave"):
+        admission.enter(user)
+    assert retry_after(admission, "eve") == 5  # 20 s, and 4 replies run
+    admission.leave(admission.waiting[0])
+    admission.enter("ann")
+    assert retry_after(admission, "ann") == 10  # 20 s, and 2 replies of hers run
+
+
+async def test_the_time_to_try_again_follows_the_last_replies() -> None:
+    clock = FakeClock()
+    admission = Admission(slots=1, queue=0, per_user=1, clock=clock)
+    told = []
+    for seconds in (0, *[30] * 40, *[600] * 40, *[0] * 80):
+        ticket = admission.enter("ann")
+        clock.now += seconds
+        told.append(retry_after(admission, "bob"))
+        admission.leave(ticket)
+    assert (told[0], told[40], told[80], told[-1]) == (5, 30, 60, 1)
+
+
+async def test_the_wait_for_a_slot_is_no_time_of_a_reply() -> None:
+    clock = FakeClock()
+    admission = Admission(slots=1, queue=1, per_user=9, clock=clock)
+    for _ in range(40):
+        first, second = admission.enter("ann"), admission.enter("bob")
+        clock.now += 3.5
+        admission.leave(first)
+        clock.now += 3.5
+        admission.leave(second)
+    admission.enter("ann")
+    admission.enter("bob")
+    assert retry_after(admission, "carla") == 4
 
 
 # Tickets
@@ -150,49 +286,61 @@ steps = strategies.lists(
 )
 
 
-@settings(max_examples=200, deadline=None)
-@given(steps, strategies.integers(1, 3), strategies.integers(0, 5), strategies.integers(1, 4))
+@settings(max_examples=500, deadline=None)
+@given(steps, strategies.integers(1, 4), strategies.integers(0, 5), strategies.integers(1, 3))
 def test_slots_are_given_to_waiting_users_in_turn(
     steps: list[tuple[str, int]], slots: int, queue: int, per_user: int
 ) -> None:
     admission = Admission(slots, queue, per_user)
     running: list[Ticket] = []
     waiting: list[list[Ticket]] = []  # a line for each user; the user whose turn is next comes first
+
+    def room(user: str) -> int:
+        return per_user - sum(ticket.user == user for ticket in running)
+
     for user, index in steps:
         if user != "leave":
-            own = [ticket for ticket in chain(running, *waiting) if ticket.user == user]
+            own = next((line for line in waiting if line[0].user == user), [])
+            left = queue - sum(map(len, waiting))
+            has_slot = len(running) < slots and room(user) > 0
             try:
                 ticket = admission.enter(user)
             except TooManyResponsesError:
-                assert len(own) == per_user
+                assert not has_slot
+                assert len(own) >= left
+                assert own or not room(user)
             except QueueFullError:
-                assert (len(running), sum(map(len, waiting))) == (slots, queue)
+                assert (len(running), left, own) == (slots, 0, [])
+                assert room(user)
             else:
-                line = next((line for line in waiting if line[0].user == user), [])
-                if len(running) < slots:
+                if has_slot:
                     running.append(ticket)
-                elif not line:
-                    waiting.append([ticket])
+                elif own:
+                    own.append(ticket)
                 else:
-                    line.append(ticket)
+                    waiting.append([ticket])
+                assert has_slot or len(own) <= left
         elif tickets := [*running, *chain.from_iterable(waiting)]:
             leaver = tickets[index % len(tickets)]
             admission.leave(leaver)
-            if leaver in running:
-                running.remove(leaver)
-                if waiting:
-                    line = waiting.pop(0)
-                    running.append(line.pop(0))
-                    waiting.append(line)
-            for line in waiting:
-                line[:] = [ticket for ticket in line if ticket is not leaver]
+            running = [ticket for ticket in running if ticket is not leaver]
+            waiting = [[ticket for ticket in line if ticket is not leaver] for line in waiting]
             waiting = [line for line in waiting if line]
-        order = [ticket for turn in zip_longest(*waiting) for ticket in turn if ticket]
+            while len(running) < slots and (line := next((one for one in waiting if room(one[0].user)), None)):
+                waiting.remove(line)
+                running.append(line.pop(0))
+                waiting += [line] if line else []
+        parts = (
+            [line[: room(line[0].user)] for line in waiting],  # the others wait for replies of their own user
+            [line[room(line[0].user) :] for line in waiting],
+        )
+        order = [ticket for lines in parts for turn in zip_longest(*lines) for ticket in turn if ticket]
         assert [ticket.position for ticket in running] == [0] * len(running)
         assert [ticket.position for ticket in order] == list(range(1, len(order) + 1))
         assert admission.waiting == order
         assert (admission.running, admission.free) == (len(running), slots - len(running))
         assert dict(admission.in_flight) == Counter(ticket.user for ticket in [*running, *order])
+        assert max(admission.in_flight.values(), default=0) <= per_user + queue
 
 
 @pytest.mark.parametrize("slots", [1, 3])

@@ -1,21 +1,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from msgspec import structs
 
+from models.chat_request import ChatRequest
 from models.errors import (
     APIError,
     ContextLengthExceededError,
-    ConversationBusyError,
+    ConversationLockedError,
     ConversationNotFoundError,
     DatabaseUnavailableError,
     EngineError,
+    FormatFailedError,
     ItemNotFoundError,
     MessagesRejectedError,
     NotStoredError,
+    PreviousResponseNotFoundError,
     QueueFullError,
     RateLimitExceededError,
     ResponseNotFoundError,
@@ -24,8 +29,19 @@ from models.errors import (
     TooManyResponsesError,
 )
 from models.generation.admission import Admission
-from models.generation.events import Created, Finished, Queued, Rejected, TextDelta, Warned
+from models.generation.events import (
+    Created,
+    Finished,
+    OutputDelta,
+    OutputItemAdded,
+    OutputItemDone,
+    Queued,
+    Rejected,
+    ResponseEvent,
+    Warned,
+)
 from models.generation.interface import (
+    Branch,
     NewConversation,
     ResponseRequest,
     Stateless,
@@ -39,10 +55,12 @@ from models.generation.response import BATCH
 from models.language.events import Event
 from models.messages import Message
 from models.options import Options
+from models.output_item import OutputItem
 from models.settings import Settings
 from models.store.conversations import Conversations, Listing
 from models.store.database import open_database
-from models.store.item import Edge, Item, Status
+from models.store.item import Edge, Item, Status, part_id
+from models.store.place import Place
 from tests.support.fake_client import FakeListener
 from tests.support.scripted import ScriptedChat, ScriptedReply, running
 from tests.support.stores import AwayConversations, SlowConversations
@@ -76,7 +94,8 @@ def listener() -> FakeListener:
 
 def request(message: str, target: Target = CONVERSATION, user: str = "ann", **options: Any) -> ResponseRequest:
     """A request for a reply to one message, by default in the conversation conv_1 of ann."""
-    return ResponseRequest(user, [{"role": "user", "content": message}], Options().updated(options), target)
+    messages: list[Message] = [{"role": "user", "content": message}]
+    return ResponseRequest(ChatRequest(user, messages, Options().updated(options), truncate=True), target)
 
 
 async def run(responses: ResponseManager, request: ResponseRequest) -> Item:
@@ -97,18 +116,37 @@ async def start(responses: ResponseManager, listener: FakeListener, request: Res
     """The id of a new reply that has told some text deltas."""
     id = responses.create(request, listener)
     for _ in range(deltas):
-        await listener.next(TextDelta)
+        await listener.next(OutputDelta)
     return id
+
+
+def comparable(event: ResponseEvent) -> ResponseEvent:
+    """An event without what only the store knows, or only the first listener is told."""
+    if isinstance(event, OutputDelta):
+        return structs.replace(event, usage=None)
+    if isinstance(event, Created | Finished):
+        return structs.replace(event, reply=replace(event.reply, parent=None))
+    return event
+
+
+async def items(conversations: Conversations, conversation: str = "conv_1") -> Sequence[Item]:
+    """The stored items of the current branch of a conversation of ann."""
+    return (await conversations.path("ann", conversation)).items
+
+
+async def deltas_of(listener: FakeListener) -> list[str]:
+    """The deltas up to the end of the reply."""
+    return [event.text for event in await listener.until(Finished) if isinstance(event, OutputDelta)]
 
 
 async def contents(conversations: Conversations, conversation: str = "conv_1") -> list[str]:
     """The contents of the stored items of a conversation of ann."""
-    return [item.content for item in await conversations.items("ann", conversation)]
+    return [item.content for item in await items(conversations, conversation)]
 
 
 async def statuses(conversations: Conversations) -> list[Status | None]:
     """The stored statuses of the items of ann's conversation conv_1; None for messages."""
-    return [item.status for item in await conversations.items("ann", "conv_1")]
+    return [item.status for item in await items(conversations)]
 
 
 def last_prompt(scripted: ScriptedChat) -> list[str]:
@@ -134,8 +172,10 @@ async def test_a_reply_tells_created_then_deltas_then_finished(
     id = responses.create(request("say yes or no", target), listener)
     created, *deltas, finished = await listener.until(Finished)
     conversation = "conv_1" if isinstance(target, NewConversation | StoredConversation) else None
-    assert created == Created(id, conversation, 0)
-    assert deltas == [TextDelta(id, 1, "yes "), TextDelta(id, 2, "or n"), TextDelta(id, 3, "o")]
+    assert isinstance(created, Created)
+    assert (created.conversation, created.response_id, created.reply.status) == (conversation, id, Status.IN_PROGRESS)
+    assert [type(event) for event in deltas] == [OutputItemAdded, *[OutputDelta] * 3, OutputItemDone]
+    assert [event.text for event in deltas if isinstance(event, OutputDelta)] == ["yes ", "or n", "o"]
     assert isinstance(finished, Finished)
     assert finished.conversation == conversation
     assert (finished.reply.id, finished.reply.role, finished.reply.content) == (id, "assistant", "yes or no")
@@ -208,11 +248,11 @@ async def test_a_created_reply_tells_exactly_one_finished_event(
 ) -> None:
     async with running(scripted, conversations, settings) as responses:
         id = responses.create(request(message, target), listener)
-        events = await listener.until(Queued if message == "hold it" else TextDelta)
+        events = await listener.until(Queued if message == "hold it" else OutputDelta)
         await act(responses, listener, id)
         events += await listener.until(Finished)
     events += listener.rest()
-    assert [type(event) for event in events if not isinstance(event, TextDelta | Queued)] == [Created, Finished]
+    assert [type(event) for event in events if isinstance(event, Created | Rejected | Finished)] == [Created, Finished]
     assert isinstance(finished := events[-1], Finished)
     assert (finished.reply.id, finished.reply.status, finished.reply.reason) == (id, status, reason)
     assert scripted.running == 0
@@ -225,9 +265,7 @@ class FailingChat(ScriptedChat):
         super().__init__()
         self.error = error
 
-    async def prepare(
-        self, user: str, messages: list[Message], options: Options, keep_all: bool = False
-    ) -> ScriptedReply:
+    async def prepare(self, request: ChatRequest) -> ScriptedReply:
         raise self.error
 
 
@@ -252,7 +290,7 @@ async def test_a_rejected_reply_tells_exactly_one_event_and_stores_nothing(
         id = responses.create(request("say one", target), listener)
         rejected = await listener.next(Rejected)
         with pytest.raises(ResponseNotFoundError):
-            await responses.follow("ann", id, 0, listener)
+            await responses.follow("ann", id, listener)
     assert (rejected.response_id, type(rejected.error)) == (id, told)
     assert listener.rest() == []
     assert await contents(conversations) == []
@@ -278,13 +316,11 @@ class StuckChat(ScriptedChat):
         super().__init__()
         self.preparing = asyncio.Event()
 
-    async def prepare(
-        self, user: str, messages: list[Message], options: Options, keep_all: bool = False
-    ) -> ScriptedReply:
+    async def prepare(self, request: ChatRequest) -> ScriptedReply:
         if not self.preparing.is_set():
             self.preparing.set()
             await asyncio.Event().wait()
-        return await super().prepare(user, messages, options, keep_all)
+        return await super().prepare(request)
 
 
 @each_target()
@@ -301,7 +337,7 @@ async def test_a_reply_whose_prompt_is_being_made_can_be_cancelled(
         assert isinstance(finished, Finished)
         assert (finished.reply.status, finished.reply.reason) == (Status.CANCELLED, "client_cancelled")
         assert await contents(conversations) == ([] if isinstance(target, Stateless | Unstored) else ["say one", ""])
-        assert (await run(responses, request("say two", target))).content == "two"
+        assert (await run(responses, request("say two", Unstored()))).content == "two"
 
 
 async def test_tokens_that_were_encoded_for_a_refused_request_count(
@@ -321,6 +357,23 @@ class BrokenEngineChat(ScriptedChat):
         async for event in super().events(reply):
             yield event
             raise EngineError("the log has the reason")
+
+
+class DeadEndChat(ScriptedChat):
+    """A chat whose replies cannot keep to their format after their first piece."""
+
+    async def events(self, reply: ScriptedReply) -> AsyncGenerator[Event, None]:
+        async for event in super().events(reply):
+            yield event
+            raise FormatFailedError
+
+
+async def test_a_reply_that_cannot_keep_to_its_format_has_a_reason_of_its_own(
+    conversations: SlowConversations, settings: Settings
+) -> None:
+    async with running(DeadEndChat(), conversations, settings) as responses:
+        reply = await run(responses, request("say something"))
+    assert (reply.content, reply.status, reply.reason) == ("some", Status.FAILED, "format_failed")
 
 
 async def test_an_engine_failure_fails_the_reply_without_a_traceback(
@@ -366,23 +419,23 @@ async def test_a_cancelled_reply_closes_the_events_of_its_chat(
 class WholeChat(ScriptedChat):
     """Leaves out the two oldest messages, unless it has to take them whole."""
 
-    async def prepare(
-        self, user: str, messages: list[Message], options: Options, keep_all: bool = False
-    ) -> ScriptedReply:
-        reply = await super().prepare(user, messages, options, keep_all)
-        reply.left_out = 0 if keep_all or len(messages) < 3 else 2
+    async def prepare(self, request: ChatRequest) -> ScriptedReply:
+        reply = await super().prepare(request)
+        reply.left_out = 2 if request.truncate and len(request.messages) >= 3 else 0
         return reply
 
 
 @each_target()
-async def test_only_a_stateless_prompt_is_taken_whole(
-    conversations: SlowConversations, settings: Settings, listener: FakeListener, target: Target
+@pytest.mark.parametrize("truncate", [False, True])
+async def test_messages_are_left_out_only_if_the_request_allows_it(
+    conversations: SlowConversations, settings: Settings, listener: FakeListener, target: Target, truncate: bool
 ) -> None:
     messages: list[Message] = [{"role": "user", "content": f"say {word}"} for word in ("one", "two", "three")]
     async with running(WholeChat(), conversations, settings) as responses:
-        responses.create(ResponseRequest("ann", messages, Options(), target), listener)
+        asked = ChatRequest("ann", messages, Options(), truncate=truncate)
+        responses.create(ResponseRequest(asked, target), listener)
         created = await listener.next(Created)
-    assert created.left_out == (0 if target == Stateless() else 2)
+    assert created.reply.left_out == (2 if truncate else 0)
 
 
 async def test_messages_that_were_left_out_stay_left_out(
@@ -392,7 +445,7 @@ async def test_messages_that_were_left_out_stay_left_out(
     async with running(chat, conversations, settings) as responses:
         for word, left_out in (("one", 0), ("two", 2), ("three", 4)):
             responses.create(request(f"say {word}"), listener)
-            assert (await listener.next(Created)).left_out == left_out
+            assert (await listener.next(Created)).reply.left_out == left_out
             assert (await listener.next(Finished)).reply.left_out == left_out
     assert last_prompt(chat) == ["say two", "two", "say three"]
 
@@ -402,7 +455,8 @@ async def test_a_reply_of_no_conversation_is_not_stored(
     responses: ResponseManager, conversations: SlowConversations, target: Target
 ) -> None:
     reply = await run(responses, request("say one", target))
-    assert await conversations.find_reply("ann", reply.id) is None
+    with pytest.raises(ResponseNotFoundError):
+        await conversations.find_response("ann", reply.id)
     assert await conversations.list_page("ann", Listing()) == ([], False)
     assert not conversations.put_asked.is_set()
 
@@ -414,10 +468,10 @@ async def test_a_finished_reply_can_be_resumed_unless_it_is_stateless(
     reply = await run(responses, request("say yes or no", target))
     if target == Stateless():
         with pytest.raises(ResponseNotFoundError):
-            await responses.follow("ann", reply.id, 0, listener)
+            await responses.follow("ann", reply.id, listener)
     else:
-        await responses.follow("ann", reply.id, 1, listener)
-        assert await listener.deltas() == [(2, "or n"), (3, "o")]
+        await responses.follow("ann", reply.id, listener)
+        assert await deltas_of(listener) == ["yes ", "or n", "o"]
 
 
 async def test_a_new_conversation_is_begun_without_a_read(settings: Settings, scripted: ScriptedChat) -> None:
@@ -444,17 +498,82 @@ async def test_a_stored_conversation_must_exist_unless_create_is_set(
     assert await contents(conversations) == ["say two", "two", "say three", "three"]
 
 
-async def test_a_reply_after_an_item_replaces_what_followed_it(
+async def test_a_reply_after_an_item_is_another_branch_and_deletes_nothing(
     responses: ResponseManager, conversations: SlowConversations, scripted: ScriptedChat
 ) -> None:
     first = await run(responses, request("say one"))
-    await run(responses, request("say two"))
+    second = await run(responses, request("say two"))
     await run(responses, request("say three", StoredConversation("conv_1", first.id)))
     assert last_prompt(scripted) == ["say one", "one", "say three"]
     assert await contents(conversations) == ["say one", "one", "say three", "three"]
     await run(responses, request("say four", StoredConversation("conv_1", Edge.START)))
     assert last_prompt(scripted) == ["say four"]
     assert await contents(conversations) == ["say four", "four"]
+    older = await conversations.path("ann", "conv_1", second.id)
+    assert [item.content for item in older.items] == ["say one", "one", "say two", "two"]
+
+
+async def test_branches_of_one_response_run_at_the_same_time_and_leave_the_conversation_as_it_is(
+    responses: ResponseManager, conversations: SlowConversations, scripted: ScriptedChat
+) -> None:
+    first = await run(responses, request("say one"))
+    listeners = FakeListener(), FakeListener()
+    for number, listener in enumerate(listeners):
+        await start(responses, listener, request(f"wait {number}", Branch(first.id)))
+    assert scripted.running == 2
+    scripted.release()
+    for number, listener in enumerate(listeners):
+        finished = await listener.next(Finished)
+        assert (finished.conversation, finished.reply.content) == (None, str(number))
+        found = await conversations.path_of_response("ann", finished.reply.id)
+        assert [item.content for item in found.items] == ["say one", "one", f"wait {number}", str(number)]
+    assert await contents(conversations) == ["say one", "one"]
+
+
+async def test_a_response_without_a_conversation_is_stored_and_can_be_continued(
+    responses: ResponseManager, conversations: SlowConversations, scripted: ScriptedChat
+) -> None:
+    first = await run(responses, request("say one", NewConversation("conv_9", listed=False)))
+    await run(responses, request("say two", Branch(first.id)))
+    assert last_prompt(scripted) == ["say one", "one", "say two"]
+    assert await conversations.list_page("ann", Listing()) == ([], False)
+
+
+@pytest.mark.parametrize("target", [Branch("resp_unknown"), Unstored("resp_unknown")], ids=["stored", "unstored"])
+async def test_a_request_that_continues_an_unknown_response_is_rejected(
+    responses: ResponseManager, target: Target
+) -> None:
+    error = await run_rejected(responses, request("say one", target))
+    assert (type(error), error.status, error.code) == (
+        PreviousResponseNotFoundError,
+        400,
+        "previous_response_not_found",
+    )
+
+
+async def test_a_stored_request_cannot_continue_a_response_that_is_only_in_memory(responses: ResponseManager) -> None:
+    unstored = await run(responses, request("say one", Unstored()))
+    error = await run_rejected(responses, request("say two", Branch(unstored.id)))
+    assert isinstance(error, PreviousResponseNotFoundError)
+
+
+async def test_a_response_that_still_runs_cannot_be_continued(
+    responses: ResponseManager, listener: FakeListener, scripted: ScriptedChat
+) -> None:
+    id = await start(responses, listener, request("wait one"))
+    assert isinstance(await run_rejected(responses, request("say two", Branch(id))), ConversationLockedError)
+
+
+async def test_a_request_that_shall_not_generate_has_a_response_without_output_that_can_be_continued(
+    responses: ResponseManager, scripted: ScriptedChat, listener: FakeListener
+) -> None:
+    warm = replace(request("say one", NewConversation("conv_9", listed=False)), generate=False)
+    responses.create(warm, listener)
+    _, finished = await listener.until(Finished)
+    assert isinstance(finished, Finished)
+    assert (finished.reply.status, finished.reply.output) == (Status.COMPLETED, [])
+    await run(responses, request("say two", Branch(finished.reply.id)))
+    assert last_prompt(scripted) == ["say one", "", "say two"]
 
 
 @pytest.mark.parametrize("create", [False, True], ids=["existing", "create"])
@@ -471,7 +590,7 @@ async def test_a_conversation_is_busy_until_its_reply_has_ended(
     responses: ResponseManager, listener: FakeListener, scripted: ScriptedChat
 ) -> None:
     await start(responses, listener, request("wait one"))
-    with pytest.raises(ConversationBusyError):
+    with pytest.raises(ConversationLockedError):
         responses.create(request("say two"), listener)
     error = await run_rejected(responses, request("say three", StoredConversation("conv_1"), user="bob"))
     assert isinstance(error, ConversationNotFoundError)  # for bob it is not busy
@@ -523,7 +642,7 @@ async def test_a_message_is_stored_before_its_reply_is_created(
     assert listener.heard.empty()
     conversations.may_put.set()
     await listener.next(Created)
-    message, reply = await conversations.items("ann", "conv_1")
+    message, reply = await items(conversations)
     assert (message.role, message.content, message.status) == ("user", "wait on", None)
     assert (reply.role, reply.content, reply.status) == ("assistant", "", Status.IN_PROGRESS)
 
@@ -533,9 +652,10 @@ async def test_a_reply_is_stored_while_it_grows(
 ) -> None:
     responses.create(request("wait half a reply"), listener)
     await conversations.updated.wait()
-    _, reply = await conversations.items("ann", "conv_1")
+    _, reply = await items(conversations)
     assert (reply.content, reply.status) == ("half a reply", Status.IN_PROGRESS)
-    assert reply.deltas == ["half", " a r", "eply"]
+    _, _, stored = await conversations.find_response("ann", reply.id)
+    assert [part.pieces for part in stored.output] == [["half", " a r", "eply"]]
 
 
 async def test_a_finished_reply_is_stored_before_it_is_told(
@@ -543,11 +663,13 @@ async def test_a_finished_reply_is_stored_before_it_is_told(
 ) -> None:
     responses.create(request("say all of it", seed=3, temperature=Options().temperature), listener)
     finished = await listener.next(Finished)
-    _, reply = await conversations.items("ann", "conv_1")
+    _, _, reply = await conversations.find_response("ann", finished.reply.id)
     assert reply == finished.reply
     assert (reply.content, reply.status, reply.reason) == ("all of it", Status.COMPLETED, "stop")
     assert reply.options == {"seed": 3}
-    assert reply.usage == {"input_tokens": 1, "cached_tokens": 0, "output_tokens": 3, "total_tokens": 4}
+    assert reply.usage == {"input_tokens": 1, "cached_tokens": 0, "output_tokens": 3, "total_tokens": 4} | {
+        "reasoning_tokens": 0
+    }
     assert reply.decode_seconds is not None
 
 
@@ -557,10 +679,10 @@ async def test_deltas_do_not_wait_for_the_database(
     conversations.may_update.clear()
     id = responses.create(request("say it all at once"), listener)
     for _ in range(4):
-        delta = await listener.next(TextDelta)
-    assert delta == TextDelta(id, 4, "ce")
+        delta = await listener.next(OutputDelta)
+    assert (delta.response_id, delta.text) == (id, "ce")
     await asyncio.sleep(0)
-    assert listener.heard.empty()
+    assert not any(isinstance(event, Finished) for event in listener.rest())
     conversations.may_update.set()
     await listener.next(Finished)
 
@@ -574,14 +696,13 @@ async def test_a_reply_whose_end_cannot_be_stored_is_told_and_stored_later(
     responses.create(request("wait here"), listener)
     id = (await listener.next(Created)).response_id
     conversations.broken = True
-    await listener.next(TextDelta)
+    await listener.next(OutputDelta)
     responses.cancel("ann", id)
     finished = await listener.next(Finished)
     assert (finished.reply.status, finished.reply.content) == (Status.CANCELLED, "here")
     assert "messages cannot be stored, and wait in memory: OSError: the disk is full" in caplog.text
-    await responses.follow("ann", id, 1, listener)
-    (again,) = await listener.until(Finished)
-    assert isinstance(again, Finished)
+    await responses.follow("ann", id, listener)
+    again = await listener.next(Finished)
     assert (again.conversation, again.reply.content, again.reply.status) == ("conv_1", "here", Status.CANCELLED)
     await store_again(conversations)
     assert await statuses(conversations) == [None, Status.CANCELLED]
@@ -648,7 +769,7 @@ async def test_a_reply_that_the_server_ends_is_stored_as_failed(
 ) -> None:
     async with running(scripted, conversations, settings) as responses:
         await start(responses, listener, request("wait half"))
-    _, reply = await conversations.items("ann", "conv_1")
+    _, reply = await items(conversations)
     assert (reply.content, reply.status, reply.reason) == ("half", Status.FAILED, "server_shutdown")
     assert scripted.running == 0
 
@@ -656,10 +777,11 @@ async def test_a_reply_that_the_server_ends_is_stored_as_failed(
 async def test_a_reply_that_a_crash_cut_off_has_failed_at_the_next_start(
     scripted: ScriptedChat, conversations: SlowConversations, settings: Settings, caplog: pytest.LogCaptureFixture
 ) -> None:
-    cut_off = Item("resp_1", "assistant", "hal", 1.0, Status.IN_PROGRESS, cuts="3")
-    await Conversations(conversations._database, "crashed").put_items("ann", "conv_1", 0, [cut_off])
+    cut_off = Item.of_reply("resp_1", 1.0, [OutputItem("message", ["hal"])], status=Status.IN_PROGRESS)
+    before = Conversations(conversations._database, "crashed")
+    await before.begin_turn("ann", "conv_1", Place(new=True), [], cut_off)
     async with running(scripted, conversations, settings):
-        (reply,) = await conversations.items("ann", "conv_1")
+        (reply,) = await items(conversations)
     assert (reply.content, reply.status, reply.reason) == ("hal", Status.FAILED, "server_error")
     assert "1 replies were cut off" in caplog.text
 
@@ -679,19 +801,21 @@ async def test_a_rejected_request_changes_no_conversation(
 
 @each_target("unstored", "stored conversation")
 @pytest.mark.parametrize("finished", [False, True], ids=["running", "finished"])
-async def test_a_reply_can_be_followed_from_every_delta(
+async def test_a_follower_hears_the_same_events_as_the_first_listener(
     responses: ResponseManager, scripted: ScriptedChat, listener: FakeListener, target: Target, finished: bool
 ) -> None:
-    deltas = list(enumerate(["for ", "a fe", "w sh", "ort ", "word", "s"], start=1))
-    id = await start(responses, listener, request("wait for a few short words", target), len(deltas))
+    responses.create(request("wait for a few short words", target), listener)
+    first = await listener.until(OutputDelta)
+    id, other = first[0].response_id, FakeListener()
     if finished:
         scripted.release()
-        await listener.next(Finished)
-    followers = [FakeListener() for _ in range(9)]
-    for number, follower in enumerate(followers):
-        await responses.follow("ann", id, number, follower)
+        first += await listener.until(Finished)
+    await responses.follow("ann", id, other)
     scripted.release()
-    assert [await follower.deltas() for follower in followers] == [deltas[number:] for number in range(9)]
+    if not finished:
+        first += await listener.until(Finished)
+    assert [type(event) for event in first] == [Created, OutputItemAdded, *[OutputDelta] * 6, OutputItemDone, Finished]
+    assert [comparable(event) for event in await other.until(Finished)] == [comparable(event) for event in first]
 
 
 async def test_a_second_follower_hears_the_same_events(
@@ -700,13 +824,13 @@ async def test_a_second_follower_hears_the_same_events(
     other = FakeListener()
     id = responses.create(request("hold on a little"), listener)
     assert await listener.next(Queued) == Queued(id, 3)
-    await responses.follow("ann", id, 0, other)
-    assert await other.heard.get() == Queued(id, 3)
+    await responses.follow("ann", id, other)
+    assert [type(event) for event in other.rest()] == [Created, Queued]
     scripted.release()
     for _ in range(3):
-        await listener.next(TextDelta)
+        await listener.next(OutputDelta)
     scripted.release()
-    assert await other.deltas() == [(1, "on a"), (2, " lit"), (3, "tle")]
+    assert await deltas_of(other) == ["on a", " lit", "tle"]
 
 
 async def test_a_slow_follower_catches_up_in_order_while_the_reply_goes_on(
@@ -715,14 +839,14 @@ async def test_a_slow_follower_catches_up_in_order_while_the_reply_goes_on(
     slow, deltas = FakeListener(), 2 * BATCH + 5
     id = await start(responses, listener, request("wait " + "word" * deltas), deltas)
     slow.reading.clear()
-    following = asyncio.create_task(responses.follow("ann", id, 0, slow))
+    following = asyncio.create_task(responses.follow("ann", id, slow))
     await slow.behind.wait()
     scripted.release()
     await listener.next(Finished)
-    assert slow.heard.qsize() == BATCH
+    assert slow.heard.qsize() == 2 + BATCH  # also that it was created, and that its part began
     slow.reading.set()
     await following
-    assert await slow.deltas() == [(number, "word") for number in range(1, deltas + 1)]
+    assert await deltas_of(slow) == ["word"] * deltas
 
 
 async def test_a_follower_that_follows_twice_hears_later_events_once(
@@ -731,9 +855,9 @@ async def test_a_follower_that_follows_twice_hears_later_events_once(
     id = await start(responses, listener, request("wait for it"), 2)
     again = FakeListener()
     for _ in range(2):
-        await responses.follow("ann", id, 1, again)
+        await responses.follow("ann", id, again)
     scripted.release()
-    assert await again.deltas() == [(2, "it"), (2, "it")]
+    assert await deltas_of(again) == ["for ", "it"] * 2
     assert again.heard.empty()
 
 
@@ -744,7 +868,7 @@ async def test_a_reply_of_another_user_is_not_found(responses: ResponseManager, 
     stored = await run(responses, request("say that"))
     for id in (running_id, unstored.id, stored.id):
         with pytest.raises(ResponseNotFoundError):
-            await responses.follow("bob", id, 0, listener)
+            await responses.follow("bob", id, listener)
         with pytest.raises(ResponseNotFoundError):
             responses.cancel("bob", id)
         responses.abandon("bob", id)
@@ -789,11 +913,11 @@ async def test_without_linger_a_reply_ends_when_its_last_follower_leaves(
 ) -> None:
     async with running(scripted, conversations, settings, linger=0) as responses:
         id, other = await start(responses, listener, request("wait here")), FakeListener()
-        await responses.follow("ann", id, 0, other)
+        await responses.follow("ann", id, other)
         responses.leave(listener)
         responses.leave(other)
         await scripted.idle.wait()
-    _, reply = await conversations.items("ann", "conv_1")
+    _, reply = await items(conversations)
     assert (reply.content, reply.status, reply.reason) == ("here", Status.CANCELLED, "client_disconnected")
 
 
@@ -803,7 +927,7 @@ async def test_a_follower_that_comes_back_in_time_keeps_the_reply_running(
     async with running(scripted, conversations, settings, linger=0) as responses:
         id, other = await start(responses, listener, request("wait here")), FakeListener()
         responses.leave(listener)
-        await responses.follow("ann", id, 0, other)  # before the event loop looks at its timers again
+        await responses.follow("ann", id, other)  # before the event loop looks at its timers again
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         scripted.release()
@@ -814,12 +938,12 @@ async def test_a_follower_that_comes_back_in_time_keeps_the_reply_running(
 async def test_an_unstored_reply_is_kept_while_there_is_room(
     scripted: ScriptedChat, conversations: SlowConversations, settings: Settings, listener: FakeListener
 ) -> None:
-    async with running(scripted, conversations, settings, replay_bytes=30_000) as responses:
+    async with running(scripted, conversations, settings, replay_bytes=500_000) as responses:
         replies = [await run(responses, request(f"say {'x' * 9_000}", Unstored())) for _ in range(4)]
         with pytest.raises(ResponseNotFoundError):
-            await responses.follow("ann", replies[0].id, 0, listener)
-        await responses.follow("ann", replies[-1].id, 0, listener)
-        assert "".join(delta for _, delta in await listener.deltas()) == "x" * 9_000
+            await responses.follow("ann", replies[0].id, listener)
+        await responses.follow("ann", replies[-1].id, listener)
+        assert "".join(await deltas_of(listener)) == "x" * 9_000
 
 
 async def test_an_unstored_reply_is_forgotten_after_its_linger_time(
@@ -830,24 +954,25 @@ async def test_an_unstored_reply_is_forgotten_after_its_linger_time(
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         with pytest.raises(ResponseNotFoundError):
-            await responses.follow("ann", reply.id, 0, listener)
+            await responses.follow("ann", reply.id, listener)
 
 
 # Revoked users and a server that stops
 
 
-async def test_a_revoked_user_loses_only_stateless_replies_of_their_own(
+async def test_a_revoked_user_loses_all_replies_of_their_own(
     responses: ResponseManager, scripted: ScriptedChat
 ) -> None:
-    stateless, unstored, bobs = FakeListener(), FakeListener(), FakeListener()
-    await start(responses, stateless, request("wait here", Stateless()))
-    await start(responses, unstored, request("wait here", Unstored()))
+    targets: list[Target] = [Stateless(), Unstored(), NewConversation("conv_2")]
+    anns, bobs = [FakeListener() for _ in targets], FakeListener()
+    for listener, target in zip(anns, targets, strict=True):
+        await start(responses, listener, replace(request("wait here", target), background=True))
     await start(responses, bobs, request("wait here", Stateless(), user="bob"))
     responses.revoke("ann")
-    reply = (await stateless.next(Finished)).reply
-    assert (reply.status, reply.reason) == (Status.FAILED, "revoked")
-    assert scripted.running == 2
-    assert unstored.heard.empty()
+    for listener in anns:
+        reply = (await listener.next(Finished)).reply
+        assert (reply.status, reply.reason) == (Status.FAILED, "revoked")
+    assert scripted.running == 1
     assert bobs.heard.empty()
 
 
@@ -884,3 +1009,48 @@ async def test_replies_that_are_lost_with_the_server_are_counted_in_the_log(
         conversations.broken = True
         await run(responses, request("say one"))
     assert "lost 1 replies that could not be stored" in caplog.text
+
+
+# References to stored items
+
+
+class WithoutBranches(Conversations):
+    """A store that reads no branches: they may have thousands of items."""
+
+    async def branch(self, user: str, node: str) -> Sequence[Item]:
+        raise AssertionError("a whole branch is read")
+
+
+async def test_a_reference_reads_one_item_and_not_those_before_it(
+    scripted: ScriptedChat, conversations: SlowConversations, settings: Settings
+) -> None:
+    async with running(scripted, WithoutBranches(conversations._database), settings) as responses:
+        await run(responses, request("say one"))
+        await run(responses, request("say two"))
+        asked = (await conversations.path("ann", "conv_1")).items[2]
+        assert await responses.find_message("ann", asked.id) == {"role": "user", "content": "say two"}
+        with pytest.raises(ItemNotFoundError):
+            await responses.find_message("bob", asked.id)
+
+
+async def test_a_deleted_part_cannot_be_referred_to(
+    responses: ResponseManager, conversations: SlowConversations
+) -> None:
+    reply = await run(responses, request("say one"))
+    part = part_id(reply.id, "message", 0)
+    assert (await responses.find_message("ann", part))["content"] == "one"
+    await conversations.delete_item("ann", "conv_1", part)
+    with pytest.raises(ItemNotFoundError):
+        await responses.find_message("ann", part)
+
+
+async def test_a_reference_says_so_if_the_database_is_away(
+    scripted: ScriptedChat, conversations: SlowConversations, settings: Settings
+) -> None:
+    async with running(scripted, conversations, settings) as responses:
+        await run(responses, request("say one"))
+        asked = (await conversations.path("ann", "conv_1")).items[0]
+        async with conversations._database.begin() as connection:
+            await connection.exec_driver_sql("DROP TABLE items")
+        with pytest.raises(DatabaseUnavailableError):
+            await responses.find_message("ann", asked.id)

@@ -127,7 +127,7 @@ def test_a_reply_that_never_had_a_slot_spends_no_tokens() -> None:
 
 
 def test_a_request_that_is_refused_for_another_reason_is_not_counted() -> None:
-    admission = make_admission(RateLimiter("2/day"), per_user=1)
+    admission = Admission(slots=1, queue=0, per_user=1, rate_limiter=RateLimiter("2/day"))
     first = admission.enter("ann")
     for _ in range(5):
         with pytest.raises(TooManyResponsesError):

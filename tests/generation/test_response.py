@@ -4,12 +4,24 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
+from hypothesis import given, settings, strategies as st
+from msgspec.structs import replace
 
 from models.errors import NotStoredError, ServerError
-from models.generation.events import Created, Finished, Queued, Rejected, TextDelta, Warned
+from models.generation.events import (
+    Created,
+    Finished,
+    OutputDelta,
+    OutputItemAdded,
+    OutputItemDone,
+    Queued,
+    Rejected,
+    ResponseEvent,
+    Warned,
+)
 from models.generation.interface import (
+    Branch,
     NewConversation,
-    ResponseRequest,
     Stateless,
     StoredConversation,
     Target,
@@ -18,17 +30,19 @@ from models.generation.interface import (
 from models.generation.response import BATCH, ActiveResponse, Phase, replay
 from models.messages import FinishReason, Usage
 from models.options import Options
+from models.output_item import OutputItem, TokenLogprob
 from models.store.item import Status
 from tests.support.fake_client import FakeListener
+from tests.support.fake_responses import conclude, new_response, perform
 
 pytestmark = pytest.mark.anyio
+
+SCRIPT = 'think Let me see | call weather {"city": "Bonn"} | call time {} | say It is sunny.'
 
 
 def make_response(target: Target | None = None, options: Options | None = None) -> ActiveResponse:
     """A response of ann's, by default in the conversation conv_1."""
-    target = target or StoredConversation("conv_1")
-    request = ResponseRequest("ann", [{"role": "user", "content": "Hi"}], options or Options(), target)
-    return ActiveResponse(request, Options())
+    return new_response(target or StoredConversation("conv_1"), options)
 
 
 @pytest.fixture
@@ -65,9 +79,9 @@ def listener(response: ActiveResponse) -> FakeListener:
 # Phases and statuses
 
 
-async def test_a_new_response_reads_its_conversation_and_has_no_text(response: ActiveResponse) -> None:
+async def test_a_new_response_reads_its_conversation_and_has_no_output(response: ActiveResponse) -> None:
     assert (response.phase, response.status, response.reason) == (Phase.READING, Status.IN_PROGRESS, None)
-    assert (response.user, response.has_text) == ("ann", False)
+    assert (response.user, response.has_output) == ("ann", False)
     assert response.id.startswith("resp_")
     assert response.id != make_response().id
 
@@ -78,7 +92,9 @@ async def test_a_new_response_reads_its_conversation_and_has_no_text(response: A
         pytest.param(Stateless(), None, id="stateless"),
         pytest.param(Unstored(), None, id="unstored"),
         pytest.param(NewConversation("conv_2"), "conv_2", id="new conversation"),
+        pytest.param(NewConversation("conv_2", listed=False), None, id="new conversation that is not listed"),
         pytest.param(StoredConversation("conv_3"), "conv_3", id="stored conversation"),
+        pytest.param(Branch("resp_1"), None, id="branch"),
     ],
 )
 async def test_an_announced_response_runs_and_tells_its_conversation(target: Target, conversation: str | None) -> None:
@@ -87,7 +103,10 @@ async def test_an_announced_response_runs_and_tells_its_conversation(target: Tar
     response.set_prompt(Usage(5), left_out=3)
     response.announce()
     assert (response.phase, response.status) == (Phase.ANNOUNCED, Status.IN_PROGRESS)
-    assert listener.rest() == [Created(response.id, conversation, 3)]
+    (created,) = listener.rest()
+    assert isinstance(created, Created)
+    assert (created.response_id, created.conversation, created.reply.left_out) == (response.id, conversation, 3)
+    assert (created.reply.status, created.reply.output, created.reply.usage) == (Status.IN_PROGRESS, (), None)
 
 
 @pytest.mark.parametrize(
@@ -111,10 +130,10 @@ async def test_a_finished_response_tells_its_reply(response: ActiveResponse, lis
     assert listener.rest()[1:] == [Finished("conv_1", response.item)]
 
 
-async def test_a_failed_response_has_the_reason_server_error(response: ActiveResponse) -> None:
+async def test_a_failed_response_has_its_reason(response: ActiveResponse) -> None:
     response.announce()
-    response.fail()
-    assert (response.status, response.reason) == (Status.FAILED, "server_error")
+    response.fail("format_failed")
+    assert (response.status, response.reason) == (Status.FAILED, "format_failed")
 
 
 async def test_a_rejected_response_is_finished(response: ActiveResponse, listener: FakeListener) -> None:
@@ -174,47 +193,152 @@ async def test_an_error_of_the_generating_task_is_returned() -> None:
 
     async def conclude() -> None:
         assert isinstance(await response.wait_generated(), ValueError)
-        response.fail()
+        response.fail("server_error")
 
     response.start(fail(), conclude())
     await response.wait_concluded()
     assert response.status == Status.FAILED
 
 
-# Text
+# Output
 
 
-async def test_text_deltas_are_numbered_from_1(response: ActiveResponse, listener: FakeListener) -> None:
-    for text in ("Well", ", ", "hi"):
-        response.add_text(text)
-    assert response.has_text
-    assert listener.rest() == [
-        TextDelta(response.id, number, text) for number, text in enumerate(["Well", ", ", "hi"], 1)
+async def test_a_part_begins_before_its_first_piece_and_ends_before_the_next_part(
+    response: ActiveResponse, listener: FakeListener
+) -> None:
+    perform(response, "think abcdef | call f {} | say ok")
+    assert [(type(event), event.index) for event in listener.rest()] == [  # type: ignore[union-attr]
+        (OutputItemAdded, 0),
+        (OutputDelta, 0),
+        (OutputDelta, 0),
+        (OutputItemDone, 0),
+        (OutputItemAdded, 1),
+        (OutputDelta, 1),
+        (OutputItemDone, 1),
+        (OutputItemAdded, 2),
+        (OutputDelta, 2),
     ]
+    assert [(part.type, part.text, part.complete) for part in response.item.output] == [
+        ("reasoning", "abcdef", True),
+        ("function_call", "{}", True),
+        ("message", "ok", False),
+    ]
+
+
+async def test_two_calls_in_a_row_are_two_parts_with_ids_of_their_own(response: ActiveResponse) -> None:
+    perform(response, "call f {} | call f {}")
+    first, second = response.item.output
+    assert first.name == second.name == "f"
+    assert first.call_id != second.call_id
+    assert first.call_id.startswith("call_")
+
+
+async def test_a_call_without_arguments_has_no_piece(response: ActiveResponse, listener: FakeListener) -> None:
+    response.begin_call("f")
+    response.begin_call("g")
+    kinds = [type(event) for event in listener.rest()]
+    assert kinds == [OutputItemAdded, OutputItemDone, OutputItemAdded]
+
+
+async def test_each_piece_keeps_the_probabilities_of_its_tokens(
+    response: ActiveResponse, listener: FakeListener
+) -> None:
+    first, second = [TokenLogprob(b"H", -1.0), TokenLogprob(b"i", -0.5)], [TokenLogprob(b"!", 0.0)]
+    response.add_text("message", "Hi", first)
+    response.add_text("message", "!", second)
+    assert response.item.output[0].logprobs == [first, second]
+    assert [event.logprobs for event in listener.rest() if isinstance(event, OutputDelta)] == [first, second]
+
+
+@pytest.mark.parametrize(
+    ("reason", "complete"), [("stop", True), ("max_output_tokens", False), ("context_length", False)]
+)
+async def test_the_last_part_is_complete_if_the_model_has_ended_it(
+    response: ActiveResponse, listener: FakeListener, reason: FinishReason, complete: bool
+) -> None:
+    response.announce()
+    perform(response, SCRIPT)
+    conclude(response, reason)
+    assert [part.complete for part in response.item.output] == [True, True, True, complete]
+    done, finished = listener.rest()[-2:]
+    assert isinstance(done, OutputItemDone)
+    assert (done.index, done.item.complete) == (3, complete)
+    assert finished == Finished("conv_1", response.item)
+
+
+async def test_a_cancelled_reply_ends_its_last_part_as_incomplete(
+    response: ActiveResponse, listener: FakeListener
+) -> None:
+    response.announce()
+    perform(response, "say half a")
+    response.cancel(Status.CANCELLED, "client_cancelled")
+    response.end_cancelled()
+    conclude(response)
+    kinds = [type(event) for event in listener.rest()]
+    assert kinds == [Created, OutputItemAdded, OutputDelta, OutputDelta, OutputItemDone, Finished]
+    assert [part.complete for part in response.item.output] == [False]
+
+
+async def test_a_completed_reply_that_says_nothing_has_one_empty_message(
+    response: ActiveResponse, listener: FakeListener
+) -> None:
+    response.announce()
+    conclude(response, "stop")
+    assert [type(event) for event in listener.rest()] == [Created, OutputItemAdded, OutputItemDone, Finished]
+    assert response.item.output == [OutputItem("message", complete=True)]
+
+
+async def test_a_reply_that_was_only_thought_gets_no_empty_message(response: ActiveResponse) -> None:
+    response.announce()
+    perform(response, "think hm")
+    conclude(response, "stop")
+    assert [part.type for part in response.item.output] == ["reasoning"]
+
+
+@pytest.mark.parametrize("reason", ["max_output_tokens", "context_length"])
+async def test_an_incomplete_reply_that_says_nothing_has_no_output(
+    response: ActiveResponse, reason: FinishReason
+) -> None:
+    response.announce()
+    conclude(response, reason)
+    assert response.item.output == []
+
+
+async def test_a_request_that_generates_nothing_has_no_output() -> None:
+    response, listener = new_response(generate=False), FakeListener()
+    response.add_listener(listener)
+    response.announce()
+    conclude(response, "stop")
+    assert [type(event) for event in listener.rest()] == [Created, Finished]
+    assert (response.item.output, response.status) == ([], Status.COMPLETED)
 
 
 async def test_the_item_has_the_reply_as_far_as_it_has_come() -> None:
     response = make_response(options=Options(temperature=1.5, seed=7))
     usage = Usage(5, cached_tokens=2)
     response.set_prompt(usage, left_out=1)
-    for text in ("Well", ", ", "hi"):
-        usage.output_tokens += 1
-        response.add_text(text)
+    usage.output_tokens = 3
+    perform(response, "think so | say Well, hi")
     item = response.item
-    assert (item.id, item.role, item.content, item.deltas) == (
-        response.id,
-        "assistant",
-        "Well, hi",
-        ["Well", ", ", "hi"],
+    assert (item.id, item.role, item.content) == (response.id, "assistant", "Well, hi")
+    assert [part.pieces for part in item.output] == [["so"], ["Well", ", hi"]]
+    assert (item.status, item.reason, item.created, item.ended) == (
+        Status.IN_PROGRESS,
+        None,
+        response.created,
+        None,
     )
-    assert (item.status, item.reason, item.created) == (Status.IN_PROGRESS, None, response.created)
-    assert item.usage == {"input_tokens": 5, "cached_tokens": 2, "output_tokens": 3, "total_tokens": 8}
+    assert item.usage == usage.counts()
     assert (item.options, item.left_out) == ({"temperature": 1.5, "seed": 7}, 1)
     assert item.decode_seconds is not None
 
 
-async def test_an_item_without_text_has_no_deltas(response: ActiveResponse) -> None:
-    assert (response.item.content, response.item.deltas, response.item.decode_seconds) == ("", [], 0)
+async def test_an_item_does_not_change_when_the_reply_grows(response: ActiveResponse) -> None:
+    perform(response, "say one")
+    before = response.item
+    perform(response, "say two")
+    assert (before.content, response.item.content) == ("one", "onetwo")
+    assert [part.pieces for part in before.output] == [["one"]]
 
 
 # Listeners and followers
@@ -265,47 +389,168 @@ async def test_the_removal_of_an_unknown_listener_changes_nothing(response: Acti
     assert not await has_ended(response)
 
 
-async def test_a_follower_hears_past_deltas_then_new_ones(response: ActiveResponse) -> None:
+async def test_a_response_in_the_background_goes_on_without_listeners() -> None:
+    response, listener = new_response(background=True), FakeListener()
+    response.start(wait_for_ever(), wait_for_ever())
+    response.add_listener(listener)
     response.announce()
-    for text in ("one", "two"):
-        response.add_text(text)
+    response.remove_listener(listener, linger=0)
+    assert not await has_ended(response)
+    response.cancel(Status.CANCELLED, "client_cancelled")
+    assert isinstance(await response.wait_generated(), asyncio.CancelledError)
+
+
+# Replays
+
+
+def repeatable(listener: FakeListener) -> list[ResponseEvent]:
+    """What a listener has heard, as a replay has it too: without what tells of a moment."""
+    events = [event for event in listener.rest() if not isinstance(event, Queued | Warned)]
+    return [replace(event, usage=None) if isinstance(event, OutputDelta) else event for event in events]
+
+
+async def caught_up(response: ActiveResponse) -> FakeListener:
     follower = FakeListener()
-    await response.catch_up(follower, starting_after=1)
-    response.add_text("three")
-    assert follower.rest() == [TextDelta(response.id, 2, "two"), TextDelta(response.id, 3, "three")]
+    await response.catch_up(follower)
+    return follower
+
+
+async def test_a_replay_at_any_point_has_the_events_that_came_live(
+    response: ActiveResponse, listener: FakeListener
+) -> None:
+    live: list[ResponseEvent] = []
+
+    async def compare() -> None:
+        live.extend(repeatable(listener))
+        assert repeatable(await caught_up(response)) == live
+
+    response.announce()
+    await compare()
+    for type, text in [("reasoning", "hm"), ("reasoning", ", yes"), ("message", "so"), ("message", "!")]:
+        response.add_text(type, text)  # type: ignore[arg-type]
+        await compare()
+    for name in ("f", "g"):
+        response.begin_call(name)
+        await compare()
+    response.add_text("function_call", "{}")
+    await compare()
+    response.end("max_output_tokens")
+    response.close()
+    await compare()
+    response.finish()
+    await compare()
+    assert isinstance(live[-1], Finished)
+
+
+async def test_a_follower_hears_what_comes_after_it_has_caught_up(
+    response: ActiveResponse, listener: FakeListener
+) -> None:
+    follower = FakeListener()
+    response.announce()
+    perform(response, "think one | say two")
+    await response.catch_up(follower)
+    perform(response, "say three | call f {}")
+    conclude(response, "stop")
+    assert repeatable(follower) == repeatable(listener)
+
+
+PARTS = st.sampled_from(["reasoning", "message", "call", "pause"])
+
+
+@given(steps=st.lists(PARTS, max_size=24), joins=st.integers(0, 24), ended=st.booleans())
+@settings(deadline=None, max_examples=100)
+def test_a_follower_hears_the_same_events_whenever_it_comes(steps: list[str], joins: int, ended: bool) -> None:
+    async def follow() -> None:
+        response, listener, follower = make_response(), FakeListener(), FakeListener()
+        response.add_listener(listener)
+        response.announce()
+        for number, step in enumerate([*steps, "end" if ended else "pause"]):
+            if number == joins:
+                await response.catch_up(follower)
+            match step:
+                case "call":
+                    response.begin_call("f")
+                    response.add_text("function_call", "{}")
+                case "reasoning" | "message":
+                    response.add_text(step, f"{number} ")
+                case "end":
+                    conclude(response, "stop")
+        if joins > len(steps):
+            await response.catch_up(follower)
+        assert repeatable(follower) == repeatable(listener)
+
+    asyncio.run(follow())
+
+
+async def test_a_slow_follower_hears_each_event_once_while_the_reply_grows(
+    response: ActiveResponse, listener: FakeListener
+) -> None:
+    response.announce()
+    for _ in range(BATCH):
+        response.add_text("message", "x")
+    follower = FakeListener()
+    follower.reading.clear()
+    catching_up = asyncio.create_task(response.catch_up(follower))
+    await follower.behind.wait()
+    perform(response, "say more | think hm | call f {}")
+    follower.reading.set()
+    await catching_up
+    perform(response, "call g {}")
+    conclude(response, "stop")
+    assert repeatable(follower) == repeatable(listener)
+
+
+async def test_a_follower_that_catches_up_after_the_end_hears_it_once(
+    response: ActiveResponse, listener: FakeListener
+) -> None:
+    response.announce()
+    for _ in range(BATCH):
+        response.add_text("message", "x")
+    follower = FakeListener()
+    follower.reading.clear()
+    catching_up = asyncio.create_task(response.catch_up(follower))
+    await follower.behind.wait()
+    conclude(response, "stop")
+    follower.reading.set()
+    await catching_up
+    assert repeatable(follower) == repeatable(listener)
+
+
+async def test_a_follower_that_comes_between_the_last_piece_and_the_end_hears_the_part_end_once(
+    response: ActiveResponse, listener: FakeListener
+) -> None:
+    response.announce()
+    perform(response, "say so")
+    response.end("stop")
+    response.close()
+    follower = FakeListener()
+    await response.catch_up(follower)
+    response.finish()
+    assert repeatable(follower) == repeatable(listener)
+
+
+async def test_a_follower_of_a_response_that_is_not_announced_hears_it_from_the_start(
+    response: ActiveResponse, listener: FakeListener
+) -> None:
+    follower = FakeListener()
+    await response.catch_up(follower)
+    assert follower.rest() == []
+    response.announce()
+    assert repeatable(follower) == repeatable(listener)
 
 
 async def test_a_follower_of_a_waiting_response_hears_its_position(response: ActiveResponse) -> None:
     response.announce()
     for position in (3, 2):
         response.set_position(position)
-    follower = FakeListener()
-    await response.catch_up(follower, starting_after=0)
-    assert follower.rest() == [Queued(response.id, 2)]
+    assert (await caught_up(response)).rest()[1:] == [Queued(response.id, 2)]
 
 
 async def test_a_follower_hears_no_position_after_the_response_got_its_slot(response: ActiveResponse) -> None:
     response.announce()
     response.set_position(1)
     response.set_admitted()
-    follower = FakeListener()
-    await response.catch_up(follower, starting_after=0)
-    assert follower.rest() == []
-
-
-async def test_a_follower_that_catches_up_after_the_end_hears_it_once(response: ActiveResponse) -> None:
-    response.announce()
-    for _ in range(BATCH):
-        response.add_text("x")
-    follower = FakeListener()
-    follower.reading.clear()
-    catching_up = asyncio.create_task(response.catch_up(follower, 0))
-    await follower.behind.wait()
-    response.end("stop")
-    response.finish()
-    follower.reading.set()
-    await catching_up
-    assert follower.rest()[BATCH:] == [Finished("conv_1", response.item)]
+    assert [type(event) for event in (await caught_up(response)).rest()] == [Created]
 
 
 @pytest.mark.parametrize(
@@ -319,8 +564,9 @@ async def test_a_replay_waits_for_its_follower_after_each_batch(deltas: int, pau
 
         async def wait_sent(self) -> None:
             self.pauses += 1
-            assert self.heard.qsize() == self.pauses * BATCH
+            assert sum(isinstance(event, OutputDelta) for event in self.heard._queue) == self.pauses * BATCH  # type: ignore[attr-defined]
 
-    follower = CountingListener()
-    await replay(follower, "resp_1", ["x"] * deltas, 0)
-    assert (follower.heard.qsize(), follower.pauses) == (deltas, pauses)
+    response, follower = make_response(), CountingListener()
+    created = Created(None, response.item)
+    await replay(follower, created, [OutputItem("message", ["x"] * deltas, complete=True)])
+    assert (follower.heard.qsize(), follower.pauses) == (deltas + 3, pauses)

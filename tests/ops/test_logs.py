@@ -17,17 +17,16 @@ from uvicorn.config import LOGGING_CONFIG
 from websockets.sync.client import connect
 from websockets.typing import Subprotocol
 
+from models.chat_request import ChatRequest
 from models.errors import MessagesRejectedError
-from models.messages import Message
 from models.ops.logs import Redaction, log, logging_configured
-from models.options import Options
 from models.settings import Settings
 from models.web.cookies import SESSION as COOKIE
 from server import create_app
-from tests.support.client import bearer, bearer_subprotocol, complete
+from tests.support.client import ENDS, bearer, bearer_subprotocol, complete
 from tests.support.scripted import ScriptedChat, ScriptedReply, keeping_in
 from tests.support.serving import Served, serve
-from tests.support.sockets import ask, chat_v1, close_code, events_until
+from tests.support.sockets import ask, chat_v2, close_code, events_until, events_until_done
 from tests.support.stores import SlowConversations
 
 SECRET = "hunter2"
@@ -158,9 +157,9 @@ def test_as_json_every_line_of_parley_and_uvicorn_is_an_object(
         for _ in range(2):
             response = httpx2.post(f"{served.url}/v1/chat/completions?a=b", json=body, headers=bearer())
             assert response.status_code == 200
-        with chat_v1(served) as connection:
+        with chat_v2(served) as connection:
             ask(connection, "break it")
-            done = events_until(connection, "response.done")[-1]["response"]
+            done = events_until_done(connection)[-1]["response"]
         httpx2.get(f"{served.url}/v1/models", headers=bearer("wrong"))
     out, err = capfd.readouterr()
     # Before this line and after the other, there are no settings yet or no longer.
@@ -196,7 +195,7 @@ def test_as_text_every_event_is_one_line(
         capfd.readouterr()
         for label in ("plain", "two\nlines", "2026-01-01 00:00:00,000 INFO revoked user=ann", "\u2028\x85\x1b[2J"):
             assert complete(client, "say yes", user=label).status_code == 200
-        with client.websocket_connect("/ws", ["chat.v1"], headers=bearer("wrong")) as socket:
+        with client.websocket_connect("/ws", ["chat.v2"], headers=bearer("wrong")) as socket:
             socket.receive_json()
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 9
@@ -204,7 +203,8 @@ def test_as_text_every_event_is_one_line(
     replies = [line.split(" ", 3)[3] for line in lines if " reply " in line]
     assert len(replies) == 4
     details = r"reply response=resp_\w{32} user=ann status=completed reason=stop input_tokens=1 cached_tokens=0 "
-    assert all(re.fullmatch(details + r"output_tokens=1 total_tokens=2 seconds=[\d.e-]+", reply) for reply in replies)
+    details += r"output_tokens=1 reasoning_tokens=0 total_tokens=2 seconds=[\d.e-]+"
+    assert all(re.fullmatch(details, reply) for reply in replies)
     assert lines[-1].endswith("login failed address=testclient code=invalid_credentials")
 
 
@@ -303,22 +303,21 @@ def everything() -> Iterator[list[str]]:
 class RejectingChat(ScriptedChat):
     """Rejects messages that begin with "reject", by an error that shows them, as those of chat templates do."""
 
-    async def prepare(
-        self, user: str, messages: list[Message], options: Options, keep_all: bool = False
-    ) -> ScriptedReply:
-        if messages[-1]["content"].startswith("reject"):
-            raise MessagesRejectedError(f"the chat template of the model does not accept the messages: {messages}")
-        return await super().prepare(user, messages, options, keep_all)
+    async def prepare(self, request: ChatRequest) -> ScriptedReply:
+        if request.messages[-1]["content"].startswith("reject"):
+            raise MessagesRejectedError(
+                f"the chat template of the model does not accept the messages: {request.messages}"
+            )
+        return await super().prepare(request)
 
 
 def use_websockets(served: Served, **options: Any) -> None:
     """Send good and bad frames by both protocols."""
-    with connect(served.ws, subprotocols=[Subprotocol("chat.v1")], max_size=None, **options) as socket:
+    with connect(served.ws, subprotocols=[Subprotocol("chat.v2")], max_size=None, **options) as socket:
         socket.recv()
         for order in ("say", "break", "reject"):
             ask(socket, f"{order} {WORD}", conversation="new", instructions=f"be {WORD}")
-            while json.loads(socket.recv())["type"] not in ("response.done", "error"):
-                pass
+            events_until(socket, *ENDS, "error")
         for frame in (WORD, json.dumps({"type": WORD}), b"\xff" + WORD.encode(), "[" * 100_000 + WORD):
             socket.send(frame)
             socket.recv()
@@ -360,7 +359,7 @@ def use_http(client: httpx2.Client) -> str:
         client.post("/v1/chat/completions", content=body, headers=bearer(GOOD))
     found = client.get("/v1/conversations", headers=bearer(GOOD)).json()["data"]
     path = f"/v1/conversations/{found[0]['id']}"
-    client.patch(path, json={"title": WORD}, headers=bearer(GOOD))
+    client.post(path, json={"title": WORD}, headers=bearer(GOOD))
     client.get(f"{path}/export", headers=bearer(GOOD))
     return path
 

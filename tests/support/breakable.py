@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from models.engine.native import build
 from models.language.engine_chat import EngineChat
-from models.language.events import Event, TextPiece
+from models.language.events import Event, TextDelta
 from server import create_app, serve
 from tests.support.scripted import ScriptedChat, ScriptedReply
 from tests.support.tiny import opens_tiny, tiny_llama, tiny_tokenizer
@@ -67,7 +67,7 @@ def scripted() -> Starlette:
 
 def crowded() -> Starlette:
     """The same, with few descriptors."""
-    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (80, 80))
     return scripted()
 
 
@@ -98,7 +98,7 @@ class JumpingChat(ScriptedChat):
 
         async for event in super().events(reply):
             yield event
-            if isinstance(event, TextPiece):
+            if isinstance(event, TextDelta):
                 clock.offset = float(reply.messages[-1]["content"].split()[1])
 
 

@@ -36,27 +36,43 @@ def complete(client: Any, message: str, secret: str = ANN, model: str = "scripte
     return client.post("/v1/chat/completions", json=body, headers=bearer(secret))
 
 
-def ask(socket: Any, input: str, **fields: Any) -> None:
-    """Send a `response.create` of chat.v1."""
-    socket.send_json({"type": "response.create", "response": {"input": input, **fields}})
+ENDS = ("response.completed", "response.incomplete", "response.failed")  # the last events of a response
 
 
-def events_until(socket: Any, type: str) -> list[Json]:
-    """All events of chat.v1 up to the first of a type, which is the last."""
+def ask(socket: Any, input: Any, **fields: Any) -> None:
+    """Send a `response.create`."""
+    socket.send_json({"type": "response.create", "input": input, "truncation": "auto", **fields})
+
+
+def events_until(socket: Any, *types: str) -> list[Json]:
+    """All events up to the first of some types, which is the last."""
     events: list[Json] = [socket.receive_json()]
-    while events[-1]["type"] != type:
+    while events[-1]["type"] not in types:
         events.append(socket.receive_json())
     return events
 
 
-def until(socket: Any, type: str) -> Json:
-    """The next event of a type."""
-    return events_until(socket, type)[-1]
+def until(socket: Any, *types: str) -> Json:
+    """The next event of some types."""
+    return events_until(socket, *types)[-1]
 
 
 def events_until_done(socket: Any) -> list[Json]:
-    """All events up to the end of a reply."""
-    return events_until(socket, "response.done")
+    """All events up to the end of a response."""
+    return events_until(socket, *ENDS)
+
+
+def reply(socket: Any, input: Any, **fields: Any) -> Json:
+    """Ask, and wait for the response."""
+    ask(socket, input, **fields)
+    response: Json = events_until_done(socket)[-1]["response"]
+    return response
+
+
+def text_of(response: Json) -> str:
+    """The text of all messages in a response."""
+    messages = [item for item in response["output"] if item["type"] == "message"]
+    return "".join(part["text"] for message in messages for part in message["content"])
 
 
 def close_code(socket: Any) -> int:
@@ -69,19 +85,18 @@ def close_code(socket: Any) -> int:
 
 
 @contextmanager
-def chat_v1(client: TestClient, secret: str = ANN) -> Iterator[Any]:
-    """A connection by chat.v1 that has had its `session.created`."""
-    with client.websocket_connect("/ws", ["chat.v1"], headers=bearer(secret)) as socket:
-        assert socket.receive_json()["type"] == "session.created"
+def chat_v2(client: TestClient, secret: str = ANN) -> Iterator[Any]:
+    """A connection by chat.v2 that has had its `parley.session.created`."""
+    with client.websocket_connect("/ws", ["chat.v2"], headers=bearer(secret)) as socket:
+        assert socket.receive_json()["type"] == "parley.session.created"
         yield socket
 
 
 def converse(client: TestClient, *inputs: str, conversation: str = "new", secret: str = ANN) -> str:
     """Send some messages as a user and wait for the replies; returns the id of the conversation."""
-    with chat_v1(client, secret) as socket:
+    with chat_v2(client, secret) as socket:
         for input in inputs:
-            ask(socket, input, conversation=conversation)
-            conversation = events_until_done(socket)[-1]["response"]["conversation"]
+            conversation = reply(socket, input, conversation=conversation)["conversation"]["id"]
     return conversation
 
 

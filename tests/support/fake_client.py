@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any, TypeVar
 
-from models.generation.events import Finished, ResponseEvent, TextDelta
+from models.generation.events import Finished, OutputDelta, ResponseEvent
 from models.validation import Json
 
 Event = TypeVar("Event", bound=ResponseEvent)
@@ -39,6 +39,10 @@ class FakeClient:
         while events[-1]["type"] != type:
             events.append(await self.sent.get())
         return events
+
+    def rest(self) -> list[Any]:
+        """All frames that were sent and not taken yet."""
+        return [self.sent.get_nowait() for _ in range(self.sent.qsize())]
 
 
 class FakeListener:
@@ -74,7 +78,6 @@ class FakeListener:
         """All events that have come and were not taken yet."""
         return [self.heard.get_nowait() for _ in range(self.heard.qsize())]
 
-    async def deltas(self) -> list[tuple[int, str]]:
-        """The numbered text deltas up to the end of the reply."""
-        events = await self.until(Finished)
-        return [(event.sequence_number, event.text) for event in events if isinstance(event, TextDelta)]
+    async def deltas(self) -> list[str]:
+        """The pieces of all parts up to the end of the reply."""
+        return [event.text for event in await self.until(Finished) if isinstance(event, OutputDelta)]

@@ -24,8 +24,10 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Subprotocol
 
+from models.store.item import node_id
 from models.validation import Json
 from tests.support.breakable import run
+from tests.support.client import ENDS, text_of
 
 T = TypeVar("T")
 
@@ -62,7 +64,7 @@ def until(condition: Callable[[], T], what: str) -> T:
 def stored(data: Path) -> list[tuple[str, str | None, str | None]]:
     """The items in the database of a server that has ended: content, status and reason."""
     with closing(sqlite3.connect(data / "parley.db")) as database:
-        return database.execute("SELECT content, status, reason FROM items ORDER BY created, position").fetchall()
+        return database.execute("SELECT content, status, reason FROM items ORDER BY created, depth").fetchall()
 
 
 class Log:
@@ -192,14 +194,17 @@ class Server:
         return response.status_code, response.text
 
     def items(self, conversation: str) -> list[tuple[str, str | None]]:
-        """The stored items of a conversation: content and status."""
-        items = self.get(f"/v1/conversations/{conversation}").json().get("items", ())
-        return [(item["content"], item.get("status")) for item in items]
+        """The stored turns of a conversation: the text of each, and the status of replies."""
+        turns = self.get(f"/v1/conversations/{conversation}/branch").json().get("data", ())
+        return [
+            (text_of(turn), turn["status"]) if "output" in turn else (turn["content"][0]["text"], None)
+            for turn in turns
+        ]
 
     @contextmanager
     def connected(self) -> Iterator[Client]:
-        """A connection by chat.v1."""
-        with self.connection([Subprotocol("chat.v1")]) as connection:
+        """A connection by chat.v2."""
+        with self.connection([Subprotocol("chat.v2")]) as connection:
             yield Client(connection)
 
     def connection(self, protocols: list[Subprotocol] | None = None) -> ClientConnection:
@@ -213,47 +218,54 @@ class Server:
 
 
 class Client:
-    """A client of chat.v1 that keeps all events."""
+    """A client of chat.v2 that keeps all events. Its requests are in one conversation, unless they say otherwise."""
 
     def __init__(self, connection: ClientConnection) -> None:
         self.connection = connection
         self.events: list[Json] = []
-        self.conversation: str = self.wait_for("session.created")["session"]["conversation"]
+        self.conversation = "new"
+        self.wait_for("parley.session.created")
 
     def ask(self, input: str, **fields: Any) -> None:
-        """Send a `response.create`, with the input as event id too."""
-        request = {"input": input, "temperature": 0, **fields}
-        self.connection.send(json.dumps({"type": "response.create", "event_id": input, "response": request}))
+        """Send a `response.create`, with the input as stream id too."""
+        request = {"input": input, "conversation": self.conversation, "temperature": 0, "truncation": "auto", **fields}
+        self.connection.send(json.dumps({"type": "response.create", "stream_id": input, **request}))
 
     def start(self, input: str, **fields: Any) -> Json:
         """Ask, and wait until the response is created."""
         self.ask(input, **fields)
-        return dict(self.wait_for("response.created", event_id=input)["response"])
+        response = dict(self.wait_for("response.created", stream_id=input)["response"])
+        if "conversation" not in fields:
+            self.conversation = response["conversation"]["id"]
+        return response
 
-    def find(self, type: str, **fields: Any) -> list[Json]:
+    def find(self, *types: str, **fields: Any) -> list[Json]:
         """The events so far with some fields, their own ones or those of their response or error."""
 
         def matches(event: Json) -> bool:
             inner: Json = event.get("response") or event.get("error") or {}
-            return event["type"] == type and fields.items() <= (event | inner).items()
+            return event["type"] in types and fields.items() <= (event | inner).items()
 
         return [event for event in self.events if matches(event)]
 
-    def wait_for(self, type: str, **fields: Any) -> Json:
+    def wait_for(self, *types: str, **fields: Any) -> Json:
         """The first such event, which may have come already."""
-        while not (found := self.find(type, **fields)):
+        while not (found := self.find(*types, **fields)):
             try:
                 self.events.append(json.loads(self.connection.recv(PATIENCE)))
             except (TimeoutError, ConnectionClosed) as error:
-                pytest.fail(f"{error!r} instead of {type} with {fields}, after {self.events}")
+                pytest.fail(f"{error!r} instead of {types} with {fields}, after {self.events}")
         return found[0]
 
-    def outcome(self, id: str) -> tuple[str, str, str]:
-        """Wait for the end of a reply: status, reason and text, which is that of its deltas."""
-        response = self.wait_for("response.done", id=id)["response"]
-        deltas = (event["delta"] for event in self.find("response.output_text.delta", response_id=id))
-        assert "".join(deltas) == response["output_text"]
-        return response["status"], response["status_details"]["reason"], response["output_text"]
+    def outcome(self, id: str) -> tuple[str, str | None, str]:
+        """Wait for the end of a response: its status, why it did not complete, and its text, which is that of its
+        deltas."""
+        response = self.wait_for(*ENDS, id=id)["response"]
+        text = text_of(response)
+        deltas = self.find("response.output_text.delta")
+        assert "".join(event["delta"] for event in deltas if node_id(event["item_id"]) == id) == text
+        why = (response["incomplete_details"] or {}).get("reason") or (response["error"] or {}).get("message")
+        return response["status"], why, text
 
     def wait_for_close(self) -> tuple[int, str] | None:
         """Keep all events until the connection is closed; returns the code and the reason."""

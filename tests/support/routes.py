@@ -29,9 +29,9 @@ def methods_of(route: Route) -> set[str]:
     return set(route.methods or [name for name in METHODS if hasattr(route.endpoint, name.lower())])
 
 
-def filled(path: str, id: str) -> str:
-    """A path with an id in place of its parameter."""
-    return re.sub("{id.*?}", id, path)
+def filled(path: str, id: str, item: str = "msg_1") -> str:
+    """A path with ids in place of its parameters."""
+    return re.sub("{id.*?}", id, path).replace("{item}", item)
 
 
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "QUERY"]

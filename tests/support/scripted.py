@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -11,15 +11,21 @@ from typing import Any
 import anyio
 from starlette.applications import Starlette
 
+from models.chat_request import ChatRequest
 from models.generation.admission import Admission, Ticket
 from models.generation.manager import ResponseManager
-from models.language.events import Done, Event, TextPiece
+from models.language.events import ArgumentsDelta, Done, Event, ReasoningDelta, TextDelta, ToolCallStarted
 from models.messages import Message, Usage
 from models.ops.metrics import Metrics
 from models.options import Options
 from models.settings import Settings
 from models.store.conversations import Conversations
 
+DELTAS: dict[str, type[ReasoningDelta | TextDelta | ArgumentsDelta]] = {
+    "think": ReasoningDelta,
+    "say": TextDelta,
+    "call": ArgumentsDelta,
+}
 SCRIPTED_POSITIONS = {"queue": [2, 1], "hold": [3]}
 
 
@@ -27,12 +33,15 @@ class ScriptedChat:
     """A `Chat` that obeys the first word of a message: the reply to "say X" is X, in pieces of four characters.
 
     The reply to "wait X" is X and then nothing until `release`. "queue X" waits in second and first place before it is
-    said; "hold X" waits in third place until `release`, and is "wait X" from then on. "break X" fails after X. `heard`
-    has every request, `running` counts the replies that are running, `idle` is set when the last of them ends.
+    said; "hold X" waits in third place until `release`, and is "wait X" from then on. "break X" fails after X.
+    "perform X" has several parts, with " | " between them: "think A", "say B", and "call f {}", which calls the tool f.
+    "pause X" performs X, and then nothing until `release`. `requests` and `heard` have every request, `running` counts
+    the replies that are running, `idle` is set when the last of them ends.
     """
 
     model_name = "scripted"
     context = 4096
+    capabilities = ("tools", "reasoning")
     trouble: str | None = None
     cache_usage = 0.0
 
@@ -41,6 +50,7 @@ class ScriptedChat:
         self.arguments: dict[str, Any] = {"model": self.model_name}
         self.admission: Admission = ScriptedAdmission(self)
         self.heard: list[tuple[list[Message], Options]] = []
+        self.requests: list[ChatRequest] = []
         self.running = 0
         self.died = asyncio.Event()
         self.idle = anyio.Event()
@@ -58,25 +68,25 @@ class ScriptedChat:
         self._released.set()
         self._released = anyio.Event()
 
-    async def prepare(
-        self, user: str, messages: list[Message], options: Options, keep_all: bool = False
-    ) -> ScriptedReply:
-        self.heard.append((list(messages), options))
-        order, _, text = messages[-1]["content"].partition(" ")
+    async def prepare(self, request: ChatRequest) -> ScriptedReply:
+        self.requests.append(request)
+        self.heard.append((list(request.messages), request.options))
+        asked = request.messages[-1]["content"] if request.prompt is None else request.prompt
+        order, _, text = asked.partition(" ")
         task = asyncio.current_task()
         assert task
         self._orders[task] = order
         self.running += 1
         self.idle = anyio.Event()
         task.add_done_callback(self._ended)
-        return ScriptedReply(self, messages, order, text)
+        return ScriptedReply(self, list(request.messages), order, text)
 
     async def events(self, reply: ScriptedReply) -> AsyncGenerator[Event, None]:
         """What comes of a reply that is admitted; for kinds of chats to do otherwise."""
-        for start in range(0, len(reply.text), 4):
+        for event in reply.script():
             reply.usage.output_tokens += 1
-            yield TextPiece(reply.text[start : start + 4])
-        if reply.order in ("wait", "hold"):
+            yield event
+        if reply.order in ("wait", "hold", "pause"):
             await self.released()
         if reply.order == "break":
             raise RuntimeError("the script says so")
@@ -114,6 +124,16 @@ class ScriptedReply:
 
     def events(self) -> AsyncGenerator[Event, None]:
         return self._chat.events(self)
+
+    def script(self) -> Iterator[Event]:
+        """The events of all parts, in pieces of four characters."""
+        for part in self.text.split(" | ") if self.order in ("perform", "pause") else [f"say {self.text}"]:
+            kind, _, text = part.partition(" ")
+            if kind == "call":
+                name, _, text = text.partition(" ")
+                yield ToolCallStarted(name)
+            for start in range(0, len(text), 4):
+                yield DELTAS[kind](text[start : start + 4])
 
 
 class ScriptedAdmission(Admission):

@@ -15,40 +15,45 @@ from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Subprotocol
 
 from models.validation import Json
-from tests.support.client import ANN, bearer
+from tests.support.client import ANN, ENDS, bearer
 from tests.support.serving import Served
 
 T = TypeVar("T")
 
 
 @contextmanager
-def chat_v1(served: Served, secret: str = ANN, **options: Any) -> Iterator[ClientConnection]:
-    """A connection by chat.v1 that has had its `session.created`."""
-    protocols = [Subprotocol("chat.v1")]
+def chat_v2(served: Served, secret: str = ANN, **options: Any) -> Iterator[ClientConnection]:
+    """A connection by chat.v2 that has had its `parley.session.created`."""
+    protocols = [Subprotocol("chat.v2")]
     with connect(
         served.ws, subprotocols=protocols, additional_headers=bearer(secret), max_size=None, **options
     ) as connection:
-        assert json.loads(connection.recv())["type"] == "session.created"
+        assert json.loads(connection.recv())["type"] == "parley.session.created"
         yield connection
 
 
 def ask(connection: ClientConnection, input: str, **fields: Any) -> None:
     """Send a `response.create`."""
-    connection.send(json.dumps({"type": "response.create", "response": {"input": input, **fields}}))
+    connection.send(json.dumps({"type": "response.create", "input": input, "truncation": "auto", **fields}))
 
 
-def resume(connection: ClientConnection, response_id: str, starting_after: int) -> None:
-    """Send a `response.resume`."""
-    event = {"type": "response.resume", "response_id": response_id, "starting_after": starting_after}
-    connection.send(json.dumps(event))
+def resume(connection: ClientConnection, response_id: str, starting_after: int = -1, **fields: Any) -> None:
+    """Send a `parley.response.resume`."""
+    event = {"type": "parley.response.resume", "response_id": response_id, "starting_after": starting_after}
+    connection.send(json.dumps(event | fields))
 
 
-def events_until(connection: ClientConnection, type: str) -> list[Json]:
-    """All events up to the first of a type, which is the last."""
+def events_until(connection: ClientConnection, *types: str) -> list[Json]:
+    """All events up to the first of some types, which is the last."""
     events: list[Json] = [json.loads(connection.recv())]
-    while events[-1]["type"] != type:
+    while events[-1]["type"] not in types:
         events.append(json.loads(connection.recv()))
     return events
+
+
+def events_until_done(connection: ClientConnection) -> list[Json]:
+    """All events up to the end of a response."""
+    return events_until(connection, *ENDS)
 
 
 def close_code(connection: ClientConnection) -> int | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import uvicorn
 
-from models.language.events import Event, TextPiece
+from models.language.events import Event, TextDelta
 from models.settings import Settings
 from server import create_app, listen
 from tests.support.scripted import ScriptedChat, ScriptedReply
@@ -29,7 +29,7 @@ class EndlessChat(ScriptedChat):
         number = 0
         while True:
             number += 1
-            yield TextPiece(f"{number} ")
+            yield TextDelta(f"{number} ")
             await asyncio.sleep(1 / DELTAS_PER_SECOND)
 
 

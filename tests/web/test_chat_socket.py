@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from models.protocols.chat_v1 import BAD_FRAMES
+from models.protocols.responses.session import BAD_FRAMES
 from models.settings import Settings
-from models.web.chat_socket import FRAME_BYTES
+from models.web.session_socket import FRAME_BYTES
 from server import create_app
-from tests.support.client import ANN, BOB, ask, bearer, chat_v1, close_code, events_until, events_until_done
+from tests.support.client import ANN, BOB, ask, bearer, chat_v2, close_code, events_until, events_until_done, text_of
 from tests.support.running_app import RunningApp, start
 from tests.support.scripted import ScriptedChat
 from tests.support.tiny import opens_tiny
@@ -37,53 +37,54 @@ def test_plain_text_streams_a_reply(tiny_app: RunningApp) -> None:
         assert socket.receive_text()
 
 
-def test_chat_v1_streams_a_reply(tiny_app: RunningApp) -> None:
-    with tiny_app.client().websocket_connect("/ws", ["chat.v1"], headers=bearer()) as socket:
+def test_chat_v2_streams_a_reply(tiny_app: RunningApp) -> None:
+    with tiny_app.client().websocket_connect("/ws", ["chat.v2"], headers=bearer()) as socket:
         session = socket.receive_json()["session"]
         assert (session["user"], session["context_length"]) == ("ann", 256)
         assert session["limits"] == {"frame_bytes": FRAME_BYTES, "responses": 4}
-        request = {"input": "Hello", "temperature": 0, "max_output_tokens": 12}
-        socket.send_json({"type": "response.create", "event_id": "mine", "response": request})
-        created, *deltas, done = events_until_done(socket)
-        assert created["event_id"] == "mine"
-        assert "".join(delta["delta"] for delta in deltas) == done["response"]["output_text"]
-        assert done["response"]["usage"]["output_tokens"] <= 12
+        assert session["capabilities"] == []
+        ask(socket, "Hello", temperature=0, max_output_tokens=12, stream_id="mine")
+        events = events_until_done(socket)
+        assert {event["stream_id"] for event in events} == {"mine"}
+        done = events[-1]["response"]
+        assert "".join(event.get("delta", "") for event in events) == text_of(done)
+        assert done["usage"]["output_tokens"] <= 12
 
 
 # Frames
 
 
 def test_an_event_is_json_without_spaces_or_escapes(client: TestClient) -> None:
-    with chat_v1(client) as socket:
+    with chat_v2(client) as socket:
         ask(socket, "say 广州")
-        frames = [socket.receive_text() for _ in range(3)]
-    assert '"delta":"广州"' in frames[1]
+        frames = [socket.receive_text() for _ in range(5)]
+    assert '"delta":"广州"' in frames[-1]
 
 
 def test_a_frame_of_bytes_is_read_like_one_of_text(client: TestClient) -> None:
-    with chat_v1(client) as socket:
-        socket.send_bytes(b'{"type": "response.create", "response": {"input": "say yes"}}')
-        assert events_until_done(socket)[-1]["response"]["output_text"] == "yes"
+    with chat_v2(client) as socket:
+        socket.send_bytes(b'{"type": "response.create", "input": "say yes"}')
+        assert text_of(events_until_done(socket)[-1]["response"]) == "yes"
         socket.send_bytes(b"\xff\xfe")
         assert socket.receive_json()["error"]["code"] == "invalid_json"
 
 
 def test_a_cancel_is_read_while_a_reply_streams(client: TestClient) -> None:
-    with chat_v1(client) as socket:
+    with chat_v2(client) as socket:
         ask(socket, "wait some")
         events_until(socket, "response.output_text.delta")
-        socket.send_json({"type": "response.cancel"})
+        socket.send_json({"type": "parley.response.cancel"})
         assert events_until_done(socket)[-1]["response"]["status"] == "cancelled"
 
 
 def test_twenty_bad_frames_in_a_row_close_with_4400(client: TestClient) -> None:
-    with chat_v1(client) as socket:
+    with chat_v2(client) as socket:
         for _ in range(BAD_FRAMES):
             socket.send_text("nonsense")
         assert close_code(socket) == 4400
 
 
-@pytest.mark.parametrize("protocols", [["chat.v1"], []], ids=["chat.v1", "plain text"])
+@pytest.mark.parametrize("protocols", [["chat.v2"], []], ids=["chat.v2", "plain text"])
 @pytest.mark.parametrize("frame", ["x" * (FRAME_BYTES + 1), "广" * (FRAME_BYTES // 3 + 1)], ids=["ASCII", "Chinese"])
 def test_a_frame_over_the_limit_closes_with_1009(client: TestClient, protocols: list[str], frame: str) -> None:
     with client.websocket_connect("/ws", protocols, headers=bearer()) as socket:
@@ -92,7 +93,7 @@ def test_a_frame_over_the_limit_closes_with_1009(client: TestClient, protocols: 
 
 
 def test_a_frame_of_the_limit_is_read(client: TestClient) -> None:
-    with chat_v1(client) as socket:
+    with chat_v2(client) as socket:
         socket.send_text('{"type": "nothing"}'.ljust(FRAME_BYTES))
         assert socket.receive_json()["error"]["code"] == "unknown_type"
 
@@ -112,14 +113,14 @@ def test_a_ninth_waiting_message_of_plain_text_closes_with_1013(client: TestClie
 def test_one_connection_too_many_closes_with_4429(settings: Settings, scripted: ScriptedChat) -> None:
     with start(create_app(replace(settings, sockets_per_user=1), scripted.opened)) as running:
         client = running.client()
-        with chat_v1(client):
-            with client.websocket_connect("/ws", ["chat.v1"], headers=bearer()) as second:
+        with chat_v2(client):
+            with client.websocket_connect("/ws", ["chat.v2"], headers=bearer()) as second:
                 assert second.receive_json()["error"]["code"] == "too_many_sockets"
                 assert close_code(second) == 4429
             with client.websocket_connect("/ws", headers=bearer()) as plain:
                 assert "too many open connections" in plain.receive_text()
                 assert close_code(plain) == 4429
-        with chat_v1(client):
+        with chat_v2(client):
             pass  # there is room again
 
 
@@ -133,17 +134,17 @@ def plain_text(client: TestClient, secret: str = ANN) -> Iterator[Any]:
 
 
 def test_a_user_who_joins_and_leaves_is_announced(own_client: TestClient) -> None:
-    with chat_v1(own_client) as ann, plain_text(own_client) as plain:
+    with chat_v2(own_client) as ann, plain_text(own_client) as plain:
         with plain_text(own_client, BOB), plain_text(own_client, BOB):
-            assert ann.receive_json() == {"type": "presence.joined", "user": "bob"}
-        assert ann.receive_json() == {"type": "presence.left", "user": "bob"}
+            assert ann.receive_json() == {"type": "parley.presence.joined", "user": "bob"}
+        assert ann.receive_json() == {"type": "parley.presence.left", "user": "bob"}
         assert plain.receive_text() == "Client #bob left the chat"
 
 
 def test_nobody_is_announced_where_presence_is_off(settings: Settings, scripted: ScriptedChat) -> None:
     with start(create_app(replace(settings, presence=False), scripted.opened)) as running:
         client = running.client()
-        with chat_v1(client) as ann, plain_text(client) as plain:
+        with chat_v2(client) as ann, plain_text(client) as plain:
             with plain_text(client, BOB):
                 pass
             plain.send_text("say yes")
@@ -158,6 +159,6 @@ def test_a_bug_closes_with_1011(own_app: RunningApp, caplog: pytest.LogCaptureFi
             raise RuntimeError("a bug")
 
     own_app.app.state.connections = BrokenConnections()
-    with own_app.client().websocket_connect("/ws", ["chat.v1"], headers=bearer()) as socket:
+    with own_app.client().websocket_connect("/ws", ["chat.v2"], headers=bearer()) as socket:
         assert close_code(socket) == 1011
     assert "a bug" in caplog.text

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
+from models.settings import Settings
+from models.validation import Json
+from server import create_app
 from tests.support.client import ANN, bearer, complete
-from tests.support.running_app import RunningApp
+from tests.support.running_app import RunningApp, start
 from tests.support.scripted import ScriptedChat
 
 
@@ -23,7 +28,7 @@ def test_the_one_model_is_listed(client: TestClient) -> None:
     assert client.get("/v1/models/scripted", headers=bearer()).json() == model
 
 
-@pytest.mark.parametrize("id", ["other", "owner/other", ""])
+@pytest.mark.parametrize("id", ["other", "owner/other"])
 def test_another_model_is_not_found(client: TestClient, id: str) -> None:
     response = client.get(f"/v1/models/{id}", headers=bearer())
     assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found")
@@ -55,7 +60,7 @@ def test_a_refusal_has_a_status_and_an_error_object(
 ) -> None:
     scripted.admission.per_user = 0
     response = complete(own_client, "say yes", stream=stream)
-    assert (response.status_code, response.headers["retry-after"]) == (429, "1")
+    assert (response.status_code, response.headers["retry-after"]) == (429, "5")
     assert list(response.json()["error"]) == ["message", "type", "param", "code"]
     assert response.json()["error"]["code"] == "too_many_responses"
 
@@ -69,6 +74,41 @@ def test_the_end_user_is_logged_with_the_user(client: TestClient, caplog: pytest
     complete(client, "say yes", user="visitor 7")
     (message,) = [record.getMessage() for record in caplog.records if "visitor 7" in record.getMessage()]
     assert "user=ann" in message
+
+
+def start_with(settings: Settings, *aliases: str) -> AbstractContextManager[RunningApp]:
+    return start(create_app(replace(settings, model_aliases=aliases), ScriptedChat().opened))
+
+
+def test_a_model_is_found_by_its_other_names(settings: Settings) -> None:
+    with start_with(settings, "gpt-4o", "org/other", "gpt-4o") as app:
+        client = app.client()
+        listed = client.get("/v1/models", headers=bearer()).json()["data"]
+        assert [model["id"] for model in listed] == ["scripted", "gpt-4o", "org/other"]
+        assert client.get("/v1/models/org/other", headers=bearer()).json() == listed[2]
+        for name in ("scripted", "gpt-4o", "org/other"):
+            assert complete(client, "say yes", model=name).json()["model"] == name
+        assert complete(client, "say yes", model="gpt-5").status_code == 404
+
+
+def test_a_model_may_have_every_name(settings: Settings) -> None:
+    with start_with(settings, "*") as app:
+        client = app.client()
+        assert [model["id"] for model in client.get("/v1/models", headers=bearer()).json()["data"]] == ["scripted"]
+        assert client.get("/v1/models/any/name", headers=bearer()).json()["id"] == "any/name"
+        assert '"model":"any/name"' in complete(client, "say yes", model="any/name", stream=True).text
+
+
+def test_a_text_is_continued(client: TestClient) -> None:
+    body: Json = {"model": "scripted", "prompt": "say and so on"}
+    whole = client.post("/v1/completions", json=body, headers=bearer()).json()
+    assert (whole["object"], whole["choices"][0]["text"]) == ("text_completion", "and so on")
+    response = client.post("/v1/completions", json=body | {"stream": True}, headers=bearer())
+    assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
+    *events, end = response.text.removesuffix("\n\n").split("\n\n")
+    assert end == "data: [DONE]"
+    texts = [json.loads(event.removeprefix("data: "))["choices"][0]["text"] for event in events]
+    assert "".join(texts) == "and so on"
 
 
 class HangingUp:
@@ -95,13 +135,14 @@ class HangingUp:
         self.started.set()
 
 
+@pytest.mark.parametrize("choices", [1, 3])
 @pytest.mark.parametrize("order", ["wait", "hold"])
 @pytest.mark.parametrize("stream", [False, True], ids=["one object", "stream"])
 def test_a_client_that_hangs_up_ends_its_reply(
-    own_app: RunningApp, scripted: ScriptedChat, stream: bool, order: str
+    own_app: RunningApp, scripted: ScriptedChat, stream: bool, order: str, choices: int
 ) -> None:
     messages = [{"role": "user", "content": f"{order} here"}]
-    client = HangingUp({"model": "scripted", "messages": messages, "stream": stream})
+    client = HangingUp({"model": "scripted", "messages": messages, "stream": stream, "n": choices})
     headers = [(b"authorization", f"Bearer {ANN}".encode())]
     scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "query_string": b"", "headers": headers}
 

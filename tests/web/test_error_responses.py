@@ -53,8 +53,10 @@ def test_a_database_error_says_when_to_try_again(
 
 def test_an_unknown_path_is_json_in_the_api_and_text_elsewhere(client: TestClient) -> None:
     response = client.get("/v1/unknown", headers=bearer())
-    error = {"message": "Not Found", "type": "invalid_request_error", "param": None, "code": None}
-    assert (response.status_code, response.json()) == (404, {"error": error})
+    error = response.json()["error"]
+    assert response.status_code == 404
+    assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", None, "unknown_url")
+    assert "/v1/models, /v1/chat/completions, /v1/completions" in error["message"]
     response = client.get("/unknown")
     assert (response.status_code, response.text) == (404, "Not Found")
 
@@ -63,8 +65,18 @@ def test_the_api_is_recognized_behind_a_path_of_a_proxy(shared_app: RunningApp) 
     client = TestClient(shared_app.app, "http://testserver/parley", root_path="/parley")
     client.portal = shared_app.client().portal
     assert client.get("/v1/models", headers=bearer()).status_code == 200
-    assert client.get("/v1/unknown", headers=bearer()).json()["error"]["message"] == "Not Found"
+    for path in ("/v1", "/v1/", "/v1/unknown", "/v1/unknown/", "/v1/conversations/conv_1/unknown", "/v1//models"):
+        response = client.get(path, headers=bearer())
+        assert (response.status_code, response.json()["error"]["code"]) == (404, "unknown_url")
+    response = client.put("/v1/models/", headers=bearer())
+    assert (response.status_code, response.json()["error"]["message"]) == (405, "Method Not Allowed")
     assert client.get("/unknown").text == "Not Found"
+
+
+def test_errors_of_the_api_are_json_where_the_path_has_no_root_path(shared_app: RunningApp) -> None:
+    client = TestClient(shared_app.app, root_path="/parley")  # some web servers say it so
+    client.portal = shared_app.client().portal
+    assert client.get("/v1/unknown", headers=bearer()).json()["error"]["code"] == "unknown_url"
 
 
 def test_a_wrong_method_is_json_in_the_api_and_text_elsewhere(client: TestClient) -> None:
@@ -113,12 +125,17 @@ SENT = {  # status, type, code, param, retry_after: programs depend on these
     "UnsupportedParameterError": (400, "invalid_request_error", "unsupported_parameter", None, None),
     "MessagesRejectedError": (400, "invalid_request_error", "invalid_value", "input", None),
     "ContextLengthExceededError": (400, "invalid_request_error", "context_length_exceeded", "input", None),
+    "PreviousResponseNotFoundError": (
+        400, "invalid_request_error", "previous_response_not_found", "previous_response_id", None,
+    ),
+    "UnsupportedEncodingError": (415, "invalid_request_error", "unsupported_encoding", None, None),
+    "FormatFailedError": (400, "invalid_request_error", "format_failed", None, None),
     "BodyTooLargeError": (413, "invalid_request_error", "body_too_large", None, None),
     "ConversationNotFoundError": (404, "invalid_request_error", "conversation_not_found", None, None),
     "ItemNotFoundError": (404, "invalid_request_error", "item_not_found", "after", None),
     "ResponseNotFoundError": (404, "invalid_request_error", "response_not_found", "response_id", None),
     "ModelNotFoundError": (404, "invalid_request_error", "model_not_found", "model", None),
-    "ConversationBusyError": (409, "invalid_request_error", "conversation_busy", None, None),
+    "ConversationLockedError": (409, "invalid_request_error", "conversation_locked", None, None),
     "ConversationFullError": (409, "invalid_request_error", "conversation_full", None, None),
     "StorageFullError": (409, "invalid_request_error", "storage_full", None, None),
     "AccessError": (401, "authentication_error", None, None, None),

@@ -15,7 +15,7 @@ from server import create_app
 from tests.support.client import bearer
 from tests.support.scripted import ScriptedChat
 from tests.support.serving import Served, serve
-from tests.support.sockets import ask, chat_v1, events_until
+from tests.support.sockets import ask, chat_v2, events_until_done
 
 PATIENCE = 20  # seconds for what takes less than one
 NEVER = 3600.0
@@ -184,12 +184,12 @@ def test_a_websocket_without_a_user_ends_although_its_client_answers_nothing(ser
 
 @with_limit(HastyStranger)
 def test_the_websocket_of_a_user_outlives_that_of_a_stranger(served: Served) -> None:
-    with connect(served.ws, additional_headers=bearer()) as plain, chat_v1(served) as user:
+    with connect(served.ws, additional_headers=bearer()) as plain, chat_v2(served) as user:
         with opened(served) as stranger:
             stranger.sendall(UPGRADE + b"\r\n")
             everything(stranger)
         ask(user, "say still here")
-        events_until(user, "response.done")
+        events_until_done(user)
         plain.send("say me too")
         assert plain.recv() != ""
 
@@ -197,7 +197,7 @@ def test_the_websocket_of_a_user_outlives_that_of_a_stranger(served: Served) -> 
 @with_limit(Patient)
 def test_a_closed_connection_is_forgotten(served: Served) -> None:
     connections = served.app.state.open_connections
-    with opened(served) as http, chat_v1(served):
+    with opened(served) as http, chat_v2(served):
         http.sendall(GET + b"Connection: close\r\n\r\n")
         everything(http)
     with httpx2.Client(base_url=served.url) as client:
@@ -207,14 +207,14 @@ def test_a_closed_connection_is_forgotten(served: Served) -> None:
 
 @with_limit(Patient)
 def test_of_the_strangers_of_an_address_the_oldest_makes_room(served: Served, caplog: pytest.LogCaptureFixture) -> None:
-    with chat_v1(served) as user:
+    with chat_v2(served) as user:
         crowd = [opened(served) for _ in range(150)]
         with opened(served) as newcomer:
             newcomer.sendall(GET + b"Connection: close\r\n\r\n")
             assert everything(newcomer).endswith(b"ok")
         assert everything(crowd[0]) == b""
         ask(user, "say still here")
-        events_until(user, "response.done")
+        events_until_done(user)
         for connection in crowd:
             connection.close()
     assert caplog.text.count("too many connections are open") == 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import socket as sockets
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -17,19 +16,21 @@ from starlette.routing import WebSocketRoute
 from starlette.testclient import TestClient
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from models.chat_request import ChatRequest
 from models.generation.admission import Admission
 from models.language.engine_chat import EngineChat
 from models.language.events import Done
 from models.ops.metrics import GAUGES
 from models.settings import Settings
+from models.store.item import node_id
 from models.validation import Json
 from models.web.chat_socket import ChatSocket
 from server import create_app
-from tests.support.client import BOB, ask, bearer, complete, events_until_done, log_in, until
+from tests.support.client import BOB, ask, bearer, complete, events_until_done, log_in, reply, until
 from tests.support.samples import Samples, changes, read_samples
 from tests.support.scripted import ScriptedChat
 from tests.support.serving import Served, serve
-from tests.support.sockets import ask as ask_server, call, chat_v1, close_code, events_until as server_events_until
+from tests.support.sockets import ask as ask_server, call, chat_v2, close_code, events_until as server_events_until
 from tests.support.tiny import opens_tiny
 
 
@@ -42,9 +43,9 @@ def client(settings: Settings, scripted: ScriptedChat) -> Iterator[TestClient]:
 
 @pytest.fixture
 def chat_socket(client: TestClient) -> Iterator[Any]:
-    """A WebSocket of ann's by chat.v1."""
-    with client.websocket_connect("/ws", ["chat.v1"], headers=bearer()) as socket:
-        until(socket, "session.created")
+    """A WebSocket of ann's by chat.v2."""
+    with client.websocket_connect("/ws", ["chat.v2"], headers=bearer()) as socket:
+        until(socket, "parley.session.created")
         yield socket
 
 
@@ -135,7 +136,7 @@ def test_replies_are_counted_by_status_and_reason(client: TestClient, scripted: 
         events_until_done(chat_socket)
     ask(chat_socket, "wait")
     until(chat_socket, "response.created")
-    chat_socket.send_json({"type": "response.cancel"})
+    chat_socket.send_json({"type": "parley.response.cancel"})
     events_until_done(chat_socket)
     ask(chat_socket, "say three", conversation="conv_of_nobody")
     assert until(chat_socket, "error")["error"]["code"] == "conversation_not_found"
@@ -174,7 +175,7 @@ def test_a_reply_in_an_unknown_conversation_has_no_latencies(client: TestClient,
 
 def test_replies_that_nobody_follows_are_counted_as_disconnected(settings: Settings, scripted: ScriptedChat) -> None:
     with serve(create_app(replace(settings, linger=0), scripted.opened)) as served:
-        with chat_v1(served) as connection:
+        with chat_v2(served) as connection:
             ask_server(connection, "wait here")
             server_events_until(connection, "response.output_text.delta")
         call(served, wait_until_idle(scripted))
@@ -201,19 +202,19 @@ def test_running_and_waiting_replies_are_counted(settings: Settings, scripted: S
     scripted.admission = Admission(slots=1, queue=9, per_user=9)
     with TestClient(create_app(settings, scripted.opened)) as client:
         with (
-            client.websocket_connect("/ws", ["chat.v1"], headers=bearer()) as ann,
-            client.websocket_connect("/ws", ["chat.v1"], headers=bearer(BOB)) as bob,
+            client.websocket_connect("/ws", ["chat.v2"], headers=bearer()) as ann,
+            client.websocket_connect("/ws", ["chat.v2"], headers=bearer(BOB)) as bob,
         ):
             for socket in (ann, bob):
-                until(socket, "session.created")
-            ask(ann, "wait one", conversation="new")
-            first = until(ann, "response.output_text.delta")["response_id"]
+                until(socket, "parley.session.created")
+            ask(ann, "wait one", stream_id="first")
+            first = node_id(until(ann, "response.output_text.delta")["item_id"])
             assert running_and_waiting(client) == (1, 0)
-            ask(ann, "wait two", conversation="new")
-            second = until(ann, "response.queued")["response_id"]
+            ask(ann, "wait two", stream_id="second")
+            second = until(ann, "parley.queue")["response_id"]
             assert running_and_waiting(client) == (1, 1)
-            ask(bob, "wait three", conversation="new")
-            third = until(bob, "response.queued")["response_id"]
+            ask(bob, "wait three")
+            third = until(bob, "parley.queue")["response_id"]
             assert running_and_waiting(client) == (1, 2)
             cancel(ann, second)
             assert running_and_waiting(client) == (1, 1)
@@ -237,7 +238,7 @@ def running_and_waiting(client: TestClient) -> tuple[float, float]:
 
 def cancel(socket: Any, response_id: str) -> None:
     """Cancel a reply and wait for its end."""
-    socket.send_json({"type": "response.cancel", "response_id": response_id})
+    socket.send_json({"type": "parley.response.cancel", "response_id": response_id})
     events_until_done(socket)
 
 
@@ -258,17 +259,17 @@ def test_slots_and_cache_usage_are_those_of_the_moment(client: TestClient, scrip
 
 def test_only_open_connections_of_users_are_counted(client: TestClient) -> None:
     assert get_samples(client)["sockets_open"] == 0
-    with client.websocket_connect("/ws", ["chat.v1"], headers=bearer()) as first:
-        until(first, "session.created")
+    with client.websocket_connect("/ws", ["chat.v2"], headers=bearer()) as first:
+        until(first, "parley.session.created")
         assert get_samples(client)["sockets_open"] == 1
-        with client.websocket_connect("/ws", ["chat.v1"], headers=bearer(BOB)) as second:
-            until(second, "session.created")
+        with client.websocket_connect("/ws", ["chat.v2"], headers=bearer(BOB)) as second:
+            until(second, "parley.session.created")
             assert get_samples(client)["sockets_open"] == 2
             with client.websocket_connect("/ws", headers=bearer(BOB)) as third:
                 third.send_text("say here")
                 assert third.receive_text() == "here"
                 assert get_samples(client)["sockets_open"] == 3
-        with client.websocket_connect("/ws", ["chat.v1"]) as stranger:
+        with client.websocket_connect("/ws", ["chat.v2"]) as stranger:
             assert stranger.receive_json()["type"] == "error"
             assert get_samples(client)["sockets_open"] == 1
     assert get_samples(client)["sockets_open"] == 0
@@ -287,7 +288,7 @@ def test_wrong_credentials_of_every_kind_are_counted(client: TestClient) -> None
     log_in(client, "wrong")
     assert client.get("/v1/models", headers=bearer("wrong")).status_code == 401
     assert failures() == 2
-    for url, protocols in (("/ws?secret=wrong", None), ("/ws?secret=wrong", ["chat.v1"]), ("/ws", ["bearer.d3Jvbmc"])):
+    for url, protocols in (("/ws?secret=wrong", None), ("/ws?secret=wrong", ["chat.v2"]), ("/ws", ["bearer.d3Jvbmc"])):
         with client.websocket_connect(url, protocols, headers={"Cookie": ""}) as socket:
             socket.receive_text()
     assert failures() == 5
@@ -302,16 +303,16 @@ def test_a_client_that_does_not_read_is_closed_and_counted(scripted_server: Serv
     with sockets.socket() as slow_socket:
         slow_socket.setsockopt(sockets.SOL_SOCKET, sockets.SO_RCVBUF, 4096)
         slow_socket.connect(("127.0.0.1", scripted_server.port))
-        with chat_v1(scripted_server, sock=slow_socket, max_queue=1, close_timeout=30) as slow:
+        with chat_v2(scripted_server, sock=slow_socket, max_queue=1, close_timeout=30) as slow:
             assert get_server_samples(scripted_server)["slow_clients_closed_total"] == 0
-            for _ in range(100):
-                slow.send(json.dumps({"type": "session.update", "session": {"instructions": "😀" * 30_000}}))
+            for _ in range(50):  # each response tells its instructions three times
+                ask_server(slow, "say it", instructions="😀" * 30_000, store=False)
             assert close_code(slow) == 1013
             assert get_server_samples(scripted_server)["slow_clients_closed_total"] == 1
 
 
 async def connect_without_reading(app: Starlette, headers: list[tuple[bytes, bytes]]) -> None:
-    """Connect to an app by chat.v1, and never read what it sends."""
+    """Connect to an app by chat.v2, and never read what it sends."""
     events: asyncio.Queue[Json] = asyncio.Queue()
     events.put_nowait({"type": "websocket.connect"})
 
@@ -326,7 +327,7 @@ async def connect_without_reading(app: Starlette, headers: list[tuple[bytes, byt
         "query_string": b"",
         "headers": headers,
         "client": ("10.0.0.1", 5),
-        "subprotocols": ["chat.v1"],
+        "subprotocols": ["chat.v2"],
     }
     await app(scope, events.get, send)
 
@@ -360,15 +361,21 @@ def tiny_client(settings: Settings) -> Iterator[TestClient]:
 
 
 def test_counted_tokens_are_those_of_the_usage_and_steps_are_timed(tiny_client: TestClient) -> None:
-    with tiny_client.websocket_connect("/ws", ["chat.v1"], headers=bearer()) as socket:
-        until(socket, "session.created")
+    with tiny_client.websocket_connect("/ws", ["chat.v2"], headers=bearer()) as socket:
+        until(socket, "parley.session.created")
         usages = []
+        previous = None
         for message in ("Hello there", "And again", "And once more"):
-            ask(socket, message, temperature=0, max_output_tokens=7)
-            usages.append(events_until_done(socket)[-1]["response"]["usage"])
+            response = reply(socket, message, temperature=0, max_output_tokens=7, previous_response_id=previous)
+            previous = response["id"]
+            usages.append(response["usage"])
     samples = get_samples(tiny_client)
     assert samples["prompt_tokens_total"] == sum(usage["input_tokens"] for usage in usages) > 0
-    assert samples["prompt_tokens_cached_total"] == sum(usage["cached_tokens"] for usage in usages) > 0
+    assert (
+        samples["prompt_tokens_cached_total"]
+        == sum(usage["input_tokens_details"]["cached_tokens"] for usage in usages)
+        > 0
+    )
     assert samples["generation_tokens_total"] == sum(usage["output_tokens"] for usage in usages) > 0
     assert samples["engine_step_seconds_count"] >= samples["generation_tokens_total"], "one reply at a time"
     assert 0 < samples["engine_step_seconds_sum"] < samples["e2e_request_latency_seconds_sum"]
@@ -396,7 +403,7 @@ async def test_cache_usage_is_the_share_of_tokens_in_the_slots(
 
     async with EngineChat.opened(tokenizer, llama, settings, on_step=on_step) as chat:
         options = chat.defaults.updated({"max_output_tokens": 5, "temperature": 0})
-        reply = await chat.prepare("ann", [{"role": "user", "content": "Hi"}], options)
+        reply = await chat.prepare(ChatRequest("ann", [{"role": "user", "content": "Hi"}], options))
         assert chat.cache_usage == 0
         events = [event async for event in reply.events()]
         assert chat.cache_usage == 0

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from models.web.outbox import Outbox
+from models.web.outbox import FEW_FRAMES, Outbox
 
 pytestmark = pytest.mark.anyio
 
@@ -125,11 +125,26 @@ async def test_too_many_unread_bytes_close_the_connection(text: str) -> None:
     outbox.send_text("first")
     await websocket.sending.wait()
     outbox.send_text(text)
-    outbox.send_text("and more")
+    for _ in range(FEW_FRAMES + 1):
+        outbox.send_text("and more")
     async with asyncio.timeout(10):  # else it would hang for the hour
         assert await delivering
     assert websocket.received == [UNREAD]
     assert outbox.closing
+
+
+async def test_a_client_that_reads_gets_the_long_frames_at_the_end_of_a_reply() -> None:
+    websocket = FakeWebSocket(reads=False)
+    outbox = Outbox(websocket, unsent_bytes=100)
+    delivering = asyncio.create_task(outbox.deliver())
+    outbox.send_text("x" * 200)
+    await websocket.sending.wait()
+    for _ in range(3):
+        outbox.send_text("x" * 200)
+    websocket.reading.set()
+    outbox.close(1000, "bye")
+    assert await delivering
+    assert websocket.received == [*["x" * 200] * 4, (1000, "bye")]
 
 
 async def test_a_text_that_waits_too_long_closes_the_connection() -> None:

@@ -10,7 +10,7 @@ from starlette.testclient import TestClient
 from models.settings import Settings
 from models.validation import Json
 from server import create_app
-from tests.support.client import ANN, BOB, ask, bearer, complete, events_until_done, until
+from tests.support.client import ANN, BOB, ENDS, ask, bearer, complete, events_until_done, until
 from tests.support.tiny import opens_tiny
 
 
@@ -21,21 +21,19 @@ def request_completion(client: TestClient, secret: str = ANN, stream: bool = Fal
 def request_reply(socket: Any) -> Json:
     """The last event of a request: the end of the reply, or the error."""
     ask(socket, "Hi", max_output_tokens=2)
-    while (event := socket.receive_json())["type"] not in ("response.done", "error"):
-        pass
-    return dict(event)
+    return until(socket, *ENDS, "error")
 
 
 def test_requests_by_websocket_and_by_http_count_together(settings: Settings) -> None:
     with TestClient(create_app(replace(settings, rate="4/day"), opens_tiny)) as client:
         with (
-            client.websocket_connect("/ws", ["chat.v1"], headers=bearer()) as first,
-            client.websocket_connect("/ws?userid=ann", ["chat.v1"], headers=bearer()) as second,
+            client.websocket_connect("/ws", ["chat.v2"], headers=bearer()) as first,
+            client.websocket_connect("/ws?userid=ann", ["chat.v2"], headers=bearer()) as second,
             client.websocket_connect("/ws", headers=bearer()) as plain,
         ):
             for socket in (first, second):
-                until(socket, "session.created")
-                assert request_reply(socket)["type"] == "response.done"
+                until(socket, "parley.session.created")
+                assert request_reply(socket)["type"] == "response.incomplete"
             assert request_completion(client).status_code == 200
             assert request_completion(client, stream=True).status_code == 200
             for stream in (False, True):
@@ -53,8 +51,8 @@ def test_requests_by_websocket_and_by_http_count_together(settings: Settings) ->
 def test_tokens_by_websocket_and_by_http_count_together(settings: Settings) -> None:
     with TestClient(create_app(replace(settings, token_rate="30/day"), opens_tiny)) as client:
         assert request_completion(client).json()["usage"]["total_tokens"] > 15
-        with client.websocket_connect("/ws", ["chat.v1"], headers=bearer()) as socket:
-            until(socket, "session.created")
+        with client.websocket_connect("/ws", ["chat.v2"], headers=bearer()) as socket:
+            until(socket, "parley.session.created")
             ask(socket, "Hi", max_output_tokens=2)
             assert events_until_done(socket)[-1]["response"]["usage"]["total_tokens"] > 15
             assert "tokens" in request_reply(socket)["error"]["message"]

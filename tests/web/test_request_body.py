@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import socket
+import tracemalloc
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -61,12 +65,25 @@ WITH_BODY = [
     (method, path)
     for path, route in http_routes(routes)
     for method in ("POST", "PATCH", "PUT")
-    if path.startswith("/v1/") and method in methods_of(route)
+    if path.startswith("/v1/") and method in methods_of(route) and not path.endswith("/cancel")
 ]
 
 
 def test_these_routes_read_a_body() -> None:
-    assert WITH_BODY == [("POST", "/v1/chat/completions"), ("PATCH", "/v1/conversations/{id}")]
+    assert WITH_BODY == [
+        ("POST", "/v1/chat/completions"),
+        ("POST", "/v1/completions"),
+        ("POST", "/v1/responses"),
+        ("POST", "/v1/conversations"),
+        ("POST", "/v1/conversations/{id}"),
+        ("POST", "/v1/conversations/{id}/items"),
+    ]
+
+
+def test_a_cancel_reads_no_body(shared_app: RunningApp) -> None:
+    body = Body(b" " * 2**16)
+    assert send_body(shared_app, "POST", "/v1/responses/resp_1/cancel", body) == 404
+    assert body.read == 0
 
 
 @pytest.mark.parametrize(("method", "path"), WITH_BODY)
@@ -90,7 +107,7 @@ def test_a_body_over_a_mebibyte_is_refused_in_json(client: TestClient, method: s
 
 @pytest.mark.parametrize(("method", "path"), WITH_BODY)
 def test_a_body_of_a_mebibyte_is_read(client: TestClient, method: str, path: str) -> None:
-    response = client.request(method, path, content=b" " * BODY_BYTES, headers=bearer())
+    response = client.request(method, path, content=b"[".ljust(BODY_BYTES), headers=bearer())
     assert response.status_code == 400
 
 
@@ -114,6 +131,62 @@ def test_a_body_without_credentials_is_not_read(shared_app: RunningApp, method: 
     body = Body(b" " * 2**16)
     assert send_body(shared_app, method, path, body, secret="wrong") == 401
     assert body.read == 0
+
+
+# Compressed bodies
+
+GZIP = {"Content-Encoding": "gzip"}
+
+
+def test_a_body_may_be_gzip(client: TestClient) -> None:
+    body = {"model": "scripted", "messages": [{"role": "user", "content": "say " + "yes" * 1000}]}
+    compressed = gzip.compress(json.dumps(body).encode())
+    response = client.post("/v1/chat/completions", content=compressed, headers=bearer() | GZIP)
+    assert response.json()["choices"][0]["message"]["content"] == "yes" * 1000
+    response = client.post("/v1/chat/completions", json=body, headers=bearer() | {"Content-Encoding": "identity"})
+    assert response.status_code == 200
+
+
+@pytest.mark.parametrize(("method", "path"), WITH_BODY)
+def test_a_body_that_decompresses_to_too_much_is_refused(client: TestClient, method: str, path: str) -> None:
+    for length, status in ((BODY_BYTES, 400), (BODY_BYTES + 1, 413), (500 * BODY_BYTES, 413)):
+        compressed = gzip.compress(b"[".ljust(length))
+        assert len(compressed) < BODY_BYTES
+        response = client.request(method, path, content=compressed, headers=bearer() | GZIP)
+        assert response.status_code == status
+
+
+def test_a_body_that_decompresses_to_too_much_is_not_held_in_memory(client: TestClient) -> None:
+    compressed = gzip.compress(b" " * 500 * BODY_BYTES)
+    tracemalloc.start()
+    try:
+        response = client.post("/v1/chat/completions", content=compressed, headers=bearer() | GZIP)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert response.status_code == 413
+    assert peak < 20 * BODY_BYTES
+
+
+WHOLE = gzip.compress(b'{"model": "scripted"}')
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{}", WHOLE[:-1], WHOLE[:12], WHOLE + b"x", WHOLE + WHOLE, WHOLE[:-8] + bytes(8), zlib.compress(b"{}")],
+    ids=["empty", "plain", "cut", "cut early", "more", "twice", "wrong checksum", "zlib"],
+)
+def test_a_body_that_is_no_whole_gzip_is_refused(client: TestClient, body: bytes) -> None:
+    response = client.post("/v1/chat/completions", content=body, headers=bearer() | GZIP)
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "invalid_json")
+    assert "gzip" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("encoding", ["br", "deflate", "zstd", "gzip, gzip", "x"])
+def test_another_encoding_is_refused(client: TestClient, encoding: str) -> None:
+    headers = bearer() | {"Content-Encoding": encoding}
+    response = client.post("/v1/chat/completions", content=b"{}", headers=headers)
+    assert (response.status_code, response.json()["error"]["code"]) == (415, "unsupported_encoding")
 
 
 FORM = (b"content-type", b"application/x-www-form-urlencoded")

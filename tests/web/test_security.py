@@ -26,11 +26,12 @@ from tests.support.client import (
     ask,
     bearer,
     bearer_subprotocol,
-    chat_v1,
+    chat_v2,
     close_code,
     events_until,
     events_until_done,
     log_in,
+    text_of,
 )
 from tests.support.running_app import RunningApp, start
 from tests.support.scripted import ScriptedChat
@@ -114,19 +115,19 @@ def test_a_logout_ends_its_session_and_no_other(client: TestClient) -> None:
 
 def by_cookie(client: TestClient, cookie: str) -> Any:
     headers = {"Cookie": f"{COOKIE}={cookie}", "Origin": "http://testserver"}
-    return client.websocket_connect("/ws", ["chat.v1"], headers=headers)
+    return client.websocket_connect("/ws", ["chat.v2"], headers=headers)
 
 
 def test_a_logout_closes_the_sockets_of_its_session(client: TestClient) -> None:
     first, second = new_session(client), new_session(client)
     client.cookies.clear()
     with by_cookie(client, first) as one, by_cookie(client, first) as two, by_cookie(client, second) as other:
-        with chat_v1(client) as by_secret:
+        with chat_v2(client) as by_secret:
             client.post("/logout", headers={"Cookie": f"{COOKIE}={first}"})
             assert [close_code(socket) for socket in (one, two)] == [4401] * 2
             for socket in (other, by_secret):
                 ask(socket, "say still here")
-                assert events_until_done(socket)[-1]["response"]["output_text"] == "still here"
+                assert text_of(events_until_done(socket)[-1]["response"]) == "still here"
     with by_cookie(client, first) as again:
         assert close_code(again) == 4401
 
@@ -199,8 +200,8 @@ def test_a_guesser_locks_out_nobody_who_names_a_user(client: TestClient) -> None
     fail_logins(client)
     assert client.get("/v1/models", headers=bearer()).status_code == 429
     assert client.get("/v1/models?userid=ann", headers=bearer()).status_code == 200
-    with client.websocket_connect(f"/ws?userid=ann&secret={ANN}", ["chat.v1"]) as socket:
-        assert socket.receive_json()["type"] == "session.created"
+    with client.websocket_connect(f"/ws?userid=ann&secret={ANN}", ["chat.v2"]) as socket:
+        assert socket.receive_json()["type"] == "parley.session.created"
 
 
 EVIL = {"Origin": "http://evil.example"}
@@ -209,11 +210,11 @@ EVIL = {"Origin": "http://evil.example"}
 def test_a_page_of_another_site_cannot_lock_out_its_visitors(client: TestClient) -> None:
     for secret in ("wrong", ANN):
         for _ in range(6):
-            with client.websocket_connect(f"/ws?secret={secret}", ["chat.v1"], headers=EVIL) as socket:
+            with client.websocket_connect(f"/ws?secret={secret}", ["chat.v2"], headers=EVIL) as socket:
                 assert socket.receive_json()["error"]["code"] == "origin_not_allowed"
                 assert close_code(socket) == 4403
             assert client.get("/v1/models", headers=bearer(secret) | EVIL).status_code == 403
-            protocols = ["chat.v1", bearer_subprotocol(secret)]
+            protocols = ["chat.v2", bearer_subprotocol(secret)]
             with client.websocket_connect("/ws", protocols, headers=EVIL) as socket:
                 assert close_code(socket) == 4403
     assert log_in(client).status_code == 303
@@ -298,7 +299,7 @@ def eve(shared_settings: Settings) -> tuple[str, str]:
 def test_a_new_user_can_log_in_at_once(client: TestClient, eve: tuple[str, str]) -> None:
     user, secret = eve
     assert client.get("/v1/models", headers=bearer(secret)).status_code == 200
-    with client.websocket_connect("/ws", ["chat.v1"], headers=bearer(secret)) as socket:
+    with client.websocket_connect("/ws", ["chat.v2"], headers=bearer(secret)) as socket:
         assert socket.receive_json()["session"]["user"] == user
     assert is_session(client, new_session(client, secret))
 
@@ -310,12 +311,12 @@ def test_a_removed_user_loses_all_access_and_others_stay(
     cookie = {"Cookie": f"{COOKIE}={new_session(client, secret)}", "Origin": "http://testserver"}
     client.cookies.clear()
     with (
-        chat_v1(client, BOB) as bob,
+        chat_v2(client, BOB) as bob,
         client.websocket_connect("/ws", headers=bearer(BOB)) as bob_plain,
-        chat_v1(client, secret) as streaming,
-        chat_v1(client, secret) as idle,
+        chat_v2(client, secret) as streaming,
+        chat_v2(client, secret) as idle,
         client.websocket_connect("/ws", headers=bearer(secret)) as plain,
-        client.websocket_connect("/ws", ["chat.v1"], headers=dict(cookie)) as by_cookie,
+        client.websocket_connect("/ws", ["chat.v2"], headers=dict(cookie)) as by_cookie,
     ):
         assert by_cookie.receive_json()["session"]["user"] == user
         ask(streaming, "wait for it")
@@ -323,14 +324,14 @@ def test_a_removed_user_loses_all_access_and_others_stay(
         in_another_process(shared_settings, lambda users: users.remove(user))
         assert [close_code(socket) for socket in (streaming, idle, plain, by_cookie)] == [4401] * 4
         for headers in (bearer(secret), cookie):
-            for method, path in (("GET", "/v1/models"), ("GET", "/v1/conversations"), ("POST", "/v1/chat/completions")):
+            for method, path in (("GET", "/v1/models"), ("GET", "/v1/conversations"), ("POST", "/v1/responses")):
                 response = client.request(method, path, headers=dict(headers))
                 assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_credentials")
         assert not is_session(client, cookie["Cookie"].partition("=")[2])
-        with client.websocket_connect("/ws", ["chat.v1"], headers=bearer(secret)) as again:
+        with client.websocket_connect("/ws", ["chat.v2"], headers=bearer(secret)) as again:
             assert close_code(again) == 4401
         ask(bob, "say still here")
-        assert events_until_done(bob)[-1]["response"]["output_text"] == "still here"
+        assert text_of(events_until_done(bob)[-1]["response"]) == "still here"
         bob_plain.send_text("say here too")
         text = ""
         while not text.endswith("here too"):
@@ -360,10 +361,10 @@ def test_the_old_secret_of_a_user_ends_its_connections(
     client: TestClient, shared_settings: Settings, eve: tuple[str, str]
 ) -> None:
     user, old = eve
-    with chat_v1(client, old) as socket:
+    with chat_v2(client, old) as socket:
         in_another_process(shared_settings, lambda users: users.remove(user))
         new = in_another_process(shared_settings, lambda users: users.create(user))
         assert close_code(socket) == 4401
     assert client.get("/v1/models", headers=bearer(old)).status_code == 401
-    with client.websocket_connect("/ws", ["chat.v1"], headers=bearer(new)) as socket:
+    with client.websocket_connect("/ws", ["chat.v2"], headers=bearer(new)) as socket:
         assert socket.receive_json()["session"]["user"] == user

@@ -4,66 +4,71 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from starlette.routing import Mount, Route, WebSocketRoute
 
-from models.protocols.chat_v1_events import ClientEvent
 from models.settings import Settings
 from models.validation import Json
 from server import create_app, routes
-from tests.support.client import ANN, BOB, ask, bearer, log_in
+from tests.support.client import ANN, BOB, ENDS, ask, bearer, log_in, until
 from tests.support.routes import all_routes, filled, http_routes
 from tests.support.running_app import RunningApp, start
 from tests.support.scripted import ScriptedChat
 
 SECRET_WORDS = "the treasure lies under the oak"
-EVENTS = [kind.__name__ for kind in get_args(ClientEvent)]
+NOT_FOUND = ("conversation_not_found", "response_not_found", "previous_response_not_found", "item_not_found")
+OPEN = "response.output_text.delta"
 
 
 class Victim:
-    """Ann, with a stored reply, one that is running, and one that belongs to no conversation."""
+    """Ann, with replies in conversations and without, finished and running, and one that is not stored."""
 
     def __init__(self, app: RunningApp, scripted: ScriptedChat, socket: Any) -> None:
         self.app = app
         self.scripted = scripted
         self.socket = socket
-        self.own = self.receive("session.created")["session"]["conversation"]
-        self.finished = self.ask(f"say {SECRET_WORDS}", "new", "response.done")
-        self.running = self.ask(f"wait {SECRET_WORDS}", "new", "response.output_text.delta")
-        self.unstored = self.ask(f"say {SECRET_WORDS}", "none", "response.done")
+        self.finished = self.ask(f"say {SECRET_WORDS}", *ENDS, conversation="new")
+        self.running = self.ask(f"wait {SECRET_WORDS}", OPEN, conversation="new", stream_id="running")
+        self.alone = self.ask(f"say {SECRET_WORDS}", *ENDS)
+        self.unstored = self.ask(f"say {SECRET_WORDS}", *ENDS, store=False)
+        self.items = [item["id"] for item in self.get(f"/v1/conversations/{self.conversations[0]}/items")["data"]]
         self.before = self.everything()
 
-    def receive(self, type: str) -> Json:
-        """The next event of a type."""
-        while (event := self.socket.receive_json())["type"] != type:
-            assert event["type"] != "error", event
-        return dict(event)
-
-    def ask(self, input: str, conversation: str, until: str) -> Json:
-        """Start a reply and wait for an event of it; returns its id and that of its conversation."""
-        ask(self.socket, input, conversation=conversation)
-        response: Json = self.receive("response.created")["response"]
-        self.receive(until)
+    def ask(self, input: str, *types: str, **fields: Any) -> Json:
+        """Ask, wait for an event of some types, and return the response as it was created."""
+        ask(self.socket, input, **fields)
+        response: Json = until(self.socket, "response.created")["response"]
+        until(self.socket, *types)
         return response
+
+    def get(self, path: str) -> Json:
+        response = self.app.client().get(path, headers=bearer(ANN))
+        assert response.status_code == 200
+        return dict(response.json())
 
     @property
     def conversations(self) -> list[str]:
-        return [self.finished["conversation"], self.running["conversation"], self.own]
+        return [self.finished["conversation"]["id"], self.running["conversation"]["id"]]
 
     @property
     def responses(self) -> list[str]:
-        return [self.finished["id"], self.running["id"], self.unstored["id"]]
+        return [one["id"] for one in (self.finished, self.running, self.alone, self.unstored)]
+
+    @property
+    def ids(self) -> list[str]:
+        return [*self.conversations, *self.responses, *self.items]
 
     def everything(self) -> Any:
         """All that she can read over HTTP, but for how much of the running reply is stored."""
-        client = self.app.client()
-        paths = [f"/v1/conversations/{id}" for id in self.conversations[:2]]
-        found = [client.get(path, headers=bearer(ANN)).json() for path in ["/v1/conversations", *paths]]
-        assert [len(one["items"]) for one in found[1:]] == [2, 2]
-        del found[2]["items"][1]
-        return found
+        finished, running = self.conversations
+        responses = [self.get(f"/v1/responses/{id}") for id in self.responses]
+        inputs = [self.get(f"/v1/responses/{id}/input_items") for id in self.responses[:3]]
+        branch = self.get(f"/v1/conversations/{running}/branch")["data"]
+        assert [turn.get("status") for turn in branch] == ["completed", "in_progress"]
+        paths = ["/v1/conversations", f"/v1/conversations/{finished}", f"/v1/conversations/{finished}/branch"]
+        return [responses, inputs, branch[0], *(self.get(path) for path in paths)]
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +77,8 @@ def one_victim(shared_settings: Settings) -> Iterator[Victim]:
     scripted = ScriptedChat()
     with ExitStack() as stack:
         app = stack.enter_context(start(create_app(shared_settings, scripted.opened)))
-        socket = stack.enter_context(app.client().websocket_connect("/ws", ["chat.v1"], headers=bearer(ANN)))
+        socket = stack.enter_context(app.client().websocket_connect("/ws", ["chat.v2"], headers=bearer(ANN)))
+        until(socket, "parley.session.created")
         yield Victim(app, scripted, socket)
 
 
@@ -85,7 +91,18 @@ def victim(one_victim: Victim) -> Iterator[Victim]:
 
 
 WITHOUT_IDS = {"/", "/login", "/logout", "/health", "/ready", "/metrics", "/args"}
-WITHOUT_IDS |= {"/v1/models", "/v1/chat/completions"}
+WITHOUT_IDS |= {"/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/responses"}
+BODIES = {  # of POST, by the path, where a body is needed to get further
+    "/v1/conversations/{id}": {"title": "Bob was here"},
+    "/v1/conversations/{id}/items": {"items": [{"role": "user", "content": "Bob was here"}]},
+}
+
+
+def ids_of(victim: Victim, path: str) -> list[str]:
+    """The ids of what is ann's that fit a path."""
+    if "{id" not in path:
+        return [""]
+    return victim.responses if path.startswith("/v1/responses") else victim.conversations
 
 
 @pytest.mark.parametrize("by", ["secret", "cookie"])
@@ -96,55 +113,86 @@ def test_no_route_finds_what_belongs_to_another_user(victim: Victim, path: str, 
     if by == "cookie":
         log_in(client, BOB)
     headers = {"Origin": "http://testserver"} if by == "cookie" else bearer(BOB)
-    for id in victim.conversations if "{id" in path else [""]:
-        response = client.request(
-            method,
-            filled(path, id),
-            headers=dict(headers),
-            params={"after": victim.finished["conversation"], "query": "treasure"},
-            json={"title": "Bob was here"} if method == "PATCH" else None,
-        )
-        assert SECRET_WORDS not in response.text
-        assert all(id not in response.text for id in victim.conversations + victim.responses)
-        if path not in WITHOUT_IDS:
-            assert response.status_code in (404, 405)
-    assert client.get("/v1/conversations", headers=bearer(BOB)).json() == {"data": [], "has_more": False}
+    parameters = {"": {}, "?": {"after": victim.conversations[0], "query": "treasure", "stream": "true"}}
+    for id in ids_of(victim, path):
+        for item in victim.items if "{item}" in path else [""]:
+            for query in parameters.values():
+                url = filled(path, id, item)
+                body = BODIES.get(path) if method == "POST" else None
+                response = client.request(method, url, headers=dict(headers), params=query, json=body)
+                assert SECRET_WORDS not in response.text
+                assert not [id for id in victim.ids if id in response.text]
+                if path not in WITHOUT_IDS and "{id" in path:
+                    assert response.status_code in (404, 405), response.text
+    bobs = client.get("/v1/conversations", headers=bearer(BOB)).json()["data"]
+    assert {conversation["title"] for conversation in bobs} <= {""}, "only what he has created himself"
 
 
-def test_all_other_routes_are_the_socket_and_the_static_files() -> None:
+def test_a_request_to_change_what_another_user_has_is_not_found(victim: Victim) -> None:
+    client = victim.app.client()
+    own = client.post("/v1/conversations", headers=bearer(BOB)).json()["id"]
+    for leaf in (*victim.items, *victim.responses):
+        response = client.post(f"/v1/conversations/{own}", json={"leaf": leaf}, headers=bearer(BOB))
+        assert (response.status_code, response.json()["error"]["code"]) == (404, "item_not_found")
+
+
+def test_all_other_routes_are_the_sockets_and_the_static_files() -> None:
     others = {path: type(route) for path, route in all_routes(routes) if not isinstance(route, Route)}
-    assert others == {"/ws": WebSocketRoute, "/static": Mount}
+    assert others == {"/ws": WebSocketRoute, "/v1/responses": WebSocketRoute, "/static": Mount}
 
 
-def hostile_events(victim: Victim) -> dict[str, list[Json]]:
-    """By the kind of client event: all that name something of ann's."""
-    create = [
-        {"type": "response.create", "response": {"input": "say it", "conversation": id, **after}}
-        for id in victim.conversations
-        for after in ({}, {"after": "none"}, {"after": victim.finished["id"]})
+def hostile_requests(victim: Victim) -> list[Json]:
+    """All requests for a response that name something of ann's."""
+    conversations: list[Json] = [{"conversation": id} for id in victim.conversations]
+    places: list[Json] = [
+        {"conversation": {"id": id, "after": after}}
+        for id in (*victim.conversations, "conv_unknown")
+        for after in (None, *victim.responses, *victim.items)
     ]
-    own = {"type": "response.create", "response": {"input": "say it", "after": victim.finished["id"]}}
-    return {
-        "SessionUpdate": [],  # names nothing
-        "ResponseCreate": [*create, own],
-        "ResponseCancel": [{"type": "response.cancel", "response_id": id} for id in victim.responses],
-        "ResponseResume": [
-            {"type": "response.resume", "response_id": id, "starting_after": number}
-            for id in victim.responses
-            for number in (0, 3)
-        ],
-    }
+    previous: list[Json] = [
+        {"previous_response_id": id, "store": store} for id in victim.responses for store in (True, False)
+    ]
+    references: list[Json] = [
+        {"input": [{"type": "item_reference", "id": id}]} for id in (*victim.items, *victim.responses)
+    ]
+    return [{"input": "say it"} | one for one in (*conversations, *places, *previous, *references)]
 
 
-@pytest.mark.parametrize("kind", EVENTS)
-def test_no_event_finds_what_belongs_to_another_user(victim: Victim, kind: str) -> None:
-    with victim.app.client().websocket_connect("/ws", ["chat.v1"], headers=bearer(BOB)) as bob:
-        bob.receive_json()
-        for event in hostile_events(victim)[kind]:
-            bob.send_json(event)
+def test_no_request_over_http_finds_what_belongs_to_another_user(victim: Victim) -> None:
+    client = victim.app.client()
+    for request in hostile_requests(victim):
+        for stream in (False, True):
+            response = client.post("/v1/responses", json=request | {"stream": stream}, headers=bearer(BOB))
+            assert response.status_code in (400, 404), request
+            assert response.json()["error"]["code"] in NOT_FOUND, request
+            assert SECRET_WORDS not in response.text
+
+
+@pytest.mark.parametrize("path", ["/ws", "/v1/responses"])
+def test_no_request_on_a_socket_finds_what_belongs_to_another_user(victim: Victim, path: str) -> None:
+    with victim.app.client().websocket_connect(path, ["chat.v2"], headers=bearer(BOB)) as bob:
+        if path == "/ws":
+            bob.receive_json()
+        for request in hostile_requests(victim):
+            bob.send_json({"type": "response.create"} | request)
             answer = bob.receive_json()
-            assert answer["type"] == "error", event
-            assert answer["error"]["code"] in ("conversation_not_found", "response_not_found", "item_not_found")
-        bob.send_json({"type": "response.cancel"})  # all of his own, and of nobody else
-        bob.send_json({"type": "response.cancel", "response_id": "mark"})
+            assert answer["type"] == "error", request
+            assert answer["error"]["code"] in NOT_FOUND, request
+            assert SECRET_WORDS not in str(answer)
+        for id in victim.responses:
+            bob.send_json({"type": "response.steer", "previous_response_id": id, "input": "go on"})
+            answer = bob.receive_json()
+            assert (answer["type"], answer["error"]["code"]) == ("response.steer.failed", "response_not_found")
+
+
+def test_no_event_of_a_chat_page_finds_what_belongs_to_another_user(victim: Victim) -> None:
+    with victim.app.client().websocket_connect("/ws", ["chat.v2"], headers=bearer(BOB)) as bob:
+        bob.receive_json()
+        for id in victim.responses:
+            for kind in ("parley.response.cancel", "parley.response.resume"):
+                bob.send_json({"type": kind, "response_id": id})
+                answer = bob.receive_json()
+                assert (answer["type"], answer["error"]["code"]) == ("error", "response_not_found")
+        bob.send_json({"type": "parley.response.cancel"})  # all of his own, and of nobody else
+        bob.send_json({"type": "parley.response.cancel", "response_id": "mark"})
         assert bob.receive_json()["error"]["code"] == "response_not_found"

@@ -1,0 +1,27 @@
+"""The socket of the Responses API, `/v1/responses`."""
+
+from __future__ import annotations
+
+from starlette.websockets import WebSocket
+
+from models.errors import APIError
+from models.protocols.responses.session import ResponsesSession
+from models.web.authentication import authenticate
+from models.web.error_responses import rendered
+from models.web.session_socket import SessionSocket
+
+
+class ResponsesSocket(SessionSocket):
+    """`WS /v1/responses`: OpenAI's protocol, to the letter."""
+
+    async def on_connect(self, websocket: WebSocket) -> None:
+        """Authenticate, then accept the connection: a client of OpenAI's API expects an HTTP error."""
+        try:
+            login = await authenticate(websocket)
+            self.state.connections.check(login.user.id)
+        except APIError as error:
+            return await websocket.send_denial_response(rendered(error))
+        offered = websocket.scope["subprotocols"]
+        await self.accept(websocket, next((one for one in offered if not one.startswith("bearer.")), None))
+        state, user = self.state, login.user.id
+        self.join(login, ResponsesSession(state.responses, state.model_info, user, self.outbox))
