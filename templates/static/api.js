@@ -14,7 +14,6 @@ export class ApiError extends Error {
 async function request(path, options) {
   const response = await fetch(path, { headers: { Accept: 'application/json' }, ...options });
   if (response.status === 401) logInAgain();
-  if (response.status === 204) return null;
   if (response.ok) return response.json();
   const answer = await response.json().catch(() => ({}));
   throw new ApiError(response.status, answer.error ?? { message: response.statusText });
@@ -26,13 +25,14 @@ export function listConversations(parameters) {
   return request(`${CONVERSATIONS}?${new URLSearchParams(parameters)}`);
 }
 
-export function getConversation(id, parameters = {}) {
-  return request(`${address(id)}?${new URLSearchParams(parameters)}`);
+/** A conversation with the last messages of its current branch, or with those before another one. */
+export function getBranch(id, parameters = {}) {
+  return request(`${address(id)}/branch?${new URLSearchParams(parameters)}`);
 }
 
 export function renameConversation(id, title) {
   const headers = { 'Content-Type': 'application/json' };
-  return request(address(id), { method: 'PATCH', headers, body: JSON.stringify({ title }) });
+  return request(address(id), { method: 'POST', headers, body: JSON.stringify({ title }) });
 }
 
 export function deleteConversation(id) {

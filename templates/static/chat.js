@@ -1,4 +1,4 @@
-// The chat page: one WebSocket (chat.v1), and a list of conversations, of which one is open.
+// The chat page: one WebSocket (chat.v2), and a list of conversations, of which one is open.
 
 import { Announcer } from './announcer.js';
 import { Composer } from './composer.js';
@@ -9,7 +9,7 @@ import { Log } from './log.js';
 import { logInAgain, loggedIn } from './login.js';
 import { Options } from './options.js';
 import { Sidebar } from './sidebar.js';
-import { say } from './words.js';
+import { explain, say } from './words.js';
 
 const NOTICE_SECONDS = 4;
 
@@ -59,15 +59,24 @@ class Chat {
 
   createHandlers() {
     const { conversation } = this;
+    const grown = (event) => conversation.grown(event);
+    const done = (event) => conversation.done(event);
     return {
-      'session.created': ({ session }) => this.connected(session),
+      'parley.session.created': ({ session }) => this.connected(session),
       'response.created': (event) => conversation.accepted(event),
-      'response.queued': (event) => conversation.queued(event),
-      'response.output_text.delta': (event) => conversation.grown(event),
-      'response.done': (event) => conversation.done(event.response),
-      'presence.joined': ({ user }) => this.tell(say('joined', { user })),
-      'presence.left': ({ user }) => this.tell(say('left', { user })),
-      error: ({ error }) => this.refused(error),
+      'parley.queue': (event) => conversation.queued(event),
+      'response.output_item.added': (event) => conversation.added(event),
+      'response.output_text.delta': grown,
+      'response.reasoning_text.delta': grown,
+      'response.function_call_arguments.delta': grown,
+      'response.output_item.done': (event) => conversation.ended(event),
+      'response.completed': done,
+      'response.incomplete': done,
+      'response.failed': done,
+      'parley.warning': ({ error }) => this.fail(explain(error)),
+      'parley.presence.joined': ({ user }) => this.tell(say('joined', { user })),
+      'parley.presence.left': ({ user }) => this.tell(say('left', { user })),
+      error: (event) => this.refused(event),
     };
   }
 
@@ -139,8 +148,8 @@ class Chat {
   }
 
   // The close code that follows says why a handshake was refused.
-  refused(error) {
-    if (this.connection.state === 'open') this.conversation.refused(error);
+  refused(event) {
+    if (this.connection.state === 'open') this.conversation.refused(event);
   }
 
   showState(state, text) {

@@ -23,7 +23,7 @@ export class Connection {
     clearTimeout(this.timer);
     this.hurriable = false;
     this.report('connecting', say('connecting'));
-    this.socket = new WebSocket(this.url, ['chat.v1']);
+    this.socket = new WebSocket(this.url, ['chat.v2']);
     this.socket.onmessage = (message) => this.receive(JSON.parse(message.data));
     this.socket.onclose = (closure) => this.closed(closure.code);
   }
@@ -36,7 +36,7 @@ export class Connection {
 
   // The socket counts as open when the server has sent an event: it accepts a socket before it checks credentials.
   receive(event) {
-    if (event.type === 'session.created') {
+    if (event.type === 'parley.session.created') {
       this.failures = 0;
       this.report('open', say('connected'));
     }

@@ -1,24 +1,22 @@
-import { getConversation, listConversations } from './api.js';
-import { Message } from './message.js';
-import { Question } from './question.js';
-import { Reply } from './reply.js';
+import { getBranch, listConversations } from './api.js';
+import { MessageFactory } from './message_factory.js';
 import { Turn } from './turn.js';
 import { explain, say } from './words.js';
 
 // The errors when another tab has changed the conversation.
-const OUTDATED = ['conversation_busy', 'item_not_found'];
+const OUTDATED = ['conversation_locked', 'item_not_found'];
 
 /** The conversation on the page; its id is null until the server has created it. */
 export class Conversation {
   constructor(parts) {
     // connection, log, composer, options, announcer; isListed, onNamed, onChange, onTitle, onMissing, onError
     Object.assign(this, parts, { id: null, turn: null, loaded: true, unreachable: false, wasCut: false });
-    this.anchor = null; // the id of the item before the first message on the page
-    this.untaken = new Map(); // turns that the server has not accepted yet, by event_id
-    this.callbacks = {
+    this.untaken = new Map(); // turns that the server has not accepted yet, by stream_id
+    this.messages = new MessageFactory({
       onCopy: (copied) => this.announcer.say(say(copied ? 'copied' : 'copy_failed')),
       onAgain: (reply) => this.askAgain(reply),
-    };
+      onAsk: (question, text) => this.ask(text, question),
+    });
     this.log.onEarlier = () => this.loadEarlier();
   }
 
@@ -26,7 +24,7 @@ export class Conversation {
 
   /** Shows another conversation. A reply that is running in this one goes on. */
   open(id) {
-    Object.assign(this, { id, turn: null, loaded: !id, unreachable: false, anchor: null });
+    Object.assign(this, { id, turn: null, loaded: !id, unreachable: false });
     this.onError('');
     this.log.clear();
     this.log.follow(true);
@@ -42,8 +40,8 @@ export class Conversation {
     const { id } = this;
     this.unreachable = false;
     try {
-      const conversation = await getConversation(id);
-      if (id === this.id && !this.turn) this.show(conversation);
+      const branch = await getBranch(id);
+      if (id === this.id && !this.turn) this.show(branch);
     } catch (error) {
       if (id === this.id) this.failed(error);
     }
@@ -55,94 +53,78 @@ export class Conversation {
     if (this.unreachable) this.onError(say('not_loaded'));
   }
 
-  show({ id, title, items, earlier }) {
-    this.id = id;
-    this.loaded = true;
-    const messages = this.messagesFrom(items, earlier);
-    const last = items.at(-1);
-    this.turn = null;
-    this.log.show(messages, earlier + items.length - messages.length);
-    this.log.divide(last?.left_out);
-    this.options.learn(id, last?.options ?? {});
-    if (last?.status === 'in_progress') {
-      this.turn = new Turn(id, messages.at(-2), messages.at(-1));
-      this.announcer.forget(last.content);
+  show({ id, title, data: nodes, earlier }) {
+    Object.assign(this, { id, loaded: true, turn: null });
+    const response = nodes.findLast((node) => node.object === 'response');
+    this.log.show(nodes.map((node) => this.messages.of(node)), earlier);
+    this.log.divide(response?.parley.left_out);
+    this.options.learn(id, response?.parley.options ?? {});
+    if (nodes.at(-1)?.status === 'in_progress') {
+      this.turn = new Turn(id, null, this.log.last);
+      this.announcer.forget(this.log.last.text);
       this.resume();
     }
     this.onTitle(title);
     this.refresh();
   }
 
-  /**
-   * The messages of a page of items, from its second question on if there are earlier ones: a reply needs its
-   * question, and a question the item before it. What is skipped comes again with the page before.
-   */
-  messagesFrom(items, earlier) {
-    const second = items.findIndex((item, index) => index && item.role === 'user');
-    const start = earlier ? Math.max(1, second) : 0;
-    this.anchor = items[start - 1]?.id ?? null;
-    return items.slice(start).map((item) => this.message(item));
-  }
-
   async loadEarlier() {
     const { id } = this;
     const before = this.log.first?.id;
     try {
-      const { items, earlier } = await getConversation(id, { before });
+      const { data: nodes, earlier } = await getBranch(id, { before });
       if (id !== this.id || before !== this.log.first?.id) return;
-      const messages = this.messagesFrom(items, earlier);
-      this.log.prepend(messages, earlier + items.length - messages.length);
+      this.log.prepend(nodes.map((node) => this.messages.of(node)), earlier);
     } catch {
       if (id === this.id) this.onError(say('not_loaded'));
     }
-  }
-
-  message(item) {
-    if (item.role === 'assistant') return Reply.of(item, this.callbacks);
-    if (item.role === 'system') return new Message('system', say('system'), item.content, item.id);
-    return this.question(item.content, item.id);
-  }
-
-  question(text, id = null) {
-    return new Question(text, id, (question, edited) => this.ask(edited, question));
   }
 
   /** Loads what another tab or device said meanwhile. */
   async catchUp() {
     const { id, turn } = this;
     if (!id || turn || !this.loaded) return;
-    const conversation = await getConversation(id).catch(() => null);
-    const last = conversation?.items.at(-1);
-    if (last && id === this.id && !this.turn && last.id !== this.log.last?.id) this.show(conversation);
+    const branch = await getBranch(id).catch(() => null);
+    const last = branch?.data.at(-1);
+    if (last && id === this.id && !this.turn && last.id !== this.log.last?.id) this.show(branch);
   }
 
   // Asking
 
-  /** Sends a question, at the end or in place of an earlier one. Returns whether it was sent. */
+  /** Sends a question, at the end or as another version of an earlier one. Returns whether it was sent. */
   ask(text, edited = null) {
-    if (this.turn || !this.loaded || !text.trim()) return false;
-    const after = edited ? { after: this.log.before(edited)?.id ?? this.anchor ?? 'none' } : {};
-    const turn = new Turn(this.id, this.question(text), new Reply(null, this.callbacks));
-    const response = { input: text, conversation: this.id ?? 'new', ...after, ...this.options.current };
-    if (!this.connection.send({ type: 'response.create', event_id: turn.eventId, response })) {
+    if (!text.trim()) return false;
+    const question = this.messages.question(text);
+    question.parent = edited ? edited.parent : this.log.last?.id ?? null;
+    return this.begin(new Turn(this.id, question, this.messages.reply()), text, question.parent, edited);
+  }
+
+  /** Asks for another reply to the same question. */
+  askAgain(earlier) {
+    const reply = this.messages.reply();
+    reply.parent = earlier.parent;
+    this.begin(new Turn(this.id, null, reply), [], reply.parent, earlier);
+  }
+
+  // The turn takes the place of a message and of all that follow it. On the server, they stay on a branch of their own.
+  begin(turn, input, after, replaced) {
+    if (this.turn || !this.loaded) return false;
+    const conversation = this.id ? { id: this.id, after } : 'new';
+    const request = { input, conversation, truncation: 'auto', ...this.options.request };
+    if (!this.connection.send({ type: 'response.create', stream_id: turn.streamId, ...request })) {
       this.onError(say('not_connected'));
       return false;
     }
-    if (edited) turn.replaced = this.log.cut(edited);
-    this.untaken.set(turn.eventId, turn);
+    if (replaced) turn.replaced = this.log.cut(replaced);
+    this.untaken.set(turn.streamId, turn);
     this.turn = turn;
-    this.log.append(turn.question, turn.reply);
+    this.log.append(...turn.messages);
     this.log.follow(true);
     this.announcer.forget();
     this.onError('');
     this.refresh();
     this.composer.focus();
     return true;
-  }
-
-  askAgain(reply) {
-    const question = this.log.before(reply);
-    if (question?.role === 'user') this.ask(question.text, question);
   }
 
   cancel() {
@@ -152,21 +134,23 @@ export class Conversation {
   }
 
   // A reply that is stopped before the server accepts the question has no id yet: accepted() cancels it then.
-  sendCancel({ cancelled, reply }) {
-    if (cancelled && reply.id) this.connection.send({ type: 'response.cancel', response_id: reply.id });
+  sendCancel({ cancelled, reply, streamId }) {
+    if (!cancelled || !reply.id) return;
+    this.connection.send({ type: 'parley.response.cancel', stream_id: streamId, response_id: reply.id });
   }
 
   // Answers
 
-  accepted({ event_id: eventId, response }) {
-    const turn = this.untaken.get(eventId);
+  accepted(event) {
+    this.turn?.sees(event);
+    const turn = this.untaken.get(event.stream_id);
     if (!turn) return;
-    this.untaken.delete(eventId);
-    turn.reply.id = response.id;
+    this.untaken.delete(event.stream_id);
+    turn.take(event.response);
     this.sendCancel(turn);
     if (turn === this.turn) {
-      this.named(response.conversation);
-      this.log.divide(response.left_out);
+      this.named(event.response.conversation.id);
+      this.log.divide(event.response.parley.left_out);
     }
     this.onChange();
   }
@@ -179,22 +163,33 @@ export class Conversation {
     this.onNamed(id);
   }
 
-  replyWith(id) {
-    return this.turn?.reply.id === id ? this.turn.reply : null;
-  }
-
   queued({ response_id: id, position }) {
-    this.replyWith(id)?.note(say('waiting', { position }));
+    if (this.turn?.reply.id === id) this.turn.reply.note(say('waiting', { position }));
   }
 
-  grown({ response_id: id, sequence_number: number, delta }) {
-    if (this.replyWith(id)?.append(number, delta)) this.announcer.read(delta);
+  added(event) {
+    if (this.turn?.sees(event)) this.announce(this.turn.reply.add(event.output_index, event.item));
   }
 
-  done(response) {
+  grown(event) {
+    if (this.turn?.sees(event)) this.announcer.read(this.turn.reply.grow(event.output_index, event.delta));
+  }
+
+  /** A part of the reply has ended. */
+  ended(event) {
+    if (!this.turn?.sees(event)) return;
+    this.turn.reply.endPart(event.output_index, event.item);
+    if (event.item.type === 'message') this.announcer.finish();
+  }
+
+  announce(text) {
+    if (text) this.announcer.say(text);
+  }
+
+  done({ stream_id: streamId, response }) {
     this.onChange();
-    const reply = this.replyWith(response.id);
-    if (!reply) return;
+    if (this.turn?.streamId !== streamId) return;
+    const { reply } = this.turn;
     reply.finish(response);
     this.turn = null;
     this.refresh();
@@ -202,34 +197,35 @@ export class Conversation {
     this.announcer.say(reply.noteLine?.textContent || say('reply_finished'));
   }
 
-  refused({ code, message, param, event_id: eventId }) {
-    if (code === 'response_not_found') return this.lost(eventId);
-    const turn = this.untaken.get(eventId);
-    if (turn) this.withdraw(turn, OUTDATED.includes(code));
-    this.onError(explain({ code, message }));
-    if (param?.startsWith('response.')) this.options.complain(param.replace('response.', ''), message);
+  refused({ error, stream_id: streamId }) {
+    if (error.code === 'response_not_found') return this.lost(streamId);
+    const turn = this.untaken.get(streamId);
+    if (turn) this.withdraw(turn, OUTDATED.includes(error.code));
+    this.onError(explain(error));
+    if (turn && error.param) this.options.complain(error.param, error.message);
   }
 
   // The reply to resume no longer exists, or the reply to cancel has just finished.
-  lost(eventId) {
-    if (!this.turn || this.turn.eventId !== eventId) return;
+  lost(streamId) {
+    if (this.turn?.streamId !== streamId) return;
     this.turn = null;
     this.load();
   }
 
-  /** The server never accepted the question: restores the page, and puts the text back into the composer. */
+  /** The server never accepted the turn: restores the page, and puts the text back into the composer. */
   withdraw(turn, outdated = false) {
-    this.untaken.delete(turn.eventId);
-    const { text } = turn.question;
-    if (turn !== this.turn) return this.composer.giveBack(text, turn.conversation);
+    this.untaken.delete(turn.streamId);
+    const text = turn.question?.text;
+    if (turn !== this.turn) return text && this.composer.giveBack(text, turn.conversation);
     this.turn = null;
-    this.log.cut(turn.question);
+    this.log.cut(turn.messages[0]);
     this.log.append(...turn.replaced);
     this.refresh();
-    const [edited] = turn.replaced;
-    if (!edited || (outdated && edited.text !== text)) this.composer.giveBack(text, this.id);
-    else if (edited.text !== text) edited.edit(text);
     if (outdated) this.load();
+    if (!text) return;
+    const [edited] = turn.replaced;
+    if (!edited || outdated) this.composer.giveBack(text, this.id);
+    else edited.edit(text);
   }
 
   // The connection
@@ -243,11 +239,11 @@ export class Conversation {
     this.wasCut = false;
   }
 
-  /** Resumes the reply after its last delta. */
+  /** Resumes the reply after its last event. */
   resume() {
-    const { eventId, reply } = this.turn;
-    const resume = { type: 'response.resume', event_id: eventId, response_id: reply.id };
-    this.connection.send({ ...resume, starting_after: reply.sequenceNumber });
+    const { reply, sequence, streamId } = this.turn;
+    const resume = { type: 'parley.response.resume', stream_id: streamId, response_id: reply.id };
+    this.connection.send({ ...resume, starting_after: sequence });
     this.sendCancel(this.turn);
   }
 
@@ -259,16 +255,16 @@ export class Conversation {
     this.refresh();
   }
 
-  /** The connection was lost before the server accepted the question: finds out whether it did. */
+  /** The connection was lost before the server accepted the turn: finds out whether it did. */
   async settle(turn) {
     try {
       const known = new Set([...this.log.list, ...turn.replaced].map((message) => message.id));
-      const conversation = this.id ? await getConversation(this.id) : await this.newest();
+      const branch = this.id ? await getBranch(this.id) : await this.newest();
       if (turn !== this.turn) return;
-      if (!conversation || !turn.isIn(conversation.items, known)) return this.withdraw(turn);
-      this.untaken.delete(turn.eventId);
-      this.named(conversation.id);
-      this.show(conversation);
+      if (!branch || !turn.isIn(branch.data, known)) return this.withdraw(turn);
+      this.untaken.delete(turn.streamId);
+      this.named(branch.id);
+      this.show(branch);
     } catch (error) {
       // Without a status, the page is offline again, and the next connection finds out.
       if (turn === this.turn && error.status) this.withdraw(turn);
@@ -278,7 +274,7 @@ export class Conversation {
   /** The newest conversation, unless the list has it already. */
   async newest() {
     const [newest] = (await listConversations({ limit: 1 })).data;
-    return newest && !this.isListed(newest.id) ? getConversation(newest.id) : null;
+    return newest && !this.isListed(newest.id) ? getBranch(newest.id) : null;
   }
 
   refresh() {

@@ -16,9 +16,8 @@ export class Entry {
     this.update(conversation);
   }
 
-  update({ title, updated }) {
-    this.title = title;
-    this.updated = updated;
+  update({ title, updated_at }) {
+    Object.assign(this, { title, updated_at });
     this.link.textContent = title;
     this.link.title = title;
     this.manage.setAttribute('aria-label', say('manage', { title }));

@@ -22,6 +22,7 @@ export class Log {
     this.earlier.addEventListener('click', () => this.loadEarlier());
     this.jump.addEventListener('click', () => this.follow(true));
     this.log.addEventListener('scroll', () => this.scrolled());
+    this.log.addEventListener('click', ({ target }) => target.closest('summary') && this.unfolded());
   }
 
   get first() {
@@ -124,6 +125,11 @@ export class Log {
     // Only as much slack as rounding needs: with more, slow scrolling up would be pulled back down.
     this.pinned = this.log.scrollHeight - this.log.scrollTop - this.log.clientHeight <= 2;
     this.jump.hidden = this.pinned;
+  }
+
+  // What the reader opens stays where it is: it is measured before `follow` would scroll to the end.
+  unfolded() {
+    requestAnimationFrame(() => this.scrolled());
   }
 
   /** Keeps the end visible, unless the reader has scrolled up. */

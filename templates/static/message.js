@@ -1,12 +1,12 @@
 import { element } from './elements.js';
 
-/** A message on the page; `id` is that of the server, if the page knows it. */
+/** A message on the page. `id` is that of the server, and `parent` the id of the one before it, if the page knows them. */
 export class Message {
-  constructor(role, label, text, id = null) {
-    Object.assign(this, { role, text, id });
+  constructor(role, label, body, { id = null, parley } = {}) {
+    Object.assign(this, { role, body, id, parent: parley?.parent ?? null });
     this.article = element('article', `message ${role}`);
     this.article.setAttribute('aria-label', label);
-    this.content = this.article.appendChild(element('div', 'content', text));
+    this.article.append(body);
   }
 
   get status() {
@@ -19,7 +19,7 @@ export class Message {
 
   note(text) {
     if (!this.noteLine && !text) return;
-    this.noteLine ??= this.content.insertAdjacentElement('afterend', element('p', 'note'));
+    this.noteLine ??= this.body.insertAdjacentElement('afterend', element('p', 'note'));
     this.noteLine.textContent = text;
     this.noteLine.hidden = !text;
   }

@@ -24,6 +24,12 @@ export class Options {
     return this.values.get(this.conversation) ?? {};
   }
 
+  /** The current options as parameters of a request. */
+  get request() {
+    const { reasoning_effort: effort, ...options } = this.current;
+    return effort ? { ...options, reasoning: { effort } } : options;
+  }
+
   open(conversation) {
     this.conversation = conversation;
     if (conversation === null) this.values.delete(null);

@@ -1,12 +1,12 @@
-import { button, fromTemplate } from './elements.js';
+import { button, element, fromTemplate } from './elements.js';
 import { Message } from './message.js';
 import { say } from './words.js';
 
 /** A message of the user. It can be edited, and asked again by `onAsk`. */
 export class Question extends Message {
-  constructor(text, id, onAsk) {
-    super('user', say('you'), text, id);
-    this.onAsk = onAsk;
+  constructor(text, onAsk, node) {
+    super('user', say('you'), element('div', 'content', text), node);
+    Object.assign(this, { text, onAsk });
   }
 
   seen() {

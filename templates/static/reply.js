@@ -1,77 +1,99 @@
+import { Answer } from './answer.js';
 import { copyButton } from './clipboard.js';
 import { button, element } from './elements.js';
-import { renderMarkdown } from './markdown.js';
+import { textOf } from './item.js';
 import { Message } from './message.js';
+import { Reasoning } from './reasoning.js';
+import { ToolCall } from './tool_call.js';
 import { say } from './words.js';
 
-const BLOCK_LENGTH = 2000;
+const PARTS = { message: Answer, reasoning: Reasoning, function_call: ToolCall };
 
-/** A reply of the model. It grows by deltas until it is finished. */
+/** A reply of the model. It grows by parts and their deltas until it is finished. */
 export class Reply extends Message {
-  constructor(id, { onCopy, onAgain }) {
-    super('assistant', say('reply'), '', id);
-    Object.assign(this, { onCopy, onAgain, sequenceNumber: 0, pending: '' });
+  constructor({ onCopy, onAgain }, node) {
+    super('assistant', say('reply'), element('div', 'parts'), node);
+    Object.assign(this, { onCopy, onAgain, parts: [] });
     this.status = 'in_progress';
   }
 
-  /** Shows a reply as the server has stored it, finished or not. */
-  static of(item, callbacks) {
-    const reply = new Reply(item.id, callbacks);
-    if (item.status === 'in_progress') {
-      if (item.content) reply.grow(item.content);
-      reply.sequenceNumber = item.sequence_number;
-    } else {
-      reply.end(item, item.content);
-    }
+  /** Shows a response as the server has stored it, finished or not, or an item that somebody else has written. */
+  static of(node, callbacks) {
+    const reply = new Reply(callbacks, node);
+    if (node.status === 'in_progress') reply.begin(node.output);
+    else reply.end(node);
     return reply;
   }
 
-  /** Whether a delta is the next one; earlier deltas come again when a reply is resumed. */
-  append(sequenceNumber, delta) {
-    if (sequenceNumber !== this.sequenceNumber + 1) return false;
-    this.sequenceNumber = sequenceNumber;
-    this.grow(delta);
-    return true;
+  get answers() {
+    return this.parts.filter((part) => part instanceof Answer);
   }
 
-  grow(text) {
-    this.text += text;
-    this.pending += text;
-    this.frame ??= requestAnimationFrame(() => this.draw());
+  /** What the model says to the user. */
+  get text() {
+    return this.answers.map((answer) => answer.text).join('\n\n');
   }
 
-  // Once per frame, into blocks that end with a line: the browser lays out only the last block, not the whole reply.
-  draw() {
-    this.frame = null;
+  // While it grows
+
+  begin(output) {
+    output.forEach((item, index) => {
+      const part = this.part(index, item);
+      if (item.status === 'in_progress') part.begin(textOf(item));
+      else part.end(item);
+    });
+  }
+
+  /** Begins a part, unless it is there already. Returns what is to be read aloud. */
+  add(index, item) {
+    if (this.parts[index]) return '';
     this.note('');
-    this.block ??= this.startBlock();
-    if (this.block.length > BLOCK_LENGTH) {
-      const end = this.pending.indexOf('\n') + 1;
-      this.block.appendData(this.pending.slice(0, end));
-      this.pending = this.pending.slice(end);
-      if (end) this.block = this.startBlock();
-    }
-    this.block.appendData(this.pending);
-    this.pending = '';
+    const part = this.part(index, item);
+    part.begin('');
+    return part.announcement;
   }
 
-  startBlock() {
-    return this.content.appendChild(element('div', 'block')).appendChild(new Text());
+  /** Adds a delta to a part. Returns what is to be read aloud. */
+  grow(index, delta) {
+    return this.parts[index].grow(delta);
   }
+
+  endPart(index, item) {
+    this.parts[index].end(item);
+  }
+
+  part(index, item) {
+    if (!this.parts[index]) {
+      this.parts[index] = new PARTS[item.type](item);
+      this.body.append(this.parts[index].node);
+    }
+    return this.parts[index];
+  }
+
+  // When it is finished
 
   finish(response) {
-    this.end(response, response.output_text);
+    this.end(response);
     this.format();
   }
 
-  end({ status = 'completed', status_details: details, usage, decode_seconds: seconds }, text) {
-    cancelAnimationFrame(this.frame);
-    this.text = text;
+  end(node) {
+    const { status, usage, parley, output = [node] } = node;
+    for (const part of this.parts.splice(output.length)) part.node.remove();
+    const length = output.reduce((sum, item) => sum + textOf(item).length, 0);
+    output.forEach((item, index) => {
+      const share = textOf(item).length / (length || 1);
+      this.part(index, item).end(item, share * parley.decode_seconds);
+    });
     this.status = status;
-    this.note(reasonNote(details?.reason) || (text.trim() ? '' : say('nothing_said')));
+    this.note(reasonNote(parley.reason) || (this.isSilent ? say('nothing_said') : ''));
     this.footer = this.article.appendChild(element('footer', 'foot'));
-    this.footer.append(element('span', 'usage', usageLine(usage, seconds)));
-    this.content.replaceChildren(element('div', 'block', text));
+    this.footer.append(element('span', 'usage', usageLine(usage, parley.decode_seconds)));
+  }
+
+  get isSilent() {
+    const isFromHere = this.id.startsWith('resp_');
+    return isFromHere && !this.text.trim() && !this.parts.some((part) => part instanceof ToolCall);
   }
 
   seen() {
@@ -82,9 +104,9 @@ export class Reply extends Message {
   format() {
     if (this.formatted) return;
     this.formatted = true;
-    this.content.replaceChildren(renderMarkdown(this.text, this.onCopy));
+    for (const answer of this.answers) answer.format(this.onCopy);
     if (this.text) this.footer.append(copyButton('copy', () => this.text, this.onCopy));
-    this.footer.append(button('ask_again', () => this.onAgain(this)));
+    if (this.parent) this.footer.append(button('ask_again', () => this.onAgain(this)));
   }
 }
 

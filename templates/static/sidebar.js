@@ -38,7 +38,8 @@ export class Sidebar {
     const page = await this.load({});
     if (!page) return;
     const oldest = page.data.at(-1);
-    const isOlder = ({ id, updated }) => updated <= oldest?.updated && !page.data.some((listed) => listed.id === id);
+    const isListed = ({ id }) => page.data.some((listed) => listed.id === id);
+    const isOlder = (entry) => entry.updated_at <= oldest?.updated_at && !isListed(entry);
     const older = anew || !page.has_more ? [] : this.shown.filter(isOlder);
     if (!older.length) this.hasMore = page.has_more;
     this.show([...page.data.map((conversation) => this.entry(conversation)), ...older]);

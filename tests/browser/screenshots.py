@@ -6,15 +6,15 @@ import asyncio
 import sys
 import tempfile
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from playwright.sync_api import Page, ViewportSize, expect
 
+from models.chat_request import ChatRequest
 from models.language.events import Event
-from models.messages import Message
-from models.options import Options
 from models.settings import EMBEDDED, Settings
 from server import create_app
 from tests.browser.chromium import launched
@@ -69,11 +69,9 @@ class RecordedChat(ScriptedChat):
 
     model_name = EMBEDDED
 
-    async def prepare(
-        self, user: str, messages: list[Message], options: Options, keep_all: bool = False
-    ) -> ScriptedReply:
-        text = CONVERSATION.get(messages[-1]["content"], "...")
-        return await super().prepare(user, [{"role": "user", "content": f"say {text}"}], options, keep_all)
+    async def prepare(self, request: ChatRequest) -> ScriptedReply:
+        text = CONVERSATION.get(request.messages[-1]["content"], "...")
+        return await super().prepare(replace(request, messages=[{"role": "user", "content": f"say {text}"}]))
 
     async def events(self, reply: ScriptedReply) -> AsyncGenerator[Event, None]:
         async for event in super().events(reply):

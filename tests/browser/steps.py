@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import re
+
 from playwright.sync_api import Locator, Page, ViewportSize, expect
 
+from models.validation import Json
 from tests.support.client import ANN
 
 DESKTOP: ViewportSize = {"width": 1200, "height": 800}
 PHONE: ViewportSize = {"width": 390, "height": 844}
 
-STORE = """(contents) => new Promise((resolve) => {
-    const socket = new WebSocket('ws', ['chat.v1']);
-    const input = contents.map((content, index) => ({ role: index % 2 ? 'assistant' : 'user', content }));
+# Stores a conversation that begins with some items, and resolves to its id.
+STORE_ITEMS = """(input) => new Promise((resolve) => {
+    const socket = new WebSocket('ws', ['chat.v2']);
     socket.onmessage = ({ data }) => {
         const { type, response } = JSON.parse(data);
-        const request = { type: 'response.create', response: { input, conversation: 'new' } };
-        if (type === 'session.created') socket.send(JSON.stringify(request));
-        if (type === 'response.done') resolve(response.conversation);
+        const request = { type: 'response.create', input, conversation: 'new' };
+        if (type === 'parley.session.created') socket.send(JSON.stringify(request));
+        if (type === 'response.completed') resolve(response.conversation.id);
     };
 })"""
+STORE = f"""(contents) => {{
+    const input = contents.map((content, index) => ({{ role: index % 2 ? 'assistant' : 'user', content }}));
+    return ({STORE_ITEMS})(input);
+}}"""
 
 
 def open_chat(page: Page, url: str, secret: str = ANN) -> None:
@@ -74,6 +81,31 @@ def open_stored(page: Page, *contents: str) -> None:
     expect(page.locator("article")).to_have_count(len(contents) + 1)
 
 
+def open_items(page: Page, *items: Json) -> None:
+    """Open a new conversation with some items, and the reply to the last one."""
+    page.evaluate("id => { location.hash = id; }", page.evaluate(STORE_ITEMS, items))
+    expect(page.locator("article")).to_have_count(len(items) + 1)
+
+
+def branch(page: Page) -> list[Json]:
+    """The current branch of the open conversation, as the server has it."""
+    nodes: list[Json] = page.request.get(f"{conversation_url(page)}/branch").json()["data"]
+    return nodes
+
+
+def show_branch(page: Page, leaf: str) -> None:
+    """Make the branch that ends at a node the current one, and load the page again."""
+    headers = {"Origin": page.evaluate("location.origin")}  # which browsers send, and requests of tests do not
+    assert page.request.post(conversation_url(page), data={"leaf": leaf}, headers=headers).ok
+    page.reload()
+
+
+def conversation_url(page: Page) -> str:
+    """The URL of the open conversation."""
+    address, _, id = page.url.partition("#")
+    return f"{address.rstrip('/')}/v1/conversations/{id}"
+
+
 def entry(page: Page, title: str) -> Locator:
     """The entry of the list with a title."""
     return page.locator(".entry").filter(has=page.get_by_role("link", name=title, exact=True))
@@ -84,3 +116,20 @@ def manage(page: Page, title: str, action: str) -> None:
     entry(page, title).hover()
     entry(page, title).get_by_role("button").click()
     page.locator("#entry-menu").get_by_text(action).click()
+
+
+def clipboard(page: Page) -> str:
+    """The text of the clipboard."""
+    message = page.get_by_label("Message", exact=True)
+    message.fill("")
+    message.press("ControlOrMeta+v")
+    return message.input_value()
+
+
+def copy(page: Page, button: str) -> None:
+    """Click on a button that copies something, and wait until the page has announced it."""
+    page.get_by_role("button", name=button, exact=True).wait_for()
+    pass_time(page, 1)  # until the reply is announced
+    page.get_by_role("button", name=button, exact=True).click()
+    pass_time(page, 1)  # until the next announcement
+    expect(page.locator("#announcer")).to_have_text(re.compile("Copied"))

@@ -10,7 +10,18 @@ from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-unt
 from playwright.sync_api import Page, ViewportSize, expect
 
 from tests.browser.conftest import OpenPage
-from tests.browser.steps import DESKTOP, PHONE, converse, entry, expect_reply, last_reply, log_in, open_chat, send
+from tests.browser.steps import (
+    DESKTOP,
+    PHONE,
+    converse,
+    entry,
+    expect_reply,
+    last_reply,
+    log_in,
+    open_chat,
+    open_items,
+    send,
+)
 from tests.support.client import ANN
 from tests.support.scripted import ScriptedChat
 from tests.support.serving import Served
@@ -55,6 +66,16 @@ def empty(page: Page) -> None:
 def formatted(page: Page) -> None:
     send(page, f"say {FORMATTED}")
     expect(last_reply(page)).to_have_attribute("data-status", "completed")
+
+
+def unfolded(page: Page) -> None:
+    """Reasoning, a call and a result, all open."""
+    call = {"type": "function_call", "call_id": "call_1", "name": "f", "arguments": '{"x": 1}'}
+    result = {"type": "function_call_output", "call_id": "call_1", "output": "perform think A | call g {} | say B"}
+    open_items(page, {"role": "user", "content": "a question"}, call, result)
+    for fold in page.locator("summary").all():
+        fold.click()
+    expect(page.locator("details[open]")).to_have_count(4)
 
 
 def failed(page: Page) -> None:
@@ -105,7 +126,7 @@ def deleting(page: Page) -> None:
     expect(page.get_by_role("alertdialog")).to_be_visible()
 
 
-STATES = [empty, formatted, failed, streaming, editing, options, listed, menu, renaming, deleting]
+STATES = [empty, formatted, unfolded, failed, streaming, editing, options, listed, menu, renaming, deleting]
 
 
 @pytest.fixture(params=[DESKTOP, PHONE], ids=["desktop", "phone"])
@@ -145,10 +166,13 @@ def test_everything_can_be_done_with_the_keyboard(scripted_server: Served, page:
         raise AssertionError(f"Tab does not reach {name}")
 
     log_in(page, scripted_server.url, ANN)
-    page.keyboard.type("say one")
+    page.keyboard.type("perform think A | say one")
     page.keyboard.press("Enter")
     expect_reply(page, "one")
-    tab_to("Manage “say one”")
+    tab_to("Thought for 1 s")
+    page.keyboard.press("Enter")
+    expect(page.get_by_text("A", exact=True)).to_be_visible()
+    tab_to("Manage “perform think A | say one”")
     page.keyboard.press("Enter")
     page.keyboard.press("Enter")
     page.keyboard.type("Numbers")
@@ -183,7 +207,9 @@ def test_targets_are_large_on_a_touch_screen(scripted_server: Served, open_page:
     page = open_page(has_touch=True, is_mobile=True, viewport=PHONE)
     open_chat(page, scripted_server.url)
     converse(page, "say one")
-    shown = page.locator("button:visible, #entries a:visible")
+    send(page, "perform think A | call f {} | say B")
+    expect_reply(page, "B")
+    shown = page.locator("button:visible, summary:visible, #entries a:visible")
     for is_list in (False, True):
         if is_list:
             page.get_by_role("button", name="Conversations").click()

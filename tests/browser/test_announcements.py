@@ -17,8 +17,8 @@ COLLECT = """() => {
     new MutationObserver(collect).observe(document, { childList: true, subtree: true });
 }"""
 STORED = """async (text) => {
-    const read = async () => (await fetch(`v1/conversations/${location.hash.slice(1)}`)).json();
-    return (await read()).items.at(-1).content.includes(text);
+    const read = async () => (await fetch(`v1/conversations/${location.hash.slice(1)}/branch`)).json();
+    return (await read()).data.at(-1).output.at(-1)?.content[0].text.includes(text);
 }"""
 ENGLISH = """\
 ## A walk
@@ -74,6 +74,12 @@ def test_a_sentence_is_announced_when_it_is_complete(
     scripted_server.in_loop(scripted.release)
     expect_reply(chat, "One sentence. Half of ano")
     expect_announced(chat, "One sentence. Half of ano The reply is finished.")
+
+
+def test_reasoning_is_not_read_aloud_and_calls_are_named(chat: Page) -> None:
+    send(chat, "perform think One thought. Another one. | say I look. Wait | call get_time {} | say It is noon.")
+    expect(chat.locator("article.assistant")).to_have_attribute("data-status", "completed")
+    expect_announced(chat, "Thinking… I look. Wait Calls get_time It is noon. The reply is finished.")
 
 
 def test_the_message_log_itself_is_not_live(chat: Page) -> None:

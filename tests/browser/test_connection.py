@@ -13,7 +13,7 @@ from models.language.events import Event
 from models.settings import Settings
 from server import create_app
 from tests.browser.proxy import Proxy
-from tests.browser.steps import converse, expect_reply, last_reply, open_chat, send
+from tests.browser.steps import branch, converse, expect_reply, last_reply, open_chat, send
 from tests.support.scripted import ScriptedChat, ScriptedReply
 from tests.support.serving import Served, serve
 
@@ -126,6 +126,46 @@ def test_a_message_that_arrived_unconfirmed_is_answered(page: Page, settings: Se
             expect(page.locator("#message")).to_have_value("")
         expect(page.locator("article .content")).to_have_text(["say one", "one", "say two", "two"])
         assert len(scripted.heard) == 2
+
+
+def ask_again(page: Page) -> None:
+    last_reply(page).hover()
+    page.get_by_role("button", name="Ask again").click()
+
+
+def test_a_reply_stays_when_asking_again_is_lost(page: Page, proxy: Proxy, scripted: ScriptedChat) -> None:
+    open_chat(page, proxy.url)
+    converse(page, "say one")
+    before = branch(page)
+    proxy.lost.add("up")
+    ask_again(page)
+    expect(last_reply(page)).to_have_attribute("data-status", "in_progress")
+    cut(page, proxy)
+    mend(page, proxy)
+    expect_reply(page, "one")
+    expect(page.locator("#message")).to_have_value("")
+    assert branch(page) == before
+    assert len(scripted.heard) == 1
+
+
+def test_asking_again_that_arrived_unconfirmed_is_answered(page: Page, settings: Settings) -> None:
+    scripted = TellingChat()
+    with serve(create_app(settings, scripted.opened)) as served, Proxy.to(served.port) as proxy:
+        open_chat(page, proxy.url)
+        converse(page, "say one")
+        scripted.asked.clear()
+        before = branch(page)
+        proxy.lost.add("down")
+        ask_again(page)
+        assert scripted.asked.wait(30)
+        cut(page, proxy)
+        mend(page, proxy)
+        expect_reply(page, "one")
+        again = branch(page)
+        assert (again[0]["id"], len(again), len(scripted.heard)) == (before[0]["id"], 2, 2)
+        assert again[1]["id"] != before[1]["id"]
+        converse(page, "say two")
+        assert branch(page)[:2] == again
 
 
 def test_a_conversation_that_failed_to_load_is_loaded_after_reconnecting(page: Page, proxy: Proxy) -> None:

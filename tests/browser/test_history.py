@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
-from models.messages import Message
-from models.options import Options
+from models.chat_request import ChatRequest
 from models.settings import Settings
 from server import create_app
 from tests.browser.steps import STORE, converse, entry, expect_connection, expect_reply, last_reply, open_chat, send
@@ -17,11 +16,9 @@ from tests.support.serving import Served, serve
 class ForgetfulChat(ScriptedChat):
     """Has room for three messages in the context."""
 
-    async def prepare(
-        self, user: str, messages: list[Message], options: Options, keep_all: bool = False
-    ) -> ScriptedReply:
-        reply = await super().prepare(user, messages, options, keep_all)
-        reply.left_out = max(0, len(messages) - 3)
+    async def prepare(self, request: ChatRequest) -> ScriptedReply:
+        reply = await super().prepare(request)
+        reply.left_out = max(0, len(request.messages) - 3)
         return reply
 
 
@@ -261,9 +258,9 @@ def open_long(page: Page, count: int = 250) -> None:
 
 def test_earlier_messages_are_loaded_when_the_reader_scrolls_up(chat: Page) -> None:
     open_long(chat)
-    assert 90 < texts(chat).count() <= 100
+    expect(texts(chat)).to_have_count(100)
     first, earlier = texts(chat).first, chat.get_by_role("button", name="Show earlier messages")
-    for oldest in ("say 54", "say 0"):
+    for oldest in ("say 50", "say 0"):
         chat.locator("#log").evaluate("log => { log.scrollTop = 0; }")
         expect(first).to_have_text(oldest)
     expect(texts(chat)).to_have_count(250)
@@ -273,7 +270,7 @@ def test_earlier_messages_are_loaded_when_the_reader_scrolls_up(chat: Page) -> N
 def test_earlier_messages_come_above_what_the_reader_sees(chat: Page) -> None:
     open_long(chat)
     chat.locator("#log").evaluate("log => { log.scrollTop = 0; }")
-    expect(chat.locator("article")).to_have_count(196)
+    expect(chat.locator("article")).to_have_count(200)
     seen = chat.evaluate(
         """() => {
             const log = document.getElementById('log').getBoundingClientRect();
@@ -282,13 +279,13 @@ def test_earlier_messages_come_above_what_the_reader_sees(chat: Page) -> None:
                 .filter((content) => inside(content.getBoundingClientRect())).map((content) => content.textContent);
         }"""
     )
-    assert "say 152" in seen
+    assert "say 150" in seen
 
 
 def test_a_question_is_edited_where_earlier_messages_are_not_loaded(chat: Page, scripted: ScriptedChat) -> None:
     open_long(chat)
     text = str(texts(chat).first.text_content())
-    chat.route("**/v1/conversations/*before=*", lambda route: route.abort())
+    chat.route("**/v1/conversations/*/branch?before=*", lambda route: route.abort())
     chat.locator("#log").evaluate("log => { log.scrollTop = 0; }")
     chat.locator("article").first.get_by_role("button", name="Edit").click()
     expect(chat.get_by_label("Edit message")).to_have_value(text)
@@ -299,3 +296,8 @@ def test_a_question_is_edited_where_earlier_messages_are_not_loaded(chat: Page, 
     messages, _ = scripted.heard[-1]
     assert len(messages) == int(text.split()[1]) + 1
     assert messages[0]["content"] == "say 0"
+    chat.unroute("**/v1/conversations/*/branch?before=*")
+    chat.get_by_role("button", name="Show earlier messages").click()
+    expect(texts(chat)).to_have_count(102)
+    expect(texts(chat).last).to_have_text("it again")
+    expect(texts(chat).first).to_have_text("say 50")

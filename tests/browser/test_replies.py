@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 from playwright.sync_api import Page, expect
 
 from tests.browser.conftest import OpenPage
-from tests.browser.steps import expect_reply, last_reply, open_chat, open_stored, pass_time, send
+from tests.browser.steps import clipboard, copy, expect_reply, last_reply, open_chat, open_stored, send
 from tests.support.scripted import ScriptedChat
 from tests.support.serving import Served
 
@@ -25,14 +23,6 @@ print("<hello>")
 
 [a script](javascript:alert(1)), [a path](/logout), [a site](https://example.com/), ![a picture](https://example.com/x.png)
 """
-
-
-def clipboard(page: Page) -> str:
-    """The text of the clipboard."""
-    message = page.get_by_label("Message", exact=True)
-    message.fill("")
-    message.press("ControlOrMeta+v")
-    return message.input_value()
 
 
 @pytest.mark.parametrize("reloaded", [False, True], ids=["live", "reloaded"])
@@ -75,15 +65,6 @@ def test_a_long_history_is_formatted_where_it_is_visible(chat: Page) -> None:
     expect(first.locator("p")).to_have_count(0)
     first.scroll_into_view_if_needed()
     expect(first.locator("p").first).to_contain_text("a line")
-
-
-def copy(page: Page, button: str) -> None:
-    """Click on a button that copies something, and wait until the page has announced it."""
-    page.get_by_role("button", name=button, exact=True).wait_for()
-    pass_time(page, 1)  # until the reply is announced
-    page.get_by_role("button", name=button, exact=True).click()
-    pass_time(page, 1)  # until the next announcement
-    expect(page.locator("#announcer")).to_have_text(re.compile("Copied"))
 
 
 @pytest.mark.parametrize("scheme", ["https", "http"])

@@ -64,14 +64,14 @@ def test_conversations_of_other_users_are_not_listed(chat: Page, scripted_server
 
 def test_a_long_list_is_loaded_while_it_is_scrolled(chat: Page) -> None:
     chat.evaluate("""() => new Promise((resolve) => {
-        const socket = new WebSocket('ws', ['chat.v1']);
+        const socket = new WebSocket('ws', ['chat.v2']);
         let asked = 0;
         const ask = () => socket.send(JSON.stringify(
-            { type: 'response.create', response: { input: `say ${++asked}`, conversation: 'new' } }));
+            { type: 'response.create', input: `say ${++asked}`, conversation: 'new' }));
         socket.onmessage = ({ data }) => {
             const { type } = JSON.parse(data);
-            if (type === 'session.created') ask();
-            if (type === 'response.done') asked < 120 ? ask() : resolve();
+            if (type === 'parley.session.created') ask();
+            if (type === 'response.completed') asked < 120 ? ask() : resolve();
         };
     })""")
     chat.reload()
@@ -181,7 +181,7 @@ def test_a_conversation_can_be_exported(chat: Page, action: str, ending: str) ->
     text = Path(download.value.path()).read_text(encoding="utf-8")
     assert "say one" in text
     if ending == "json":
-        assert [item["content"] for item in json.loads(text)["items"]] == ["say one", "one"]
+        assert [item["content"][0]["text"] for item in json.loads(text)["items"]] == ["say one", "one"]
 
 
 def test_the_list_is_a_drawer_on_a_phone(chat: Page) -> None:
