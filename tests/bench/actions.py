@@ -15,9 +15,10 @@ from websockets.exceptions import ConnectionClosed
 from websockets.typing import Subprotocol
 
 from models.validation import Json
-from models.web.chat_socket import FRAME_BYTES
+from models.web.session_socket import FRAME_BYTES
 from server import UVICORN_FRAME_BYTES
 from tests.bench.clients import (
+    FLOOD,
     REFUSALS,
     Action,
     Chat,
@@ -40,8 +41,10 @@ LONG: Json = {"max_output_tokens": None, "temperature": 0}  # long enough that a
 async def talk(user: User) -> None:
     """Use a conversation, ask without one, and go on with another conversation over another connection."""
     async with user.chat() as chat:
-        replies = [await chat.until(await chat.ask(user.message(), **user.options())) for _ in range(2)]
-        await chat.until(await chat.ask(user.message(), conversation="none", **user.options()))
+        replies = [await chat.until(await chat.ask(user.message(), conversation="new", **user.options()))]
+        again = replies[0].conversation or "new"
+        replies.append(await chat.until(await chat.ask(user.message(), conversation=again, **user.options())))
+        await chat.until(await chat.ask(user.message(), store=False, **user.options()))
         replies.append(await chat.until(await chat.ask(user.message(), conversation="new", **user.options())))
         await chat.finish()
     if conversation := replies[-1].conversation:
@@ -53,12 +56,12 @@ async def talk(user: User) -> None:
 
 
 async def ask_too_much(user: User) -> None:
-    """Ask for more replies than a user may have. The rest is refused, and those that run are cancelled."""
+    """Ask for more replies than a user may have. The rest is refused, and those that run or wait are cancelled."""
     async with user.chat() as chat:
-        for _ in range(10):
-            reply = await chat.ask(user.message(), conversation="none", **LONG)
+        for _ in range(60):
+            reply = await chat.ask(user.message(), store=False, **LONG)
         await chat.until(reply, when_created)
-        await chat.send({"type": "response.cancel"})
+        await chat.send({"type": "parley.response.cancel"})
         await chat.finish()
 
 
@@ -159,7 +162,7 @@ async def vanish(user: User, moment: Moment, replies: int = 1, words: int = 6) -
     for reply in asked:
         reply.abandon()
         if reply.conversation:
-            stored = (await user.items(reply.conversation))[0]["content"]
+            stored = (await user.texts(reply.conversation))[0]
             expect(stored == reply.input, f"{reply.input} is not stored")
 
 
@@ -200,7 +203,7 @@ async def hang_up_before_the_response(user: User) -> None:
     arguments = await user.completion(reply, stream=False, tokens=300)
     async with asyncio.TaskGroup() as group, user.chat() as chat:
         request = group.create_task(user.http.post(**arguments))
-        await chat.ask(user.message(), conversation="none", max_output_tokens=3)
+        await chat.ask(user.message(), store=False, max_output_tokens=3)
         await chat.finish()
         request.cancel()
     if not request.cancelled():
@@ -210,6 +213,11 @@ async def hang_up_before_the_response(user: User) -> None:
 
 # Clients that stall
 
+ECHOED: Json = {  # its events tell its instructions three times
+    **{"type": "response.create", "stream_id": FLOOD, "input": "Hi", "instructions": "😀" * 26_000},
+    **{"store": False, "generate": False},
+}
+
 
 @asynccontextmanager
 async def stalled(user: User, megabytes: int = 0) -> AsyncIterator[tuple[Chat, Reply]]:
@@ -218,13 +226,13 @@ async def stalled(user: User, megabytes: int = 0) -> AsyncIterator[tuple[Chat, R
     narrow = socket.create_connection((host, int(port)))
     narrow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**18)  # else the system buffers more and more
     async with user.chat(sock=narrow, max_queue=1, close_timeout=1) as chat:
-        reply = await chat.ask(user.message(), **LONG)
+        reply = await chat.ask(user.message(), conversation="new", **LONG)
         await chat.until(reply, when_streaming)
         with suppress(ConnectionClosed):
             for _ in range(10 * megabytes):
-                await chat.send({"type": "session.update", "session": {"instructions": "😀" * 26_000}})
+                await chat.send(ECHOED)
         async with user.chat() as other:
-            await other.ask(user.message(), conversation="none", **user.options())
+            await other.ask(user.message(), store=False, **user.options())
             await other.finish()
         yield chat, reply
 
@@ -260,10 +268,10 @@ async def stall_too_long(user: User) -> None:
 async def cancel(user: User) -> None:
     """End a reply at any moment, by its id or with all others."""
     async with user.chat() as chat:
-        reply = await chat.ask(user.message(), **LONG)
+        reply = await chat.ask(user.message(), conversation="new", **LONG)
         await chat.until(reply, user.chance.choice([at_once, when_created, when_queued, when_streaming]))
-        names = {"response_id": reply.id, "event_id": "cancel"} if reply.id and user.chance.random() < 0.5 else {}
-        await chat.send({"type": "response.cancel"} | names)
+        names = {"response_id": reply.id, "stream_id": "cancel"} if reply.id and user.chance.random() < 0.5 else {}
+        await chat.send({"type": "parley.response.cancel"} | names)
         await chat.finish()
     await user.check_stored(reply)
 
@@ -271,8 +279,8 @@ async def cancel(user: User) -> None:
 async def resume(user: User) -> None:
     """Lose the connection again and again, come back each time, and have the whole reply at the end."""
     async with user.chat() as chat:
-        conversation = user.chance.choice(["new", "none"])
-        reply = await chat.ask(user.message(), conversation=conversation, max_output_tokens=60, temperature=0)
+        where: Json = user.chance.choice([{"conversation": "new"}, {"store": False}])
+        reply = await chat.ask(user.message(), max_output_tokens=60, temperature=0, **where)
         await chat.until(reply, when_streaming)
         chat.vanish()
     while not reply.outcome:
@@ -299,11 +307,13 @@ NONSENSE: dict[str | bytes, str] = {
     "[" * 100_000: "invalid_json",
     b"\x00\xff": "invalid_json",
     '{"type": "response.fly"}': "unknown_type",
-    '{"type": "response.create"}': "missing_field",
-    '{"type": "response.create", "response": {"input": ""}}': "invalid_value",
-    '{"type": "session.update", "session": {"temperature": 1e999}}': "invalid_value",
-    '{"type": "response.cancel", "response_id": "resp_none"}': "response_not_found",
-    '{"type": "response.resume", "response_id": "resp_none"}': "response_not_found",
+    "{}": "missing_field",
+    '{"type": "response.create", "response": {}}': "unknown_parameter",
+    '{"type": "response.create", "input": ""}': "invalid_value",
+    '{"type": "response.create", "input": "Hi", "temperature": 1e999}': "invalid_value",
+    '{"type": "response.create", "input": "Hi", "temperature": 7}': "invalid_value",
+    '{"type": "parley.response.cancel", "response_id": "resp_none"}': "response_not_found",
+    '{"type": "parley.response.resume", "response_id": "resp_none"}': "response_not_found",
 }
 BODIES = (b"", b"{", b"[]", b"[" * 100_000, b"\xff", b'{"messages": []}', b'{"messages": "x", "stream": 7}', b"null")
 
@@ -313,7 +323,7 @@ async def send_nonsense(user: User) -> None:
     async with user.chat() as chat:
         for frame, code in NONSENSE.items():
             expect(await chat.error_code(frame) == code, f"not {code} for {frame[:80]!r}")
-        await chat.ask(user.message(), conversation="none", **user.options())
+        await chat.ask(user.message(), store=False, **user.options())
         await chat.finish()
         for _ in range(20):
             await chat.connection.send("nonsense")
@@ -350,9 +360,9 @@ async def guess_secrets(user: User) -> None:
         async with user.connect(query, additional_headers=user.other_address) as connection:
             expect(await close_code(connection) in (1008, 4429), "plain text: let in")
         async with user.connect(
-            query, additional_headers=user.other_address, subprotocols=[Subprotocol("chat.v1")]
+            query, additional_headers=user.other_address, subprotocols=[Subprotocol("chat.v2")]
         ) as connection:
-            expect(await close_code(connection) in (4401, 4429), "chat.v1: let in")
+            expect(await close_code(connection) in (4401, 4429), "chat.v2: let in")
     headers = user.other_address | {"Authorization": "Bearer wrong"}
     reply = Reply(user.id, user.message())
     for request in (await user.completion(reply, stream=True), {"url": "/v1/conversations"}):
@@ -364,11 +374,17 @@ async def guess_secrets(user: User) -> None:
 async def use_replies_of_others(user: User) -> None:
     """Name the reply and the conversation of another user, which must not exist for this one."""
     async with user.neighbour.chat() as theirs, user.chat() as own:
-        reply = await theirs.until(await theirs.ask(user.message(), **user.options()), when_streaming)
-        names = {"response_id": reply.id, "response": {"input": user.message(), "conversation": reply.conversation}}
-        for kind in ("response.resume", "response.cancel", "response.create") if reply.id else ():
-            code = await own.error_code(json.dumps(names | {"type": kind}))
-            expect(code in (*REFUSALS, "conversation_not_found"), f"{kind}: {code}")
+        asked = await theirs.ask(user.message(), conversation="new", **user.options())
+        reply = await theirs.until(asked, when_streaming)
+        events: list[Json] = [
+            {"type": "parley.response.resume", "response_id": reply.id},
+            {"type": "parley.response.cancel", "response_id": reply.id},
+            {"type": "response.create", "input": user.message(), "conversation": reply.conversation},
+            {"type": "response.create", "input": user.message(), "previous_response_id": reply.id},
+        ]
+        for event in events if reply.id else ():
+            code = await own.error_code(json.dumps(event))
+            expect(code in (*REFUSALS, "conversation_not_found", "previous_response_not_found"), f"{event}: {code}")
         response = await user.http.get(f"/v1/conversations/{reply.conversation}", headers=user.headers)
         expect(response.status_code == 404, f"the conversation of another user: {response.status_code}")
         await theirs.finish()

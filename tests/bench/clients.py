@@ -19,12 +19,14 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.typing import Subprotocol
 
 from models.validation import Json
+from tests.support.client import ENDS, text_of
 
 DEADLINE = 180.0  # seconds that anything a client does may take, however long the wait queue
 WORDS = ("the", "sea", "bread", "clocks", "glass", "bees", "rivers", "paper", "and", "of", "a", "with", "stone")
 REFUSALS = ("queue_full", "too_many_responses", "response_not_found")  # which good clients may get too
-LATE = "response_not_found"  # for clients that resume a reply of no conversation after it is forgotten
-MARK = {"type": "response.cancel", "event_id": "mark", "response_id": "none"}
+LATE = "response_not_found"  # for clients that resume an unstored reply after it is forgotten
+FLOOD = "flood"  # the lane of requests whose events nobody reads
+MARK = {"type": "parley.response.cancel", "stream_id": "mark", "response_id": "none"}
 
 
 class UnexpectedError(Exception):
@@ -47,6 +49,7 @@ class Reply:
     id: str = ""
     conversation: str | None = None
     queued: bool = False
+    events: int = 0  # numbered ones
     text: str = ""
     deltas: int = 0
     wait: float | None = None  # seconds to the first delta
@@ -71,26 +74,28 @@ class Reply:
         self.text += delta
 
     def on_event(self, event: Json) -> None:
-        """Add the next event of chat.v1. Raises UnexpectedError where it cannot be the next one."""
+        """Add the next event of chat.v2. Raises UnexpectedError where it cannot be the next one."""
         expect(not self.outcome, f"after the end: {event}")
+        if "sequence_number" in event:
+            expect(event["sequence_number"] == self.events, f"after event {self.events - 1}: {event}")
+            self.events += 1
         match event:
-            case {"type": "response.created", "response": {"id": id, "conversation": conversation}}:
+            case {"type": "response.created", "response": response}:
                 expect(not self.id, f"created twice: {event}")
-                self.id, self.conversation = id, conversation
-            case {"type": "response.queued"}:
+                self.id, self.conversation = response["id"], (response["conversation"] or {}).get("id")
+            case {"type": "parley.queue"}:
                 self.queued = True
-            case {"type": "response.output_text.delta", "sequence_number": number, "delta": delta}:
-                expect(self.id and number == self.deltas + 1, f"after delta {self.deltas}: {event}")
+            case {"type": "response.output_text.delta", "delta": delta}:
                 self.add(delta)
-            case {"type": "response.done", "response": response, "sequence_number": number}:
-                expect((number, response["output_text"]) == (self.deltas + 1, self.text), f"{self.text!r}: {event}")
+            case {"type": type, "response": response} if type in ENDS:
+                expect(text_of(response) == self.text, f"{self.text!r}: {event}")
                 expect(response["status"] != "failed", event)
                 self.outcome = "cancelled" if response["status"] == "cancelled" else "answered"
             case {"type": "error", "error": {"code": code}}:
                 expect(not self.id or (code == LATE and self.conversation is None), f"after created: {event}")
                 self.refuse(code)
             case _:
-                raise UnexpectedError(f"unknown: {event}")
+                expect("sequence_number" in event, f"unknown: {event}")
 
     def refuse(self, code: str) -> None:
         """The server refused the request. Raises UnexpectedError where it may not."""
@@ -141,39 +146,39 @@ class Tally:
 
 
 class Chat:
-    """A connection by chat.v1. It gives each event to its reply."""
+    """A connection by chat.v2. It gives each event to its reply."""
 
     def __init__(self, user: User, connection: ClientConnection) -> None:
         self.user = user
         self.connection = connection
-        self.replies: dict[str, Reply] = {}  # by the event id of the request, then by their own id as well
+        self.replies: dict[str, Reply] = {}  # by the lane of the request, then by their own id as well
 
     async def send(self, event: Json) -> None:
         await self.connection.send(json.dumps(event))
 
     async def ask(self, input: str, **fields: Any) -> Reply:
-        """Ask for a reply."""
-        reply, event_id = self.user.new_reply(input), f"request {len(self.replies)}"
-        self.replies[event_id] = reply
-        await self.send({"type": "response.create", "event_id": event_id, "response": {"input": input} | fields})
+        """Ask for a reply, in a lane of its own."""
+        reply, lane = self.user.new_reply(input), f"request {len(self.replies)}"
+        self.replies[lane] = reply
+        request = {"type": "response.create", "input": input, "truncation": "auto", "stream_id": lane}
+        await self.send(request | fields)
         return reply
 
     async def resume(self, reply: Reply) -> None:
         """Follow a reply that began on another connection."""
         self.replies[reply.id] = reply
-        names = {"response_id": reply.id, "event_id": reply.id}
-        await self.send({"type": "response.resume", "starting_after": reply.deltas} | names)
+        names = {"response_id": reply.id, "stream_id": reply.id}
+        await self.send({"type": "parley.response.resume", "starting_after": reply.events - 1} | names)
 
     async def receive(self) -> Json:
         """The next event. Raises UnexpectedError where it belongs to no reply of this connection."""
         event: Json = json.loads(await self.connection.recv())
-        names = [event.get("event_id"), event.get("response_id")]
-        names += [event.get("response", {}).get("id"), event.get("error", {}).get("event_id")]
+        names = [event.get("stream_id"), event.get("response_id")]
         reply = next((self.replies[name] for name in names if name in self.replies), None)
         if reply:
             reply.on_event(event)
             self.replies[reply.id] = reply
-        else:
+        elif event.get("stream_id") != FLOOD:
             expect(not event["type"].startswith("response."), f"nobody asked for {event}")
         return event
 
@@ -195,7 +200,7 @@ class Chat:
         for reply in [*self.replies.values()]:
             await self.until(reply)
         await self.send(MARK)
-        while (await self.receive()).get("error", {}).get("event_id") != "mark":
+        while (await self.receive()).get("stream_id") != "mark":
             pass
 
     def vanish(self) -> None:
@@ -264,32 +269,33 @@ class User:
 
     @asynccontextmanager
     async def chat(self, **options: Any) -> AsyncIterator[Chat]:
-        """A connection by chat.v1, after its `session.created`."""
-        protocols = [Subprotocol("chat.v1")]
+        """A connection by chat.v2, after its `parley.session.created`."""
+        protocols = [Subprotocol("chat.v2")]
         async with self.connect(subprotocols=protocols, additional_headers=self.headers, **options) as connection:
             chat = Chat(self, connection)
-            expect((await chat.receive())["type"] == "session.created", "there is no session")
+            expect((await chat.receive())["type"] == "parley.session.created", "there is no session")
             yield chat
 
-    async def items(self, conversation: str | None) -> list[Json]:
-        """The stored items of a conversation."""
-        response = await self.http.get(f"/v1/conversations/{conversation}", headers=self.headers)
-        return list(response.raise_for_status().json()["items"])
+    async def texts(self, conversation: str | None) -> list[str]:
+        """The stored messages and replies of a conversation."""
+        response = await self.http.get(f"/v1/conversations/{conversation}/branch", headers=self.headers)
+        turns = response.raise_for_status().json()["data"]
+        return [text_of(turn) if "output" in turn else turn["content"][0]["text"] for turn in turns]
 
     async def find(self, input: str) -> list[str]:
-        """A stored message, and the contents that follow it in its conversation."""
+        """A stored message, and the texts that follow it in its conversation."""
         found = await self.http.get("/v1/conversations", params={"query": input}, headers=self.headers)
         for conversation in found.raise_for_status().json()["data"]:
-            contents = [item["content"] for item in await self.items(conversation["id"])]
-            return contents[contents.index(input) :]
+            texts = await self.texts(conversation["id"])
+            return texts[texts.index(input) :]
         return []
 
     async def check_stored(self, *replies: Reply) -> None:
         """Check that conversations have these messages and replies, and nothing else. Raises UnexpectedError."""
         for conversation in {reply.conversation for reply in replies if reply.conversation}:
             own = [reply for reply in replies if reply.conversation == conversation]
-            expected = [content for reply in own for content in (reply.input, reply.text)]
-            stored = [item["content"] for item in await self.items(conversation)]
+            expected = [text for reply in own for text in (reply.input, reply.text)]
+            stored = await self.texts(conversation)
             expect(stored == expected, f"{conversation} has {stored}, not {expected}")
 
     async def completion(self, reply: Reply, stream: bool, tokens: int | None = None) -> Json:

@@ -20,7 +20,8 @@ from typing import Any
 import websockets
 from websockets.typing import Subprotocol
 
-PROTOCOL = Subprotocol("chat.v1")
+PROTOCOL = Subprotocol("chat.v2")
+ENDS = ("response.completed", "response.incomplete", "response.failed")
 OPENING = 8  # sockets at once: a server lets few strangers wait for their handshake
 GREEDY = {"temperature": 0, "repetition_penalty": 1}
 
@@ -45,17 +46,17 @@ async def ask(
         async with opening:
             connecting = websockets.connect(address, subprotocols=[PROTOCOL], additional_headers=headers, **options)
             socket = await stack.enter_async_context(connecting)
-            await socket.recv()  # session.created
+            await socket.recv()  # parley.session.created
         await ready.wait()
         message = {"role": "user", "content": text}
-        response = {"input": [message], "conversation": "none", "max_output_tokens": tokens} | GREEDY
+        request = {"input": [message], "store": False, "max_output_tokens": tokens} | GREEDY
         reply = Reply(time.perf_counter())
-        await socket.send(json.dumps({"type": "response.create", "response": response}))
+        await socket.send(json.dumps({"type": "response.create"} | request))
         async for frame in socket:
             event = json.loads(frame)
             if event["type"] == "response.output_text.delta":
                 reply.arrivals.append(time.perf_counter())
-            elif event["type"] == "response.done":
+            elif event["type"] in ENDS:
                 usage = event["response"]["usage"]
                 reply.tokens, reply.prompt_tokens = usage["output_tokens"], usage["input_tokens"]
                 return reply

@@ -19,6 +19,7 @@ from models.engine.joined_linears import join_linears
 from models.engine.sampler import Sampler
 from models.engine.sampling_params import SamplingParams
 from models.engine.sequence import Sequence
+from models.engine.token_masks import TokenMasks
 from tests.bench.gpu import Load
 
 GREEDY = SamplingParams()
@@ -101,10 +102,17 @@ class NotingSampler(Sampler):
         super().__init__(slots, vocabulary, device)
         self.noted: dict[int, list[Tensor]] = {}
 
-    def sample(self, logits: Tensor, slots: list[int], where: Tensor, uniforms: list[float]) -> Tensor:
+    def sample(
+        self,
+        logits: Tensor,
+        slots: list[int],
+        where: Tensor,
+        uniforms: list[float],
+        masks: TokenMasks | None = None,
+    ) -> Tensor:
         for slot, row in zip(slots, logits.clone(), strict=True):
             self.noted.setdefault(slot, []).append(row)
-        return super().sample(logits, slots, where, uniforms)
+        return super().sample(logits, slots, where, uniforms, masks)
 
 
 Replies = list[tuple[list[int], list[Tensor]]]  # the tokens of each, and the logits that they were chosen from

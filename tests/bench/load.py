@@ -20,6 +20,8 @@ import httpx2
 import websockets
 
 Messages = list[dict[str, str]]
+ENDS = ("response.completed", "response.incomplete", "response.failed")
+GREEDY = {"temperature": 0, "repetition_penalty": 1}
 LIMIT = 600.0  # seconds that a reply may take
 
 TOPICS = ["the sea", "bread", "clocks", "mountains", "glass", "bees", "rivers", "paper"]
@@ -51,18 +53,17 @@ async def ask_parley(url: str, secret: str, messages: Messages, tokens: int) -> 
     """Request a reply over a WebSocket of its own."""
     address = url.replace("http", "ws", 1) + "/ws"
     headers = {"Authorization": f"Bearer {secret}"}
-    async with websockets.connect(address, subprotocols=["chat.v1"], additional_headers=headers) as socket:  # type: ignore[list-item]
-        await socket.recv()  # session.created
-        response = {"input": messages, "conversation": "none", "max_output_tokens": tokens, "temperature": 0}
-        response["repetition_penalty"] = 1
+    async with websockets.connect(address, subprotocols=["chat.v2"], additional_headers=headers) as socket:  # type: ignore[list-item]
+        await socket.recv()  # parley.session.created
+        request = {"type": "response.create", "input": messages, "store": False, "max_output_tokens": tokens}
         reply = Reply(time.perf_counter())
-        await socket.send(json.dumps({"type": "response.create", "response": response}))
+        await socket.send(json.dumps(request | GREEDY))
         async for frame in socket:
             event = json.loads(frame)
             if event["type"] == "response.output_text.delta":
                 reply.arrivals.append(time.perf_counter())
                 reply.text += event["delta"]
-            elif event["type"] == "response.done":
+            elif event["type"] in ENDS:
                 usage = event["response"]["usage"]
                 reply.tokens, reply.prompt_tokens = usage["output_tokens"], usage["input_tokens"]
                 return reply

@@ -249,10 +249,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 
 def test_there_are_examples() -> None:
-    assert len(examples()) == 3
+    assert len(examples()) == 4
 
 
-@pytest.mark.parametrize("example", examples(), ids=["OpenAI's package", "plain text", "chat.v1"])
+@pytest.mark.parametrize("example", examples(), ids=["Chat Completions", "Responses", "chat.v2", "plain text"])
 def test_an_example_prints_a_reply(example: str, served: Served) -> None:
     example = example.replace("127.0.0.1:7777", served.address).replace('"the secret"', repr(SECRET))
     command = [sys.executable, "-u", "-c", example, SECRET]

@@ -10,6 +10,7 @@ import sqlite3
 import time
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +23,8 @@ pytestmark = [
 ]
 
 READY = (200, "ready")
+FAILED = "The server could not finish the reply; try again."
+STOPPED = "The server stopped before the reply ended."
 FORM = b"Content-Type: application/x-www-form-urlencoded"
 UNFINISHED = b"POST /login HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n%s\r\n\r\nsecre" % FORM
 HTTP = "models.web.http_protocol:HTTPProtocol"
@@ -33,14 +36,14 @@ HTTP = "models.web.http_protocol:HTTPProtocol"
 def test_a_prompt_that_breaks_the_model_fails_alone(tmp_path: Path) -> None:
     with launched(tmp_path, "faulty", quiet=False) as server, server.connected() as client:
         usual = client.outcome(client.start("hello", conversation="new", max_output_tokens=100)["id"])
-        others = [client.start("% hello", conversation="none", max_output_tokens=100)]
+        others = [client.start("% hello", conversation=None, max_output_tokens=100)]
         bad = client.start("~", conversation="new")
-        others.append(client.start("hello", conversation="none", max_output_tokens=100))
+        others.append(client.start("hello", conversation=None, max_output_tokens=100))
         server.release()
-        assert client.outcome(bad["id"]) == ("failed", "server_error", "")
+        assert client.outcome(bad["id"]) == ("failed", FAILED, "")
         assert client.outcome(others[0]["id"])[:2] == usual[:2] == ("incomplete", "max_output_tokens")
         assert client.outcome(others[1]["id"]) == usual
-        assert client.outcome(client.start("hello", conversation="none", max_output_tokens=100)["id"]) == usual
+        assert client.outcome(client.start("hello", conversation=None, max_output_tokens=100)["id"]) == usual
         assert server.ready() == READY
         server.log.find(r"an engine step of \d sequences failed(.|\n)*fails alone too: ValueError: the model chokes")
 
@@ -62,7 +65,7 @@ def test_a_broken_engine_is_logged_and_ends_the_server_with_1(tmp_path: Path, co
     with launched(tmp_path, "faulty", command, quiet=False) as server, server.connected() as client:
         replies = [client.start("% runs"), client.start("@", conversation="new")]
         server.release()
-        assert [client.outcome(reply["id"])[:2] for reply in replies] == 2 * [("failed", "server_error")]
+        assert [client.outcome(reply["id"])[:2] for reply in replies] == 2 * [("failed", FAILED)]
         assert client.wait_for_close() == RESTARTS
         assert server.exit_code() == 1
         server.log.find(r"the engine stopped(.|\n)*CUDA error: device-side assert")
@@ -73,9 +76,7 @@ def test_a_broken_engine_is_logged_and_ends_the_server_with_1(tmp_path: Path, co
 
 def expect_a_warning_and_service(server: Server, client: Client, running: str) -> None:
     """Wait until a running reply has its warning that it is not stored, and check that everything else works."""
-    error = client.wait_for("error", code="not_kept")["error"]
-    assert error["response_id"] == running
-    assert "event_id" not in error
+    client.wait_for("parley.warning", code="not_kept", response_id=running)
     status, text = server.ready()
     assert (status, text[:10]) == (200, "ready, but")
     assert server.post("/login", data={"secret": server.secret}).status_code == 303
@@ -83,12 +84,12 @@ def expect_a_warning_and_service(server: Server, client: Client, running: str) -
         expect_an_unstored_answer(another, "say it", conversation="new")
 
 
-def expect_an_unstored_answer(client: Client, input: str, **fields: str) -> str:
+def expect_an_unstored_answer(client: Client, input: str, **fields: Any) -> str:
     """Check that a message is answered, with one warning that it is not stored; returns the conversation."""
     response = client.start(input, **fields)
-    assert client.outcome(response["id"]) == ("completed", "stop", input.split()[1])
-    assert len(client.find("error", code="not_kept", response_id=response["id"])) == 1
-    return str(response["conversation"])
+    assert client.outcome(response["id"]) == ("completed", None, input.split()[1])
+    assert len(client.find("parley.warning", code="not_kept", response_id=response["id"])) == 1
+    return str(response["conversation"]["id"])
 
 
 def expect_recovery(server: Server) -> None:
@@ -107,9 +108,9 @@ def test_with_a_full_disk_replies_go_on_and_are_stored_later(tmp_path: Path) -> 
         expect_a_warning_and_service(server, client, running["id"])
         new = expect_an_unstored_answer(client, "say three", conversation="new")
         server.release()
-        assert client.outcome(running["id"]) == ("completed", "stop", "two")
+        assert client.outcome(running["id"]) == ("completed", None, "two")
         expect_an_unstored_answer(client, "say four")
-        usage = client.find("response.done")[-1]["response"]["usage"]
+        usage = client.find("response.completed")[-1]["response"]["usage"]
         assert usage["input_tokens"] == 5  # the prompt has the unstored messages too
         server.limit(resource.RLIMIT_FSIZE, None)
         expect_recovery(server)
@@ -124,7 +125,7 @@ def test_unstored_replies_are_stored_at_the_end_if_possible(tmp_path: Path) -> N
     with launched(tmp_path) as server, server.connected() as client:
         running = client.start("wait two")
         server.limit(resource.RLIMIT_FSIZE, 0)
-        client.wait_for("error", code="not_kept")
+        client.wait_for("parley.warning", code="not_kept")
         server.release()
         client.outcome(running["id"])
         server.limit(resource.RLIMIT_FSIZE, None)
@@ -137,9 +138,9 @@ def test_a_server_that_ends_with_a_full_disk_logs_how_much_is_lost(tmp_path: Pat
     with launched(tmp_path, drain=0) as server, server.connected() as client:
         running = client.start("wait two")
         server.limit(resource.RLIMIT_FSIZE, 0)
-        client.wait_for("error", code="not_kept")
+        client.wait_for("parley.warning", code="not_kept")
         server.signal(signal.SIGTERM)
-        assert client.outcome(running["id"]) == ("failed", "server_shutdown", "two")
+        assert client.outcome(running["id"]) == ("failed", STOPPED, "two")
         assert client.wait_for_close() == RESTARTS
         assert server.exit_code() == 0
         server.log.find("lost 1 replies that could not be stored")
@@ -154,19 +155,19 @@ def test_while_another_process_locks_sqlite_replies_start_and_end_and_are_stored
             asked = [f"say {number}" for number in range(12)]
             for input in asked:  # all at once, since none may wait for another one's write
                 client.ask(input, conversation="new")
-            replies = [client.wait_for("response.created", event_id=input)["response"] for input in asked]
+            replies = [client.wait_for("response.created", stream_id=input)["response"] for input in asked]
             outcomes = [client.outcome(reply["id"]) for reply in replies]
-            assert outcomes == [("completed", "stop", str(number)) for number in range(12)]
+            assert outcomes == [("completed", None, str(number)) for number in range(12)]
             server.release()
-            assert client.outcome(first["id"]) == ("completed", "stop", "zero")
-            assert len(client.find("error", code="not_kept")) == 13
+            assert client.outcome(first["id"]) == ("completed", None, "zero")
+            assert len(client.find("parley.warning", code="not_kept")) == 13
             assert time.monotonic() < deadline, "the replies waited for the lock, one after the other"
             assert other.execute("SELECT count(*) FROM items").fetchone() == (2,), "the lock was held all the time"
             other.execute("ROLLBACK")
         expect_recovery(server)
         for number, reply in enumerate(replies):
             items = [(f"say {number}", None), (str(number), "completed")]
-            assert server.items(reply["conversation"]) == items
+            assert server.items(reply["conversation"]["id"]) == items
         assert server.items(client.conversation) == [("wait zero", None), ("zero", "completed")]
 
 
@@ -181,7 +182,7 @@ def test_a_second_process_on_one_database_is_refused_and_disturbs_nothing(
             second.log.find(f"another Parley uses this database, process {server.pid} on .*: run one process only")
             assert "Traceback" not in second.log.text
         server.release()
-        assert client.outcome(running["id"]) == ("completed", "stop", "here")
+        assert client.outcome(running["id"]) == ("completed", None, "here")
         assert server.items(client.conversation) == [("wait here", None), ("here", "completed")]
 
 
@@ -192,7 +193,7 @@ def test_a_server_whose_database_was_taken_over_ends(tmp_path: Path) -> None:
             other.execute("UPDATE owner SET id = 'other'")
             other.execute("UPDATE items SET status = 'failed', owner = NULL WHERE status = 'in_progress'")
             other.commit()
-        assert client.outcome(running["id"])[:2] == ("failed", "server_shutdown")
+        assert client.outcome(running["id"])[:2] == ("failed", STOPPED)
         assert server.exit_code() == 1
         server.log.find("another process has taken this database")
     assert stored(tmp_path) == [("wait here", None, None), ("", "failed", None)]
@@ -207,11 +208,11 @@ def test_without_the_database_replies_go_on_and_are_stored_later(tmp_path: Path)
             postgresql.stop()
             expect_a_warning_and_service(server, client, running["id"])
             new = expect_an_unstored_answer(client, "say three", conversation="new")
-            client.outcome(client.start("say nothing of it", conversation="none")["id"])
+            client.outcome(client.start("say nothing of it", conversation=None)["id"])
             server.release()
-            assert client.outcome(running["id"]) == ("completed", "stop", "two")
+            assert client.outcome(running["id"]) == ("completed", None, "two")
             client.ask("say four")
-            assert client.wait_for("error", event_id="say four")["error"]["code"] == "database_unavailable"
+            assert client.wait_for("error", stream_id="say four")["error"]["code"] == "database_unavailable"
             assert server.get("/v1/conversations").status_code == 503
             postgresql.start()
             expect_recovery(server)
@@ -232,7 +233,7 @@ def test_without_free_file_descriptors_new_connections_wait(tmp_path: Path) -> N
                 connections.enter_context(socket.create_connection(("127.0.0.1", server.port)))
             server.log.find(warning)
             server.release()
-            assert client.outcome(running["id"]) == ("completed", "stop", "hello")
+            assert client.outcome(running["id"]) == ("completed", None, "hello")
         assert server.ready() == READY
         with server.connected() as another:
             another.outcome(another.start("say more")["id"])
@@ -267,11 +268,11 @@ def test_a_clock_that_jumps_disturbs_nothing(tmp_path: Path) -> None:
     with launched(tmp_path, "jumping", COMMANDS[1], rate="100/minute") as server, server.connected() as client:
         for jump in jumps:
             cookies = server.post("/login", data={"secret": server.secret}).cookies
-            assert client.outcome(client.start(jump)["id"]) == ("completed", "stop", jump.split()[1])
+            assert client.outcome(client.start(jump)["id"]) == ("completed", None, jump.split()[1])
             assert server.ready() == READY
             assert server.get("/", cookies=cookies).status_code == 200
-        items = server.get(f"/v1/conversations/{client.conversation}").json()["items"]
-        assert items[4]["created"] - items[2]["created"] > 80_000  # so the clock has jumped
+        turns = server.get(f"/v1/conversations/{client.conversation}/branch").json()["data"]
+        assert turns[4]["created_at"] - turns[2]["created_at"] > 80_000  # so the clock has jumped
         replies = [[(jump, None), (jump.split()[1], "completed")] for jump in jumps]
         assert server.items(client.conversation) == [item for reply in replies for item in reply]
         server.signal(signal.SIGTERM)

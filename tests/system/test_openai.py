@@ -9,6 +9,7 @@ import socket
 import ssl
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from functools import cache
@@ -16,6 +17,7 @@ from typing import Any, TypeVar
 
 import httpx2
 import openai
+import pydantic
 import pytest
 from openai import AsyncOpenAI, OpenAI, Stream
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
@@ -26,12 +28,20 @@ from models.language.engine_chat import EngineChat
 from models.options import Options
 from models.settings import Settings
 from models.validation import Json
-from models.web.chat_socket import FRAME_BYTES
+from models.web.session_socket import FRAME_BYTES
 from server import create_app
 from tests.support.client import ANN, BOB
 from tests.support.scripted import ScriptedChat
 from tests.support.serving import Served, serve
-from tests.support.sockets import all_tasks, call, chat_v1, events_until, server_tracebacks, wait_for_other_tasks
+from tests.support.sockets import (
+    all_tasks,
+    call,
+    chat_v2,
+    events_until,
+    events_until_done,
+    server_tracebacks,
+    wait_for_other_tasks,
+)
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 
 pytestmark = pytest.mark.anyio
@@ -167,7 +177,7 @@ def test_every_supported_parameter_reaches_the_model(client: OpenAI, scripted: S
     ask(client, "say yes", stream, **supported)
     ask(client, "say yes", stream, max_tokens=5, stop="END")
     ask(client, "say yes", stream)
-    expected = Options(None, 1.5, 0.5, 40, 1.3, -0.5, 1.5, 9, ("END", "\n\n"), 7)
+    expected = Options(None, 1.5, 0.5, 40, 0.0, 1.3, -0.5, 1.5, 9, ("END", "\n\n"), 7)
     limited = Options(max_output_tokens=5, stop=("END",))
     assert [options for _, options in scripted.heard] == [expected, limited, Options()]
 
@@ -183,10 +193,53 @@ def test_unsupported_parameters_with_neutral_values_are_accepted(client: OpenAI,
     assert text(ask(client, "say yes", stream, **neutral)) == "yes"
 
 
+@streamed_or_not
+def test_parameters_that_cannot_change_the_reply_are_accepted(client: OpenAI, stream: bool) -> None:
+    ignored: Json = {
+        "metadata": {"topic": "x"},
+        "store": True,
+        "service_tier": "flex",
+        "prediction": {"type": "content", "content": "yes"},
+        "verbosity": "low",
+        "parallel_tool_calls": True,
+        "seed": -1,
+        "tools": [WEATHER],
+        "tool_choice": "none",
+        "extra_body": {"top_k": -1, "ignore_eos": True, "chat_template_kwargs": {"enable_thinking": False}},
+    }
+    messages = [{"role": "user", "content": "say yes", "name": "ann"}]
+    assert text(ask(client, "", stream, messages=messages, **ignored)) == "yes"
+
+
+@streamed_or_not
+def test_several_choices_have_an_index_each(client: OpenAI, scripted: ScriptedChat, stream: bool) -> None:
+    answer = ask(client, "say yes", stream, n=3, seed=7)
+    assert sorted(options.seed or 0 for _, options in scripted.heard) == [7, 8, 9]
+    if stream:
+        said = ["", "", ""]
+        for chunk in answer:
+            for choice in chunk.choices:
+                said[choice.index] += choice.delta.content or ""
+        assert said == ["yes"] * 3
+    else:
+        assert [(choice.index, choice.message.content) for choice in answer.choices] == [
+            (0, "yes"),
+            (1, "yes"),
+            (2, "yes"),
+        ]
+
+
+def test_twelve_requests_at_once_are_all_answered(settings: Settings) -> None:
+    with tiny(settings) as (_, client):
+        with ThreadPoolExecutor(12) as pool:
+            answers = list(pool.map(lambda _: ask(client, "Hello", **GREEDY), range(12)))
+    assert len({text(answer) for answer in answers}) == 1
+
+
 def test_a_completion_creates_no_conversation(client: OpenAI) -> None:
     ask(client, "say yes")
     listing = client.get("/conversations", cast_to=httpx2.Response).json()
-    assert listing == {"data": [], "has_more": False}
+    assert (listing["data"], listing["has_more"]) == ([], False)
 
 
 # Streams
@@ -253,6 +306,106 @@ def test_the_packages_stream_helper_returns_the_whole_reply(client: OpenAI) -> N
 def test_special_characters_arrive_unchanged(client: OpenAI, stream: bool) -> None:
     for reply in ("one\n\ntwo\r\n", "data: [DONE]", "\u2028\x85\x0c", "你好 😀"):
         assert text(ask(client, f"say {reply}", stream)) == reply
+
+
+# Reasoning and tools
+
+
+@streamed_or_not
+def test_reasoning_is_apart_from_the_text(client: OpenAI, stream: bool) -> None:
+    answer = ask(client, "perform think Hmm. Yes. | say It is so.", stream)
+    assert text(answer) == "It is so."
+    if stream:
+        pieces = [getattr(choice.delta, "reasoning_content", "") for chunk in answer for choice in chunk.choices]
+        assert "".join(pieces) == "Hmm. Yes."
+    else:
+        assert answer.choices[0].message.reasoning_content == "Hmm. Yes."
+
+
+WEATHER: Json = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "strict": True,
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
+CALLS = 'perform say Let me see. | call weather {"city": "Paris"} | call weather {"city": "Rome"}'
+
+
+def test_calls_of_tools_can_be_answered(client: OpenAI, scripted: ScriptedChat) -> None:
+    answer = ask(client, CALLS, tools=[WEATHER], tool_choice="required")
+    message = answer.choices[0].message
+    assert (message.content, finish_reason(answer)) == ("Let me see.", "tool_calls")
+    assert [call.function.arguments for call in message.tool_calls] == ['{"city": "Paris"}', '{"city": "Rome"}']
+    results = [
+        {"role": "tool", "tool_call_id": call.id, "content": f"{call.id} is warm"} for call in message.tool_calls
+    ]
+    for sent in (message, message.model_dump(), message.model_dump(exclude_none=True)):
+        ask(client, "", messages=[user(CALLS), sent, *results, user("say warm")], tools=[WEATHER])
+        asked, called, first, *_ = scripted.requests[-1].messages
+        assert (asked["role"], called["content"]) == ("user", "Let me see.")
+        assert [call["id"] for call in called["tool_calls"]] == [call.id for call in message.tool_calls]
+        assert first == {"role": "tool", "content": results[0]["content"], "tool_call_id": results[0]["tool_call_id"]}
+    assert scripted.requests[0].tools.choice == "required"
+    assert scripted.requests[0].tools.tools[0].strict
+
+
+def test_the_packages_stream_helper_returns_the_calls(client: OpenAI) -> None:
+    messages = [user(CALLS)]
+    with client.chat.completions.stream(model="scripted", messages=messages, tools=[WEATHER]) as stream:  # type: ignore[list-item]
+        done = [event for event in stream if event.type == "tool_calls.function.arguments.done"]
+        completion = stream.get_final_completion()
+    assert [(event.index, event.name, event.parsed_arguments) for event in done] == [
+        (0, "weather", {"city": "Paris"}),
+        (1, "weather", {"city": "Rome"}),
+    ]
+    message = completion.choices[0].message
+    assert message.tool_calls
+    assert len({call.id for call in message.tool_calls}) == 2
+    assert (message.content, completion.choices[0].finish_reason) == ("Let me see.", "tool_calls")
+
+
+class City(pydantic.BaseModel):
+    name: str
+    people: int
+
+
+def test_the_packages_parse_helper_returns_an_object(client: OpenAI, scripted: ScriptedChat) -> None:
+    said = 'say {"name": "Paris", "people": 2100000}'
+    completion = client.chat.completions.parse(model="scripted", messages=[user(said)], response_format=City)
+    assert completion.choices[0].message.parsed == City(name="Paris", people=2_100_000)
+    format = scripted.requests[0].format
+    assert (format.type, format.param) == ("json_schema", "response_format.json_schema.schema")
+    assert isinstance(format.value, dict)
+    assert format.value["required"] == ["name", "people"]
+
+
+# Texts without a chat template
+
+
+def test_a_text_is_continued(client: OpenAI, scripted: ScriptedChat) -> None:
+    whole = client.completions.create(model="scripted", prompt="say and so on", max_tokens=99)
+    assert (whole.choices[0].text, whole.choices[0].finish_reason) == ("and so on", "stop")
+    streamed = list(client.completions.create(model="scripted", prompt="say and so on", stream=True))
+    assert "".join(choice.text for chunk in streamed for choice in chunk.choices) == "and so on"
+    assert [request.options.max_output_tokens for request in scripted.requests] == [99, 16]
+
+
+def test_a_text_goes_to_a_real_model_as_it_is(tiny_client: OpenAI) -> None:
+    create = tiny_client.completions.create
+    whole = create(model=GREEDY["model"], prompt="Once upon", temperature=0, max_tokens=3)
+    assert whole.usage
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (len("Once upon"), 3)
+    assert whole.choices[0].text
+    with pytest.raises(openai.BadRequestError, match="maximum context length is 256 tokens") as raised:
+        create(model=GREEDY["model"], prompt="x" * 300)
+    assert (raised.value.code, raised.value.param) == ("context_length_exceeded", "prompt")
 
 
 # Models
@@ -454,13 +607,13 @@ def test_another_model_cannot_be_retrieved(client: OpenAI) -> None:
 def test_other_endpoints_of_openai_are_not_found(client: OpenAI) -> None:
     calls: list[Callable[[], Any]] = [
         lambda: client.embeddings.create(model="scripted", input="Hi"),
-        lambda: client.responses.create(model="scripted", input="Hi"),
-        lambda: client.completions.create(model="scripted", prompt="Hi"),
+        lambda: client.moderations.create(input="Hi"),
+        lambda: client.files.list(),
     ]
     for do in calls:
-        with pytest.raises(openai.NotFoundError) as raised:
+        with pytest.raises(openai.NotFoundError, match="/v1/chat/completions") as raised:
             do()
-        assert sent_error(raised.value)["type"] == "invalid_request_error"
+        assert sent_error(raised.value)["code"] == "unknown_url"
 
 
 def test_completions_cannot_be_listed(client: OpenAI) -> None:
@@ -475,14 +628,11 @@ def test_an_unsupported_parameter_is_a_bad_request_that_names_it(
     client: OpenAI, scripted: ScriptedChat, stream: bool
 ) -> None:
     unsupported: Json = {
-        "tools": [{"type": "function", "function": {"name": "weather", "parameters": {}}}],
-        "tool_choice": "required",
-        "logprobs": True,
-        "top_logprobs": 2,
-        "n": 2,
-        "response_format": {"type": "json_object"},
-        "logit_bias": {"1": 5},
-        "reasoning_effort": "low",
+        "functions": [{"name": "weather", "parameters": {}}],
+        "function_call": {"name": "weather"},
+        "modalities": ["text", "audio"],
+        "audio": {"voice": "ash", "format": "wav"},
+        "web_search_options": {},
     }
     for name, value in unsupported.items():
         with pytest.raises(openai.BadRequestError, match=name) as raised:
@@ -512,10 +662,14 @@ def test_a_bad_value_is_a_bad_request_that_names_the_parameter(client: OpenAI) -
         ("max_tokens", {"max_tokens": 0}),
         ("max_completion_tokens", {"max_completion_tokens": 0}),
         ("stop", {"stop": ""}),
-        ("seed", {"seed": -1}),
+        ("seed", {"seed": -2}),
+        ("n", {"n": 9}),
+        ("tools[0].function.name", {"tools": [{"type": "function", "function": {"name": "two words"}}]}),
+        ("tool_choice", {"tool_choice": "required"}),
+        ("response_format.json_schema", {"response_format": {"type": "json_schema"}}),
         ("user", {"extra_body": {"user": 5}}),
         ("messages", {"messages": []}),
-        ("messages[0].role", {"messages": [{"role": "tool", "content": "Hi", "tool_call_id": "x"}]}),
+        ("messages[0].role", {"messages": [{"role": "function", "content": "Hi", "name": "x"}]}),
         ("messages[1].content[0]", {"messages": [user("Hi"), {"role": "user", "content": [image]}]}),
         ("stream_options", {"stream_options": {"include_usage": True}}),
     ]
@@ -548,7 +702,7 @@ def test_a_body_of_exactly_the_limit_is_accepted(client: OpenAI) -> None:
 
 
 @streamed_or_not
-def test_too_many_replies_of_a_user_are_a_rate_limit_error(
+def test_more_waiting_replies_than_a_user_may_have_are_a_rate_limit_error(
     client: OpenAI, scripted: ScriptedChat, stream: bool
 ) -> None:
     scripted.admission.per_user = 1
@@ -557,7 +711,7 @@ def test_too_many_replies_of_a_user_are_a_rate_limit_error(
             ask(client, "say yes", stream)
     error = sent_error(raised.value)
     assert (error["type"], error["code"]) == ("rate_limit_error", "too_many_responses")
-    assert raised.value.response.headers["retry-after"] == "1"
+    assert raised.value.response.headers["retry-after"] == "5"
 
 
 @pytest.mark.parametrize("limit", [{"rate": "2/hour"}, {"token_rate": "4/day"}], ids=["requests", "tokens"])
@@ -630,6 +784,8 @@ def test_the_package_tries_again_when_the_server_says_so(
     scripted_server: Served, scripted: ScriptedChat, stream: bool
 ) -> None:
     scripted.admission.per_user = 1
+    for _ in range(16):  # then a reply is known to end soon
+        call(scripted_server, called(lambda: scripted.admission.leave(scripted.admission.enter("bob"))))
     refused: list[str] = []
 
     def end_the_other_reply(response: httpx2.Response) -> None:
@@ -758,15 +914,15 @@ def test_a_client_that_closes_a_stream_ends_its_reply(
 
 def test_a_client_that_hangs_up_disturbs_no_other_reply(scripted_server: Served, scripted: ScriptedChat) -> None:
     with client_of(scripted_server) as ann, client_of(scripted_server, BOB) as bob:
-        with waiting_reply(bob) as others, chat_v1(scripted_server) as connection:
-            connection.send('{"type": "response.create", "response": {"input": "wait here"}}')
+        with waiting_reply(bob) as others, chat_v2(scripted_server) as connection:
+            connection.send('{"type": "response.create", "input": "wait here"}')
             events_until(connection, "response.output_text.delta")
             with waiting_reply(ann):
                 assert scripted.running == 3
             call(scripted_server, condition(lambda: scripted.running == 2))
             scripted_server.in_loop(scripted.release)
             assert finish_reason(list(others)) == "stop"
-            assert events_until(connection, "response.done")[-1]["response"]["status"] == "completed"
+            assert events_until_done(connection)[-1]["response"]["status"] == "completed"
 
 
 def raw_request(stream: bool, content: str) -> bytes:

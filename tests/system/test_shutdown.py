@@ -18,6 +18,8 @@ from tests.support.process import COMMANDS, COMPLAINT, PATIENCE, RESTARTS, Child
 
 pytestmark = pytest.mark.slow
 
+STOPPED = "The server stopped before the reply ended."
+
 by_each_command = pytest.mark.parametrize("command", COMMANDS)
 
 
@@ -34,7 +36,7 @@ def test_a_running_reply_finishes_and_is_stored_before_the_end(tmp_path: Path, c
         server.signal(number)
         server.log.find("waiting up to 30 s for 1 replies")
         server.release()
-        assert client.outcome(response["id"]) == ("completed", "stop", "hello")
+        assert client.outcome(response["id"]) == ("completed", None, "hello")
         assert client.wait_for_close() == RESTARTS
         assert server.exit_code() == 0
     assert stored(tmp_path) == [("wait hello", None, None), ("hello", "completed", "stop")]
@@ -49,17 +51,17 @@ def test_a_stopping_server_refuses_new_requests(tmp_path: Path, command: str) ->
         status, text = server.ready()
         assert (status, "stopping" in text) == (503, True)
         client.ask("say more", conversation="new")
-        assert client.wait_for("error", event_id="say more")["error"]["code"] == "server_shutdown"
+        assert client.wait_for("error", stream_id="say more")["error"]["code"] == "server_shutdown"
         with server.connected() as late:
-            late.ask("say it late")
-            assert late.wait_for("error", event_id="say it late")["error"]["code"] == "server_shutdown"
+            late.ask("say it late", conversation="new")
+            assert late.wait_for("error", stream_id="say it late")["error"]["code"] == "server_shutdown"
         for stream in (False, True):
             refused = server.post("/v1/chat/completions", json=completion("say more", stream=stream))
             assert refused.status_code == 503
             assert refused.json()["error"]["code"] == "server_shutdown"
             assert int(refused.headers["Retry-After"]) > 0
         server.release()
-        assert client.outcome(response["id"]) == ("completed", "stop", "hello")
+        assert client.outcome(response["id"]) == ("completed", None, "hello")
         assert server.exit_code() == 0
 
 
@@ -68,7 +70,7 @@ def test_a_reply_in_the_wait_queue_still_gets_its_slot(tmp_path: Path, command: 
     with launched(tmp_path, "faulty", command, slots=1) as server, server.connected() as client:
         running = client.start("runs %", max_output_tokens=5)
         waiting = client.start("waits", max_output_tokens=5, conversation="new")
-        client.wait_for("response.queued", response_id=waiting["id"], position=1)
+        client.wait_for("parley.queue", response_id=waiting["id"], position=1)
         server.signal(signal.SIGTERM)
         server.log.find("waiting up to 30 s for 2 replies")
         server.release()
@@ -82,11 +84,11 @@ def test_a_reply_in_the_wait_queue_still_gets_its_slot(tmp_path: Path, command: 
 def test_replies_that_do_not_finish_in_time_are_cut_and_stored(tmp_path: Path, command: str, seconds: int) -> None:
     with launched(tmp_path, command=command, drain=seconds) as server, server.connected() as client:
         running = client.start("wait hello")
-        client.wait_for("response.output_text.delta", response_id=running["id"], delta="o")
+        client.wait_for("response.output_text.delta", delta="o")
         waiting = client.start("hold still", conversation="new")
         server.signal(signal.SIGTERM)
-        assert client.outcome(running["id"]) == ("failed", "server_shutdown", "hello")
-        assert client.outcome(waiting["id"]) == ("failed", "server_shutdown", "")
+        assert client.outcome(running["id"]) == ("failed", STOPPED, "hello")
+        assert client.outcome(waiting["id"]) == ("failed", STOPPED, "")
         assert client.wait_for_close() == RESTARTS
         assert server.exit_code() == 0
     assert stored(tmp_path) == [
@@ -105,7 +107,7 @@ def test_a_second_signal_cuts_replies_at_once_and_stores_them(tmp_path: Path, co
         server.signal(signal.SIGTERM)
         server.log.find("another signal stops at once")
         server.signal(signal.SIGTERM)
-        assert client.outcome(response["id"]) == ("failed", "server_shutdown", "hello")
+        assert client.outcome(response["id"]) == ("failed", STOPPED, "hello")
         assert client.wait_for_close() == RESTARTS
         server.exit_code()
     assert stored(tmp_path)[1] == ("hello", "failed", "server_shutdown")
@@ -172,7 +174,7 @@ def test_two_stops_between_the_model_and_the_first_request_end_with_the_code_of_
 
 
 def silent_client(server: Server, *frames: bytes) -> socket.socket:
-    """A connection by chat.v1 that sends some frames and never reads, so it answers no close either."""
+    """A connection by chat.v2 that sends some frames and never reads, so it answers no close either."""
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     connection.settimeout(PATIENCE)
@@ -181,7 +183,7 @@ def silent_client(server: Server, *frames: bytes) -> socket.socket:
     lines += [
         "Sec-WebSocket-Version: 13",
         "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
-        "Sec-WebSocket-Protocol: chat.v1",
+        "Sec-WebSocket-Protocol: chat.v2",
     ]
     connection.sendall("\r\n".join([*lines, f"Authorization: Bearer {server.secret}", "", ""]).encode())
     assert connection.recv(12) == b"HTTP/1.1 101"
@@ -198,7 +200,7 @@ def test_a_client_that_does_not_answer_does_not_delay_the_end(tmp_path: Path, co
 
 
 def test_a_client_that_does_not_read_does_not_delay_the_end(tmp_path: Path) -> None:
-    long = json.dumps({"type": "response.create", "response": {"input": f"say {'much' * 25_000}"}}).encode()
+    long = json.dumps({"type": "response.create", "input": f"say {'much' * 25_000}"}).encode()
     with launched(tmp_path, command=COMMANDS[1], drain=0) as server, silent_client(server, long):
         finished = 'parley_responses_total{reason="stop",status="completed"} 1.0'
         until(lambda: finished in server.get("/metrics").text, "the reply has finished")

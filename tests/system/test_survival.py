@@ -19,9 +19,11 @@ from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Subprotocol
 
 from models.generation.manager import WRITE_SECONDS
+from models.store.item import node_id
 from models.validation import Json
-from tests.support.client import ANN, bearer
+from tests.support.client import ANN, bearer, text_of
 from tests.support.process import PATIENCE, fork, processes
+from tests.support.sockets import events_until_done
 from tests.support.survivor import DELTAS_PER_SECOND, serve
 
 pytestmark = pytest.mark.slow
@@ -47,8 +49,8 @@ class Server:
 
     @contextmanager
     def connected(self) -> Iterator[ClientConnection]:
-        """A connection by chat.v1."""
-        url, protocols = f"ws://127.0.0.1:{self.port}/ws", [Subprotocol("chat.v1")]
+        """A connection by chat.v2."""
+        url, protocols = f"ws://127.0.0.1:{self.port}/ws", [Subprotocol("chat.v2")]
         with connect(url, subprotocols=protocols, additional_headers=bearer(), max_queue=None) as connection:
             connection.recv()
             yield connection
@@ -63,8 +65,8 @@ class Stream:
 
     def __init__(self, response: Json) -> None:
         self.id: str = response["id"]
-        self.conversation: str = response["conversation"]
-        self.path = f"/v1/conversations/{self.conversation}"
+        self.conversation: str = response["conversation"]["id"]
+        self.path = f"/v1/conversations/{self.conversation}/branch"
         self.deltas: list[tuple[float, str]] = []  # each with the time at which it came
 
     def text(self, before: float = math.inf) -> str:
@@ -80,8 +82,7 @@ class Client:
         self._connection = connection
 
     def ask(self, input: str, **fields: Any) -> None:
-        request = {"type": "response.create", "response": {"input": input, **fields}}
-        self._connection.send(json.dumps(request))
+        self._connection.send(json.dumps({"type": "response.create", "input": input, "truncation": "auto", **fields}))
 
     def receive(self) -> Json:
         """Receive one event, and keep it if it belongs to a stream."""
@@ -90,7 +91,7 @@ class Client:
             stream = Stream(event["response"])
             self.streams[stream.id] = stream
         elif event["type"] == "response.output_text.delta":
-            self.streams[event["response_id"]].deltas.append((time.monotonic(), event["delta"]))
+            self.streams[node_id(event["item_id"])].deltas.append((time.monotonic(), event["delta"]))
         return event
 
     def receive_rest(self) -> None:
@@ -105,8 +106,8 @@ def kill_and_check(data: Path, seed: int) -> None:
     server = Server(data)
     with server.connected() as connection:
         client = Client(connection)
-        for _ in range(STREAMS):
-            client.ask("count", conversation="new")
+        for number in range(STREAMS):
+            client.ask("count", conversation="new", stream_id=str(number))
         for _ in range(STREAMS + random.Random(seed).randrange(KILLED_WITHIN)):
             assert client.receive()["type"] != "error"
         killed_at = time.monotonic()
@@ -121,25 +122,25 @@ def kill_and_check(data: Path, seed: int) -> None:
 
 def check_stored(server: Server, stream: Stream, killed_at: float) -> None:
     """Check that a message, and its reply as far as promised, are stored, and that the conversation goes on."""
-    message, reply = server.get(stream.path)["items"]
-    assert message["content"] == "count"
+    message, reply = server.get(stream.path)["data"]
+    assert message["content"][0]["text"] == "count"
     assert reply["id"] == stream.id
-    assert (reply["status"], reply["status_details"]) == ("failed", {"reason": "server_error"})
-    assert stream.text().startswith(reply["content"]) or reply["content"].startswith(stream.text())
-    assert reply["content"].startswith(stream.text(before=killed_at - PROMISE))
-    assert reply["sequence_number"] == reply["content"].count(" ")
+    assert (reply["status"], reply["error"]["code"]) == ("failed", "server_error")
+    text = text_of(reply)
+    assert stream.text().startswith(text) or text.startswith(stream.text())
+    assert text.startswith(stream.text(before=killed_at - PROMISE))
 
     with server.connected() as connection:
-        event = {"type": "response.resume", "response_id": stream.id, "starting_after": 0}
-        connection.send(json.dumps(event))
-        events = [json.loads(connection.recv(PATIENCE)) for _ in range(reply["sequence_number"] + 1)]
-        assert "".join(event["delta"] for event in events[:-1]) == reply["content"]
+        connection.send(json.dumps({"type": "parley.response.resume", "response_id": stream.id}))
+        events = events_until_done(connection)
+        assert [event["sequence_number"] for event in events] == list(range(len(events)))
+        deltas = [event["delta"] for event in events if "delta" in event]
+        assert ("".join(deltas), len(deltas)) == (text, text.count(" "))
         assert events[-1]["response"]["status"] == "failed"
         Client(connection).ask("say that it goes on", conversation=stream.conversation)
-        while json.loads(connection.recv(PATIENCE))["type"] != "response.done":
-            pass
-    items = server.get(stream.path)["items"]
-    assert [item["content"] for item in items[2:]] == ["say that it goes on", "that it goes on"]
+        assert text_of(events_until_done(connection)[-1]["response"]) == "that it goes on"
+    turns = server.get(stream.path)["data"]
+    assert (turns[2]["content"][0]["text"], text_of(turns[3])) == ("say that it goes on", "that it goes on")
 
 
 @pytest.fixture(scope="module")
