@@ -24,28 +24,27 @@ from models.store.conversations import Conversation, Conversations, ItemPage, Li
 from models.store.database import conversations_table, items_table, owner_table, texts_table
 from models.store.item import Edge, Item, Status, linked
 from models.store.storage_limits import MAX_CONVERSATION_BYTES, MAX_ITEMS, MAX_PAGE, PAGE_BYTES, StorageLimits
-from tests.support.trees import begin, contents, contents_of, fork, go_on, growing, ids_of, message, reply
+from tests.support.trees import (
+    ANSWER,
+    QUESTION,
+    SYSTEM,
+    begin,
+    contents,
+    contents_of,
+    fork,
+    go_on,
+    growing,
+    ids_of,
+    message,
+    reply,
+    set_updated,
+)
 
 pytestmark = pytest.mark.anyio
 
-SYSTEM = Item("item_0", "system", "Be brief.", 1.25)
-QUESTION = Item("msg_1", "user", "How are you?", 1700000000.123456)
-ANSWER = reply("resp_1", "We", "ll.", reason="stop", usage={"total_tokens": 9}, ended=1700000001.5, decode_seconds=0.5)
 CALL: ToolCall = {"id": "call_1", "name": "look", "arguments": "{}"}
 
 ALL = Listing(limit=100)
-
-
-@pytest.fixture
-def store(empty_tables: AsyncEngine) -> Conversations:
-    return Conversations(empty_tables)
-
-
-@pytest.fixture
-async def anns_store(store: Conversations) -> Conversations:
-    """The store with conv_1, which belongs to ann."""
-    await begin(store, "conv_1", SYSTEM, QUESTION, ANSWER)
-    return store
 
 
 async def listed_ids(
@@ -58,14 +57,6 @@ async def listed_ids(
 async def whole(store: Conversations, user: str, id: str) -> tuple[Conversation, Any]:
     """A conversation and the items of its current branch."""
     return await store.find(user, id), (await store.path(user, id)).items
-
-
-async def set_updated(engine: AsyncEngine, times: dict[str, float]) -> None:
-    """Change when conversations were last updated."""
-    async with engine.begin() as connection:
-        for id, time in times.items():
-            change = update(conversations_table).where(conversations_table.c.id == id).values(updated=time)
-            await connection.execute(change)
 
 
 # Conversations

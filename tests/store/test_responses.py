@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from sqlalchemy import func, select, update
+from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from models.errors import (
@@ -26,26 +26,25 @@ from models.store.database import conversations_table, items_table, texts_table
 from models.store.item import Item, Status, linked
 from models.store.place import Place
 from models.store.storage_limits import MAX_CONVERSATION_BYTES, UNLISTED_SECONDS, StorageLimits
-from tests.support.trees import begin, contents, contents_of, fork, go_on, growing, ids_of, message, reply
+from tests.support.trees import (
+    ANSWER,
+    QUESTION,
+    SYSTEM,
+    begin,
+    contents,
+    contents_of,
+    fork,
+    go_on,
+    growing,
+    ids_of,
+    message,
+    reply,
+    set_updated,
+)
 
 pytestmark = pytest.mark.anyio
 
-SYSTEM = Item("msg_0", "system", "Be brief.", 1.25)
-QUESTION = Item("msg_1", "user", "How are you?", 1700000000.123456)
-ANSWER = reply("resp_1", "We", "ll.", reason="stop", usage={"total_tokens": 9}, ended=1700000001.5, decode_seconds=0.5)
 CALL: ToolCall = {"id": "call_1", "name": "look", "arguments": '{"at": "\ud800\0é"}'}
-
-
-@pytest.fixture
-def store(empty_tables: AsyncEngine) -> Conversations:
-    return Conversations(empty_tables)
-
-
-@pytest.fixture
-async def anns_store(store: Conversations) -> Conversations:
-    """The store with conv_1, which belongs to ann, and whose leaf is resp_1."""
-    await begin(store, "conv_1", SYSTEM, QUESTION, ANSWER)
-    return store
 
 
 async def count(engine: AsyncEngine, table: Any = items_table) -> int:
@@ -59,14 +58,6 @@ async def bytes_of(engine: AsyncEngine, id: str) -> int:
     async with engine.connect() as connection:
         chosen = select(conversations_table.c.bytes).where(conversations_table.c.id == id)
         return int((await connection.execute(chosen)).scalar_one())
-
-
-async def set_updated(engine: AsyncEngine, times: dict[str, float]) -> None:
-    """Change when conversations were last updated."""
-    async with engine.begin() as connection:
-        for id, time in times.items():
-            change = update(conversations_table).where(conversations_table.c.id == id).values(updated=time)
-            await connection.execute(change)
 
 
 async def leaf(store: Conversations, id: str = "conv_1") -> str | None:
@@ -116,7 +107,7 @@ async def test_a_window_that_shows_an_older_state_adds_a_branch_and_deletes_noth
     assert await contents(anns_store, "conv_1") == ["Be brief.", "How are you?", "Well.", "Late", ""]
     found = await anns_store.path_of_response("ann", "resp_4")
     assert ids_of(found.items) == [
-        "msg_0", "msg_1", "resp_1", "msg_2", "resp_2", "msg_3", "resp_3", "msg_4", "resp_4"
+        "item_0", "msg_1", "resp_1", "msg_2", "resp_2", "msg_3", "resp_3", "msg_4", "resp_4"
     ]  # fmt: skip
 
 
@@ -129,7 +120,7 @@ async def test_asking_again_adds_a_reply_beside_the_first_one(anns_store: Conver
 async def test_a_turn_can_begin_a_second_root(anns_store: Conversations) -> None:
     await anns_store.begin_turn("ann", "conv_1", Place(None, "resp_1"), [message("msg_2", "Else")], reply("resp_2"))
     assert await contents(anns_store, "conv_1") == ["Else", ""]
-    assert ids_of((await anns_store.path("ann", "conv_1", "resp_1")).items) == ["msg_0", "msg_1", "resp_1"]
+    assert ids_of((await anns_store.path("ann", "conv_1", "resp_1")).items) == ["item_0", "msg_1", "resp_1"]
 
 
 @pytest.mark.parametrize("parent", ["resp_9", "", "msg_2", "conv_1"])

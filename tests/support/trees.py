@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from sqlalchemy import update
+from sqlalchemy.ext.asyncio import AsyncEngine
+
 from models.output_item import OutputItem
 from models.store.conversations import Conversations
+from models.store.database import conversations_table
 from models.store.item import Item, Status
 from models.store.place import Place
 
@@ -25,6 +29,11 @@ def reply(id: str, *pieces: str, status: Status = Status.COMPLETED, **fields: An
 def growing(id: str, *pieces: str, **fields: Any) -> Item:
     """A reply that is in progress."""
     return reply(id, *pieces, status=Status.IN_PROGRESS, **fields)
+
+
+SYSTEM = Item("item_0", "system", "Be brief.", 1.25)
+QUESTION = Item("msg_1", "user", "How are you?", 1700000000.123456)
+ANSWER = reply("resp_1", "We", "ll.", reason="stop", usage={"total_tokens": 9}, ended=1700000001.5, decode_seconds=0.5)
 
 
 async def begin(store: Conversations, id: str, *items: Item, user: str = "ann", listed: bool = True) -> None:
@@ -57,3 +66,11 @@ def contents_of(items: Iterable[Item]) -> list[str]:
 
 def ids_of(items: Iterable[Item]) -> list[str]:
     return [item.id for item in items]
+
+
+async def set_updated(engine: AsyncEngine, times: dict[str, float]) -> None:
+    """Change when conversations were last updated."""
+    async with engine.begin() as connection:
+        for id, time in times.items():
+            change = update(conversations_table).where(conversations_table.c.id == id).values(updated=time)
+            await connection.execute(change)

@@ -146,7 +146,7 @@ def test_a_client_that_vanishes_in_a_reply_leaves_no_task_or_traceback(
 def test_a_reply_that_is_cut_off_after_each_delta_resumes_without_a_gap(
     settings: Settings, caplog: pytest.LogCaptureFixture
 ) -> None:
-    options = {"temperature": 1.2, "seed": 5, "max_output_tokens": 60}
+    options = {"temperature": 1.2, "seed": 5, "max_output_tokens": 200}  # under load, tokens share deltas
     with serve(create_app(settings, opens_tiny)) as served:
         with chat_v2(served) as connection:
             ask(connection, "Hello", **options)
@@ -161,7 +161,7 @@ def test_a_reply_that_is_cut_off_after_each_delta_resumes_without_a_gap(
         assert [event["sequence_number"] for event in events] == list(range(len(events)))
         deltas = [event["delta"] for event in events if "delta" in event]
         assert "".join(deltas) == text_of(events[-1]["response"])
-        assert len(deltas) > 1  # how many tokens a delta holds depends on the load
+        assert len(deltas) > 20
         with chat_v2(served) as connection:
             for number in range(-1, len(events) - 1):
                 resume(connection, id, number)
