@@ -117,8 +117,7 @@ class ResponseManager:
 
     async def follow(self, user: str, id: str, follower: Follower) -> None:
         """Send a follower all events of a response, past and future ones. Raises ResponseNotFoundError."""
-        response = self._active.get(id)
-        if response and response.user == user:
+        if response := self._active_of(user, id):
             return await response.catch_up(follower)
         conversation, reply = await self.find(user, id)
         await replay(follower, Created(conversation, beginning_of(reply)), reply.output)
@@ -126,8 +125,7 @@ class ResponseManager:
 
     async def find(self, user: str, id: str) -> tuple[str | None, Item]:
         """The conversation and the reply of a response, as far as it is. Raises ResponseNotFoundError."""
-        response = self._active.get(id)
-        if response and response.user == user:
+        if response := self._active_of(user, id):
             return response.conversation, response.item
         found = await self._write_buffer.find_response(user, id)
         named = found.listed and found.item.previous is None
@@ -151,8 +149,8 @@ class ResponseManager:
 
     def cancel(self, user: str, id: str, steered: bool = False) -> None:
         """End a response; one that is `steered` is incomplete, not cancelled. Raises ResponseNotFoundError."""
-        response = self._active.get(id)
-        if response is None or response.user != user:
+        response = self._active_of(user, id)
+        if response is None:
             raise ResponseNotFoundError("no such reply is running")
         response.cancel(*((Status.INCOMPLETE, "steered") if steered else (Status.CANCELLED, "client_cancelled")))
 
@@ -164,14 +162,12 @@ class ResponseManager:
 
     def abandon(self, user: str, id: str) -> None:
         """End a response whose client has disconnected, if it is still running."""
-        response = self._active.get(id)
-        if response and response.user == user:
+        if response := self._active_of(user, id):
             response.cancel(Status.CANCELLED, "client_disconnected")
 
     async def wait_ended(self, user: str, id: str) -> None:
         """Wait until a response has ended; return at once if it does not run."""
-        response = self._active.get(id)
-        if response and response.user == user:
+        if response := self._active_of(user, id):
             await response.wait_concluded()
 
     async def delete(self, user: str, id: str) -> None:
@@ -364,6 +360,11 @@ class ResponseManager:
             except Exception as error:
                 logger.error("old responses cannot be deleted: %s", one_line(error))
             await asyncio.sleep(EXPIRY_SECONDS)
+
+    def _active_of(self, user: str, id: str) -> ActiveResponse | None:
+        """A response, if it runs and belongs to the user."""
+        response = self._active.get(id)
+        return response if response and response.user == user else None
 
     def _active_in(self, user: str, conversation: str) -> ActiveResponse | None:
         """The response that runs in a conversation of a user, if any."""
