@@ -39,6 +39,7 @@ from models.store.ownership import Ownership
 from models.store.storage_limits import StorageLimits
 from models.users.commands import users
 from models.users.connections import ConnectionRegistry
+from models.users.conversation_feed import ConversationFeed
 from models.users.sessions import Session
 from models.users.users import User, Users
 from models.web import completions, conversations, pages, responses, status
@@ -93,8 +94,13 @@ async def lifespan(app: Starlette) -> AsyncIterator[dict[str, object]]:
             state.admission = Admission.of(settings)
             state.chat = await stack.enter_async_context(state.open_chat(app))
             state.model_info = model_info(state.chat, settings)
+            state.feed = await stack.enter_async_context(
+                ConversationFeed.opened(state.conversations, state.connections)
+            )
             state.responses = await stack.enter_async_context(
-                ResponseManager.opened(state.chat, state.admission, state.conversations, settings, state.metrics)
+                ResponseManager.opened(
+                    state.chat, state.admission, state.conversations, state.feed, settings, state.metrics
+                )
             )
             register_gauges(app)
             print_login_help(state.url, await state.users.create_first())

@@ -127,6 +127,12 @@ class ResponseService(Protocol):
     async def delete(self, user: str, id: str) -> None:
         """Delete a response; it ends first, if it runs. Raises ResponseNotFoundError."""
 
+    async def set_leaf(self, user: str, id: str, item: str) -> None:
+        """Make the branch of a conversation that goes through an item, and on to the newest leaf, the current one.
+
+        Raises ConversationNotFoundError, ItemNotFoundError or, while a reply runs there, ConversationLockedError.
+        """
+
     async def delete_conversation(self, user: str, id: str) -> None:
         """Delete a conversation; responses that run in it end first. Raises ConversationNotFoundError."""
 

@@ -46,6 +46,7 @@ from models.store.item import Item, Status, count_left_out, node_id, part_index,
 from models.store.place import Place
 from models.store.responses import FoundPath
 from models.store.write_buffer import WriteBuffer
+from models.users.conversation_feed import ConversationFeed
 
 logger = logging.getLogger("parley")
 
@@ -66,6 +67,7 @@ class ResponseManager:
         admission: Admission,
         conversations: Conversations,
         write_buffer: WriteBuffer,
+        feed: ConversationFeed,
         metrics: Metrics,
         linger: int,
     ) -> None:
@@ -73,6 +75,7 @@ class ResponseManager:
         self._admission = admission
         self._conversations = conversations
         self._write_buffer = write_buffer
+        self._feed = feed
         self._metrics = metrics
         self._linger = linger
         self._active: dict[str, ActiveResponse] = {}
@@ -80,13 +83,19 @@ class ResponseManager:
     @classmethod
     @asynccontextmanager
     async def opened(
-        cls, chat: Chat, admission: Admission, conversations: Conversations, settings: Settings, metrics: Metrics
+        cls,
+        chat: Chat,
+        admission: Admission,
+        conversations: Conversations,
+        feed: ConversationFeed,
+        settings: Settings,
+        metrics: Metrics,
     ) -> AsyncIterator[ResponseManager]:
         """A manager that stores growing replies, and ends all responses when the context ends."""
         if count := await conversations.fail_unfinished():
             logger.warning("%d replies were cut off when the server ended; their text so far is kept", count)
-        write_buffer = WriteBuffer(conversations, settings.replay_bytes)
-        manager = cls(chat, admission, conversations, write_buffer, metrics, settings.linger)
+        write_buffer = WriteBuffer(conversations, settings.replay_bytes, on_stored=feed.changed)
+        manager = cls(chat, admission, conversations, write_buffer, feed, metrics, settings.linger)
         tasks = [asyncio.create_task(manager._write_growing()), asyncio.create_task(manager._delete_expired())]
         try:
             yield manager
@@ -174,7 +183,18 @@ class ResponseManager:
         """Delete a response; it ends first, if it runs. Raises ResponseNotFoundError."""
         self.abandon(user, id)
         await self.wait_ended(user, id)
-        await self._write_buffer.delete_response(user, id)
+        if conversation := await self._write_buffer.delete_response(user, id):
+            self._feed.changed(user, conversation)
+
+    async def set_leaf(self, user: str, id: str, item: str) -> None:
+        """Make the branch of a conversation that goes through an item, and on to the newest leaf, the current one.
+
+        Raises ConversationNotFoundError, ItemNotFoundError or, while a reply runs there, ConversationLockedError.
+        """
+        if self._active_in(user, id):  # also one that is not stored yet: its client has seen another leaf
+            raise ConversationLockedError
+        await self._write_buffer.set_leaf(user, id, item)
+        self._feed.changed(user, id)
 
     async def delete_conversation(self, user: str, id: str) -> None:
         """Delete a conversation; responses that run in it end first. Raises ConversationNotFoundError."""
@@ -184,6 +204,7 @@ class ResponseManager:
         for response in running:
             await response.wait_concluded()
         await self._write_buffer.delete(user, id)
+        self._feed.deleted(user, id)
 
     # Actions of the operator
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Annotated
 
 from msgspec import Meta, Struct
@@ -17,6 +18,7 @@ from models.protocols.responses.request import Metadata
 from models.protocols.responses.resource import render_details, render_response
 from models.store.conversations import Conversation, ItemPage, Listing
 from models.store.item import Item
+from models.store.versions import Version
 from models.validation import NO_SURROGATE, Json, convert, parse_object
 
 MAX_TITLE = MAX_QUERY = 256  # characters
@@ -114,18 +116,31 @@ def render_conversation(conversation: Conversation) -> Json:
         "title": conversation.title,
         "updated_at": conversation.updated,
         "leaf": conversation.leaf,
+        "response_id": conversation.response_id,
     }
+
+
+def render_change(id: str, conversation: Conversation | None) -> Json:
+    """The event that a conversation has changed, or that it is deleted: then it is None."""
+    if conversation is None:
+        return {"type": "parley.conversation.deleted", "conversation": render_deleted(id)}
+    return {"type": "parley.conversation.updated", "conversation": render_conversation(conversation)}
+
+
+def render_deleted(id: str) -> Json:
+    """What is left of a conversation that was deleted."""
+    return {"id": id, "object": "conversation.deleted", "deleted": True}
 
 
 def render_branch(model: ModelInfo, conversation: Conversation, page: ItemPage) -> Json:
     """A page of the current branch: input items, and whole responses."""
-    nodes = [render_turn(model, conversation.id, node) for node in page.items]
+    nodes = [render_turn(model, conversation.id, node, page.versions[node.id]) for node in page.items]
     return render_conversation(conversation) | {"data": nodes, "earlier": page.earlier}
 
 
-def render_turn(model: ModelInfo, conversation: str, node: Item) -> Json:
+def render_turn(model: ModelInfo, conversation: str, node: Item, version: Version) -> Json:
     """An input item, or a whole response, with what a chat page wants to know of it."""
-    parley = {"parley": render_details(node)}
+    parley = {"parley": render_details(node) | {"versions": asdict(version)}}
     if not node.is_reply:
         return render_message(node.id, node.message) | {"created_at": int(node.created)} | parley
     return render_response(model, conversation, node) | parley

@@ -17,7 +17,7 @@ from models.generation.interface import (
 )
 from models.messages import Message
 from models.protocols.client import Client, Close
-from models.store.conversations import Conversations
+from models.store.conversations import Conversation, Conversations
 from models.store.item import Status
 from models.users.connections import Change
 
@@ -56,6 +56,9 @@ class PlainTextSession:
             self._notices.append(f"Client #{user} left the chat")
             if not self._answering:
                 self._send_notices()
+
+    def conversation_changed(self, id: str, conversation: Conversation | None) -> None:
+        """A conversation has changed, of which this protocol says nothing."""
 
     def close(self) -> None:
         """The client has disconnected; its response goes on for a while."""

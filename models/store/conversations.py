@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from models.errors import ConversationLockedError, ConversationNotFoundError, ItemNotFoundError
 from models.output_item import OutputItem
+from models.store.branches import Fork, in_branches
 from models.store.database import Database, conversations_table, items_table
 from models.store.item import Edge, Item, Status, linked, node_id, part_id, part_index
 from models.store.responses import Responses
@@ -21,10 +22,10 @@ from models.store.storage_limits import MAX_PAGE, StorageLimits
 from models.store.tree import (
     IN_PROGRESS,
     PRESENT,
-    Size,
     branch_to,
     delete_trees,
     fitting,
+    newest_leaf,
     owned,
     read_branch,
     read_sized,
@@ -32,11 +33,15 @@ from models.store.tree import (
     read_slice,
     sizes,
 )
+from models.store.versions import Version, read_versions
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """A conversation without its items; times are Unix seconds. `leaf` is the last item of the current branch."""
+    """A conversation without its items; times are Unix seconds.
+
+    `leaf` is the last item of the current branch; `response_id` is the same, while that is a reply in progress.
+    """
 
     id: str
     title: str
@@ -44,6 +49,7 @@ class Conversation:
     updated: float
     leaf: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
+    response_id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -56,10 +62,18 @@ class Listing:
 
 
 class ItemPage(NamedTuple):
-    """Some items of a branch, in order; `earlier` is how many come before them."""
+    """Some items of a branch, in order, with their versions; `earlier` is how many come before them."""
 
     items: list[Item]
     earlier: int
+    versions: Mapping[str, Version]
+
+
+class Placed(NamedTuple):
+    """An item, and the fork if it is the first one of a branch that is not the current one."""
+
+    item: Item
+    fork: Fork | None = None
 
 
 class Path(NamedTuple):
@@ -80,6 +94,7 @@ SUMMARY = (
     CONVERSATION.updated,
     CONVERSATION.leaf,
     CONVERSATION.metadata,
+    select(ITEM.id).where(ITEM.id == CONVERSATION.leaf, IN_PROGRESS).scalar_subquery(),
 )
 
 
@@ -158,17 +173,18 @@ class Conversations(Responses):
         return await self.find(user, id)
 
     async def set_leaf(self, user: str, id: str, item: str) -> Conversation:
-        """Make the branch that ends at an item the current one.
+        """Make the branch that goes through an item, and on to the newest leaf below it, the current one.
 
-        Raises ConversationNotFoundError or ItemNotFoundError.
+        A deleted item is a way too. Raises ConversationNotFoundError, ItemNotFoundError or, while a reply runs at the
+        current leaf, ConversationLockedError.
         """
-        node = node_id(item)
         async with self._transaction() as connection:
             await self._lock(connection, owned(user, id), used=False)
-            there = select(ITEM.id).where(ITEM.id == node, ITEM.conversation_id == id, PRESENT)
-            if (await connection.execute(there)).first() is None:
+            await _check_idle(connection, await _leaf(connection, user, id))
+            leaf = await newest_leaf(connection, id, node_id(item))
+            if leaf is None:
                 raise ItemNotFoundError
-            await self._set_leaf(connection, id, node)
+            await self._set_leaf(connection, id, leaf)
         return await self.find(user, id)
 
     async def delete(self, user: str, id: str) -> None:
@@ -205,18 +221,23 @@ class Conversations(Responses):
             if before is not None and not found:
                 raise ItemNotFoundError(param="before")
             page = fitting(found if before is None else found[1:], limit)
-            return ItemPage(await read_sized(connection, page), page[-1].depth if page else 0)
+            versions = await read_versions(connection, id, page)  # before the items, which may be deleted meanwhile
+            return ItemPage(await read_sized(connection, page), page[-1].depth if page else 0, versions)
 
-    async def pages(self, user: str, id: str) -> AsyncIterator[list[Item]]:
-        """All items of the current branch, in order, a page at a time. Raises ConversationNotFoundError."""
+    async def pages(self, user: str, id: str) -> AsyncIterator[list[Placed]]:
+        """All items on all branches, in the order of `in_branches`, a page at a time.
+
+        Raises ConversationNotFoundError.
+        """
         async with self._browse() as connection:
-            branch = branch_to(user, await _leaf(connection, user, id), id)
-            left: Sequence[Size] = await read_sizes(connection, sizes(branch).where(PRESENT).order_by(ITEM.depth))
+            leaf = await _leaf(connection, user, id)
+            nodes = await read_sizes(connection, sizes().where(ITEM.conversation_id == id))
+        left = await asyncio.to_thread(in_branches, nodes, leaf)  # takes tenths of a second for the largest tree
         while left:
-            part = fitting(left, MAX_PAGE)
+            part = left[: len(fitting([step.node for step in left[:MAX_PAGE]], MAX_PAGE))]
             async with self._browse() as connection:
-                page = await read_sized(connection, part)
-            if page:
+                items = {item.id: item for item in await read_sized(connection, [step.node for step in part])}
+            if page := [Placed(items[step.node.id], step.fork) for step in part if step.node.id in items]:
                 yield page
             left = left[len(part) :]
 
@@ -248,9 +269,7 @@ class Conversations(Responses):
         async with self._transaction() as connection:
             await self._lock(connection, owned(user, id))
             leaf = await _leaf(connection, user, id)
-            running = select(ITEM.id).where(ITEM.id == leaf, IN_PROGRESS)
-            if (await connection.execute(running)).first():
-                raise ConversationLockedError
+            await _check_idle(connection, leaf)
             if items:
                 await self._insert_items(connection, id, leaf, items)
                 await self._set_leaf(connection, id, items[-1].id)
@@ -290,6 +309,12 @@ async def _leaf(connection: AsyncConnection, user: str, id: str) -> str | None:
     return row.leaf  # type: ignore[no-any-return]
 
 
+async def _check_idle(connection: AsyncConnection, leaf: str | None) -> None:
+    """Raise ConversationLockedError if a reply runs at a leaf."""
+    if (await connection.execute(select(ITEM.id).where(ITEM.id == leaf, IN_PROGRESS))).first():
+        raise ConversationLockedError
+
+
 async def _find_item(connection: AsyncConnection, conversation: str, item: str) -> Item:
     """The node of an item in a conversation. Raises ItemNotFoundError."""
     chosen = select(items_table).where(ITEM.id == node_id(item), ITEM.conversation_id == conversation, PRESENT)
@@ -302,5 +327,5 @@ async def _find_item(connection: AsyncConnection, conversation: str, item: str) 
 
 
 def _conversation(row: Sequence[Any]) -> Conversation:
-    id, title, created, updated, leaf, metadata = row
-    return Conversation(id, title, created, updated, leaf, metadata or {})
+    id, title, created, updated, leaf, metadata, response_id = row
+    return Conversation(id, title, created, updated, leaf, metadata or {}, response_id)

@@ -199,6 +199,10 @@ MIGRATIONS = (
         "CREATE INDEX conversations_of_user ON conversations (user_id, listed, updated, id)",
         "CREATE INDEX unlisted_conversations ON conversations (listed, updated)",
     ),
+    (  # the first items of a conversation have no parent, so that the parent alone does not find them
+        "DROP INDEX children_of_item",
+        "CREATE INDEX children_of_item ON items (conversation_id, parent, created, id)",
+    ),
 )
 
 ENGINE_ARGUMENTS: dict[str, dict[str, Any]] = {

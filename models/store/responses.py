@@ -153,10 +153,11 @@ class Responses(Transactions):
             branch = branch_to(user, id, steps=inputs + 1)
             return await read_slice(connection, branch, limit, after, ascending, ITEM.id != id)
 
-    async def delete_response(self, user: str, id: str) -> None:
+    async def delete_response(self, user: str, id: str) -> str:
         """Delete the text of a response for good. Nodes that nothing comes after are deleted, with the input of theirs.
 
-        A leaf that was deleted moves to the node before it. Raises ResponseNotFoundError.
+        If the leaf is deleted, the newest leaf below the node before it is the leaf, or else that node. Returns the
+        conversation. Raises ResponseNotFoundError.
         """
         home = select(ITEM.conversation_id).where(ITEM.id == id).scalar_subquery()
         async with self._transaction() as connection:
@@ -164,7 +165,7 @@ class Responses(Transactions):
                 await self._lock(connection, and_(CONVERSATION.id == home, CONVERSATION.user_id == user), used=False)
             except ConversationNotFoundError:
                 raise ResponseNotFoundError("there is no such response") from None
-            await delete_node(connection, user, id)
+            return await delete_node(connection, user, id)
 
     async def update_replies(self, replies: Iterable[Item]) -> None:
         """Store the current state of replies, unless they were deleted or are another process's now."""

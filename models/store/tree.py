@@ -44,10 +44,12 @@ IN_PROGRESS = ITEM.status == literal_column(
 
 
 class Size(NamedTuple):
-    """An item of a branch without its content."""
+    """An item without its content."""
 
     id: str
+    parent: str | None
     depth: int
+    created: float
     bytes: int
 
 
@@ -95,15 +97,15 @@ async def read_branch(connection: AsyncConnection, branch: CTE) -> list[Item]:
     return await read_messages(connection, chosen)
 
 
-def sizes(branch: CTE) -> Select[Any]:
-    """The columns of `Size` of the items of a branch."""
+def sizes(branch: CTE | None = None) -> Select[Any]:
+    """The columns of `Size` of the items of a branch, or of all items."""
     texts = (  # which each item shows, although they are stored once
         select(func.coalesce(func.sum(TEXT.bytes), 0))
         .where(TEXT.conversation_id == ITEM.conversation_id, TEXT.id.in_([ITEM.instructions, ITEM.request]))
         .scalar_subquery()
     )
-    items = branch.join(items_table, branch.c.id == ITEM.id)
-    return select(ITEM.id, ITEM.depth, ITEM.bytes + texts).select_from(items)
+    items = items_table if branch is None else branch.join(items_table, branch.c.id == ITEM.id)
+    return select(ITEM.id, ITEM.parent, ITEM.depth, ITEM.created, ITEM.bytes + texts).select_from(items)
 
 
 async def read_sizes(connection: AsyncConnection, chosen: Select[Any]) -> list[Size]:
@@ -152,6 +154,22 @@ async def read_slice(
     return await read_sized(connection, page, not ascending), len(found) > len(page)
 
 
+async def newest_leaf(connection: AsyncConnection, conversation: str, node: str | None) -> str | None:
+    """Of the items at or below a node that nothing comes after, the one that was created last; None: of all items.
+
+    Returns None if the conversation has no such node.
+    """
+    child = items_table.alias("child")
+    begins = ITEM.parent.is_(None) if node is None else ITEM.id == node
+    first = select(ITEM.id, ITEM.created).where(begins, ITEM.conversation_id == conversation)
+    below = first.cte("below", recursive=True)
+    comes_after = and_(child.c.conversation_id == conversation, child.c.parent == below.c.id)
+    below = below.union(select(child.c.id, child.c.created).where(comes_after))  # distinct: wrong parents end it too
+    is_leaf = ~exists().where(child.c.conversation_id == conversation, child.c.parent == below.c.id)
+    chosen = select(below.c.id).where(is_leaf).order_by(below.c.created.desc(), below.c.id.desc())
+    return (await connection.execute(chosen.limit(1))).scalar()
+
+
 async def delete_trees(connection: AsyncConnection, ids: Sequence[str]) -> None:
     """Delete conversations with all that is in them."""
     await connection.execute(delete(conversations_table).where(CONVERSATION.id.in_(ids)))
@@ -159,8 +177,8 @@ async def delete_trees(connection: AsyncConnection, ids: Sequence[str]) -> None:
     await connection.execute(delete(texts_table).where(TEXT.conversation_id.in_(ids)))
 
 
-async def delete_node(connection: AsyncConnection, user: str, id: str) -> None:
-    """Delete a response whose conversation is locked. Raises ResponseNotFoundError."""
+async def delete_node(connection: AsyncConnection, user: str, id: str) -> str:
+    """Delete a response whose conversation is locked. Returns the conversation. Raises ResponseNotFoundError."""
     rows = await _with_children(connection, branch_to(user, id))
     if not is_response(id) or not rows or rows[0].status is Status.DELETED:
         raise ResponseNotFoundError("there is no such response")
@@ -173,19 +191,22 @@ async def delete_node(connection: AsyncConnection, user: str, id: str) -> None:
         await connection.execute(update(items_table).where(ITEM.id == id).values(BLANK | {"output": "[]"}))
         above = rows[0].parent
     if leaf in (id, *doomed):
-        await connection.execute(update(conversations_table).where(CONVERSATION.id == conversation).values(leaf=above))
+        leaf = await newest_leaf(connection, conversation, above)  # so that what is left beside it can be reached
+        await connection.execute(update(conversations_table).where(CONVERSATION.id == conversation).values(leaf=leaf))
     await delete_unused_texts(connection, conversation)
     await count_bytes(connection, [conversation])
     left = exists().where(ITEM.conversation_id == conversation)
     empty = select(CONVERSATION.id).where(CONVERSATION.id == conversation, ~CONVERSATION.listed, ~left)
     if (await connection.execute(empty)).first():
         await delete_trees(connection, [conversation])
+    return conversation
 
 
 async def _with_children(connection: AsyncConnection, branch: CTE) -> list[_Node]:
     """The nodes of a branch, the last one first."""
     below = items_table.alias("below")
-    children = select(func.count()).where(below.c.parent == branch.c.id).scalar_subquery()
+    same_tree = below.c.conversation_id == branch.c.conversation_id
+    children = select(func.count()).where(same_tree, below.c.parent == branch.c.id).scalar_subquery()
     columns = (ITEM.id, ITEM.conversation_id, ITEM.parent, ITEM.status, ITEM.inputs, children.label("children"))
     chosen = select(*columns).select_from(branch.join(items_table, branch.c.id == ITEM.id))
     return [_Node(*row) for row in await connection.execute(chosen.order_by(ITEM.depth.desc()))]

@@ -32,12 +32,20 @@ class WriteBuffer:
     """Stores replies in the database. Replies that cannot be written wait in memory, in up to `max_bytes`.
 
     No reply waits longer than `patience` seconds for a write. Reads through the buffer include what waits. `trouble`
-    says why nothing can be written at the moment.
+    says why nothing can be written at the moment. `on_stored` is called with the user and the conversation when a turn
+    has begun or ended in the database.
     """
 
-    def __init__(self, conversations: Conversations, max_bytes: int, patience: float = PATIENCE) -> None:
+    def __init__(
+        self,
+        conversations: Conversations,
+        max_bytes: int,
+        patience: float = PATIENCE,
+        on_stored: Callable[[str, str], None] = lambda user, conversation: None,
+    ) -> None:
         self.trouble: str | None = None
         self._conversations = conversations
+        self._on_stored = on_stored
         self._buffered = BufferedReplies(max_bytes)
         self._patience = patience
         self._writing = asyncio.Lock()  # one write at a time, so that an old state never replaces a newer one
@@ -131,18 +139,29 @@ class WriteBuffer:
             for buffered in unwritten:
                 self._buffered.drop(buffered.reply.id)
 
-    async def delete_response(self, user: str, id: str) -> None:
-        """Delete a response, written or not, or only in memory. What waits in its conversation is written first.
+    async def set_leaf(self, user: str, id: str, item: str) -> None:
+        """Make the branch that goes through an item the current one. What waits to be written is written first.
 
-        Raises ResponseNotFoundError or DatabaseUnavailableError.
+        Raises ConversationNotFoundError, ItemNotFoundError, ConversationLockedError or DatabaseUnavailableError.
+        """
+        async with self._writing:
+            with _asking():
+                await self._write(self._buffered.unwritten, [])
+                await self._conversations.set_leaf(user, id, item)
+
+    async def delete_response(self, user: str, id: str) -> str | None:
+        """Delete a response, written or not, or only in memory. What waits to be written is written first.
+
+        Returns the conversation that had it, if any. Raises ResponseNotFoundError or DatabaseUnavailableError.
         """
         async with self._writing:
             found = self._buffered.find(user, id)
             if found and found.conversation is None:
-                return self._buffered.drop(id)
+                self._buffered.drop(id)
+                return None
             with _asking():
                 await self._write(self._buffered.unwritten, [])
-                await self._conversations.delete_response(user, id)
+                return await self._conversations.delete_response(user, id)
 
     def forget(self, id: str) -> None:
         """Drop a reply that can no longer be resumed."""
@@ -160,6 +179,7 @@ class WriteBuffer:
             writing.add_done_callback(self._begun.discard)
             await asyncio.wait([writing], timeout=self._patience)
             if writing.done() and writing.result():
+                self._tell_stored(reply)
                 return True
             if not writing.done():
                 writing.add_done_callback(asyncio.Task.exception)  # nobody waits for it any more
@@ -211,6 +231,7 @@ class WriteBuffer:
         await self._conversations.update_replies(growing)
         for buffered in waiting:
             self._buffered.drop_written(buffered)
+            self._tell_stored(buffered)
 
     async def _write_accepted(self, buffered: BufferedReply) -> None:
         """Put a turn that was accepted before into its conversation. One that does not fit does not stop the others."""
@@ -220,6 +241,10 @@ class WriteBuffer:
             pass
         except APIError as error:
             logger.error("%s cannot be stored: %s", buffered.reply.id, one_line(error))
+
+    def _tell_stored(self, reply: BufferedReply) -> None:
+        if reply.conversation is not None:
+            self._on_stored(reply.user, reply.conversation)
 
     def _keep(self, reply: BufferedReply) -> None:
         if lost := self._buffered.keep(reply):

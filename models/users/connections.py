@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Literal, Protocol
 
 from limits import parse
@@ -10,6 +11,9 @@ from limits.storage import MemoryStorage
 from limits.strategies import FixedWindowRateLimiter
 
 from models.errors import TooManyConnectionsError
+from models.store.conversations import Conversation
+
+logger = logging.getLogger("parley")
 
 Change = Literal["joined", "left"]
 
@@ -25,6 +29,9 @@ class Connection(Protocol):
 
     def presence_changed(self, change: Change, user: str) -> None:
         """Notify the client that another user has joined or left."""
+
+    def conversation_changed(self, id: str, conversation: Conversation | None) -> None:
+        """Notify the client that a conversation of its user has changed; None: that it is deleted."""
 
     def close(self, code: int, reason: str) -> None:
         """Close the connection, without waiting for it."""
@@ -86,6 +93,14 @@ class ConnectionRegistry:
         for connection in self._connections.get(user, ()):
             if connection.login_session == session:
                 connection.close(code, reason)
+
+    def conversation_changed(self, user: str, id: str, conversation: Conversation | None) -> None:
+        """Notify all clients of a user that a conversation has changed; None: that it is deleted."""
+        for connection in [*self._connections.get(user, ())]:
+            try:
+                connection.conversation_changed(id, conversation)
+            except Exception:  # the others are notified all the same
+                logger.exception("a client could not be told of a change")
 
     async def close_all(self, code: int, reason: str) -> None:
         """Close all connections, and wait until the last has left."""

@@ -17,6 +17,7 @@ from models.protocols.conversations import (
     parse_new_items,
     render_branch,
     render_conversation,
+    render_deleted,
 )
 from models.protocols.documents import create_document
 from models.protocols.responses.lists import ListQuery, render_list, render_node, render_nodes
@@ -38,8 +39,10 @@ class ConversationsEndpoint(HTTPEndpoint):
         """A new conversation, empty or with some items."""
         change, messages = parse_new_conversation(await read_body(request))
         items = [Item.of_message(message, time.time()) for message in messages]
-        store, user = request.app.state.conversations, request.user.username
-        return JSONResponse(render_conversation(await store.create(user, items, change.metadata, change.title)))
+        state, user = request.app.state, request.user.username
+        conversation = await state.conversations.create(user, items, change.metadata, change.title)
+        state.feed.changed(user, conversation.id)
+        return JSONResponse(render_conversation(conversation))
 
 
 class ConversationEndpoint(HTTPEndpoint):
@@ -53,17 +56,18 @@ class ConversationEndpoint(HTTPEndpoint):
     async def post(self, request: Request) -> Response:
         """Change the title, the metadata, or which branch is the current one."""
         change = parse_change(await read_body(request))
-        store, user, id = request.app.state.conversations, request.user.username, request.path_params["id"]
-        conversation = await store.update(user, id, change.title, change.metadata)
-        if change.leaf is not None:
-            conversation = await store.set_leaf(user, id, change.leaf)
+        state, user, id = request.app.state, request.user.username, request.path_params["id"]
+        if change.leaf is not None:  # it may be refused, so it comes before what is not
+            await state.responses.set_leaf(user, id, change.leaf)
+        conversation = await state.conversations.update(user, id, change.title, change.metadata)
+        state.feed.changed(user, id)
         return JSONResponse(render_conversation(conversation))
 
     async def delete(self, request: Request) -> Response:
         """Delete the conversation."""
         id = request.path_params["id"]
         await request.app.state.responses.delete_conversation(request.user.username, id)
-        return JSONResponse({"id": id, "object": "conversation.deleted", "deleted": True})
+        return JSONResponse(render_deleted(id))
 
 
 class ItemsEndpoint(HTTPEndpoint):
@@ -84,8 +88,9 @@ class ItemsEndpoint(HTTPEndpoint):
         """Add items at the end."""
         messages = parse_new_items(await read_body(request))
         items = [Item.of_message(message, time.time()) for message in messages]
-        store, user, id = request.app.state.conversations, request.user.username, request.path_params["id"]
-        added = await store.append_items(user, id, items)
+        state, user, id = request.app.state, request.user.username, request.path_params["id"]
+        added = await state.conversations.append_items(user, id, items)
+        state.feed.changed(user, id)
         return JSONResponse(render_list([one for item in added for one in render_node(item)], False))
 
 
@@ -100,9 +105,10 @@ class ItemEndpoint(HTTPEndpoint):
 
     async def delete(self, request: Request) -> Response:
         """Delete its text; what comes after it stays."""
-        store, user, place = request.app.state.conversations, request.user.username, request.path_params
-        await store.delete_item(user, place["id"], place["item"])
-        return JSONResponse(render_conversation(await store.find(user, place["id"])))
+        state, user, place = request.app.state, request.user.username, request.path_params
+        await state.conversations.delete_item(user, place["id"], place["item"])
+        state.feed.changed(user, place["id"])
+        return JSONResponse(render_conversation(await state.conversations.find(user, place["id"])))
 
 
 async def branch(request: Request) -> Response:

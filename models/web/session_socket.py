@@ -11,6 +11,7 @@ from starlette.websockets import WebSocket
 
 from models.ops.logs import log
 from models.protocols.client import Close
+from models.store.conversations import Conversation
 from models.users.connections import Change
 from models.web.authentication import Login
 from models.web.outbox import UNSENT_SECONDS, Outbox
@@ -28,6 +29,9 @@ class Session(Protocol):
 
     def presence_changed(self, change: Change, user: str) -> None:
         """Another user has joined or left."""
+
+    def conversation_changed(self, id: str, conversation: Conversation | None) -> None:
+        """A conversation of the user has changed; None: it is deleted."""
 
     def close(self) -> None:
         """The client has disconnected."""
@@ -99,6 +103,11 @@ class SessionSocket(WebSocketEndpoint):
         """Tell the client that another user has joined or left."""
         assert self.session
         self.session.presence_changed(change, user)
+
+    def conversation_changed(self, id: str, conversation: Conversation | None) -> None:
+        """Tell the client that a conversation of its user has changed; None: that it is deleted."""
+        assert self.session
+        self.session.conversation_changed(id, conversation)
 
     def close(self, code: int, reason: str) -> None:
         """Close the connection, after all earlier frames."""

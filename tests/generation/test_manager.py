@@ -513,6 +513,43 @@ async def test_a_reply_after_an_item_is_another_branch_and_deletes_nothing(
     assert [item.content for item in older.items] == ["say one", "one", "say two", "two"]
 
 
+async def test_the_branch_stays_while_a_reply_is_being_prepared_or_stored(
+    responses: ResponseManager, conversations: SlowConversations, listener: FakeListener
+) -> None:
+    first = await run(responses, request("say one"))
+    second = await run(responses, request("say two", StoredConversation("conv_1", Edge.START)))
+    conversations.may_put.clear()
+    conversations.put_asked.clear()
+    responses.create(request("say three"), listener)
+    with pytest.raises(ConversationLockedError):
+        await responses.set_leaf("ann", "conv_1", first.id)
+    await conversations.put_asked.wait()
+    with pytest.raises(ConversationLockedError):
+        await responses.set_leaf("ann", "conv_1", first.id)
+    conversations.may_put.set()
+    assert (await listener.next(Finished)).reply.status is Status.COMPLETED
+    assert await contents(conversations) == ["say two", "two", "say three", "three"]
+    await responses.set_leaf("ann", "conv_1", first.id)
+    assert await contents(conversations) == ["say one", "one"]
+    await responses.set_leaf("ann", "conv_1", second.id)
+    assert await contents(conversations) == ["say two", "two", "say three", "three"]
+
+
+async def test_a_request_that_has_read_another_leaf_is_refused_and_nothing_is_lost(
+    responses: ResponseManager, conversations: SlowConversations, listener: FakeListener
+) -> None:
+    first = await run(responses, request("say one"))
+    await run(responses, request("say two", StoredConversation("conv_1", Edge.START)))
+    conversations.may_put.clear()
+    conversations.put_asked.clear()
+    responses.create(request("say three"), listener)
+    await conversations.put_asked.wait()
+    await conversations.set_leaf("ann", "conv_1", first.id)  # by another process
+    conversations.may_put.set()
+    assert isinstance((await listener.next(Rejected)).error, ConversationLockedError)
+    assert await contents(conversations) == ["say one", "one"]
+
+
 async def test_branches_of_one_response_run_at_the_same_time_and_leave_the_conversation_as_it_is(
     responses: ResponseManager, conversations: SlowConversations, scripted: ScriptedChat
 ) -> None:

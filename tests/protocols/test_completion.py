@@ -45,6 +45,7 @@ from models.store.item import Item, Status
 from models.validation import Json
 from tests.support.fake_client import FakeListener
 from tests.support.scripted import ScriptedChat, running
+from tests.support.stores import silent_feed
 
 pytestmark = pytest.mark.anyio
 
@@ -410,7 +411,8 @@ async def tiny_responses(
     """Replies of a tiny model, with a context of 256 tokens."""
     async with EngineChat.opened(tokenizer, llama, settings) as chat:
         admission = Admission.of(settings)
-        async with ResponseManager.opened(chat, admission, conversations, settings, Metrics()) as responses:
+        feed = silent_feed(conversations)
+        async with ResponseManager.opened(chat, admission, conversations, feed, settings, Metrics()) as responses:
             yield responses
 
 

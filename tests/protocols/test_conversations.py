@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,11 +22,13 @@ from models.protocols.conversations import (
     parse_new_conversation,
     parse_new_items,
     render_branch,
+    render_change,
     render_conversation,
 )
 from models.protocols.responses.resource import render_response
 from models.store.conversations import Conversation, ItemPage, Listing
 from models.store.item import Item, Status
+from models.store.versions import Version
 from tests.support.openai_types import CONVERSATION, CONVERSATION_ITEM, check_response
 
 # Listings
@@ -258,11 +261,21 @@ def test_a_conversation_is_that_of_the_standard_with_what_the_page_shows() -> No
         "title": "A *title*",
         "updated_at": 2.5,
         "leaf": "resp_1",
+        "response_id": None,
     }
+    assert render_conversation(replace(CONVERSATION_1, response_id="resp_1"))["response_id"] == "resp_1"
+
+
+def test_a_change_is_told_with_the_whole_conversation_and_a_deletion_as_it_is_answered() -> None:
+    updated, deleted = render_change("conv_1", CONVERSATION_1), render_change("conv_1", None)
+    assert updated == {"type": "parley.conversation.updated", "conversation": render_conversation(CONVERSATION_1)}
+    gone = {"id": "conv_1", "object": "conversation.deleted", "deleted": True}
+    assert deleted == {"type": "parley.conversation.deleted", "conversation": gone}
 
 
 def test_a_branch_has_input_items_and_whole_responses() -> None:
-    rendered = render_branch(MODEL, CONVERSATION_1, ItemPage([MESSAGE, REPLY], 7))
+    versions = {"msg_1": Version(1, 1, None, None), "resp_1": Version(2, 3, "resp_0", "resp_3")}
+    rendered = render_branch(MODEL, CONVERSATION_1, ItemPage([MESSAGE, REPLY], 7, versions))
     message, response = rendered["data"]
     assert (rendered["id"], rendered["earlier"]) == ("conv_1", 7)
     CONVERSATION_ITEM.validate_python(message)
@@ -271,6 +284,7 @@ def test_a_branch_has_input_items_and_whole_responses() -> None:
     parley = response.pop("parley")
     assert response == render_response(MODEL, "conv_1", REPLY)
     expected = {"parent": None, "reason": "stop", "options": {"seed": 1}, "left_out": 4, "decode_seconds": 0.5}
-    assert parley == expected
-    assert message["parley"] == {"parent": None}
-    assert render_branch(MODEL, CONVERSATION_1, ItemPage([], 0))["data"] == []
+    assert parley == expected | {"versions": {"number": 2, "count": 3, "older": "resp_0", "newer": "resp_3"}}
+    only = {"number": 1, "count": 1, "older": None, "newer": None}
+    assert message["parley"] == {"parent": None, "versions": only}
+    assert render_branch(MODEL, CONVERSATION_1, ItemPage([], 0, {}))["data"] == []

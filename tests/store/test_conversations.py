@@ -20,10 +20,12 @@ from models.errors import (
 from models.messages import ToolCall
 from models.output_item import OutputItem
 from models.protocols.conversations import MAX_QUERY
-from models.store.conversations import Conversation, Conversations, ItemPage, Listing
+from models.store.branches import Fork
+from models.store.conversations import Conversation, Conversations, ItemPage, Listing, Placed
 from models.store.database import conversations_table, items_table, owner_table, texts_table
 from models.store.item import Edge, Item, Status, linked
 from models.store.storage_limits import MAX_CONVERSATION_BYTES, MAX_ITEMS, MAX_PAGE, PAGE_BYTES, StorageLimits
+from models.store.versions import Version
 from tests.support.trees import (
     ANSWER,
     QUESTION,
@@ -121,7 +123,7 @@ def test_each_new_id_is_different() -> None:
 
 async def test_a_process_that_has_lost_the_database_changes_nothing(anns_store: Conversations) -> None:
     own = Conversations(anns_store._database, "own")
-    await go_on(own, "conv_1", growing("resp_2"))
+    await fork(own, "conv_1", "resp_1", growing("resp_2"))
     async with anns_store._database.begin() as connection:
         await connection.execute(owner_table.insert().values(place=1, id="new", machine="m", pid=1, beats=0))
     before = await whole(anns_store, "ann", "conv_1")
@@ -132,8 +134,8 @@ async def test_a_process_that_has_lost_the_database_changes_nothing(anns_store: 
         own.fail_replies(["resp_2"]),
         own.create("ann", [message("msg_9", "Mine")]),
         own.update("ann", "conv_1", "Mine"),
-        own.set_leaf("ann", "conv_1", "msg_1"),
         own.delete_item("ann", "conv_1", "msg_1"),
+        own.set_leaf("ann", "conv_1", "msg_1"),
         own.delete_response("ann", "resp_1"),
         own.delete("ann", "conv_1"),
     ):
@@ -331,7 +333,7 @@ async def test_a_deleted_message_is_gone_and_what_comes_after_it_stays(
     assert (path[3].status, path[3].tool_calls) == (Status.DELETED, None)
     assert await listed_ids(anns_store, query="xxx") == []
     assert called.id not in ids_of((await anns_store.list_items("ann", "conv_1", 100))[0])
-    for ask in (anns_store.find_item, anns_store.delete_item, anns_store.set_leaf):
+    for ask in (anns_store.find_item, anns_store.delete_item):
         with pytest.raises(ItemNotFoundError):
             await ask("ann", "conv_1", called.id)
     async with empty_tables.connect() as connection:
@@ -420,12 +422,18 @@ async def test_items_are_read_in_pages_from_the_leaf_back(store: Conversations) 
     conversation = (await store.create("ann", [message(f"msg_{number}", f"{number}") for number in range(7)])).id
     items = linked([message(f"msg_{number}", f"{number}") for number in range(7)], None)
     await fork(store, conversation, "msg_2", reply("resp_1", "aside"))
-    assert await store.read_page("ann", conversation, 7) == ItemPage(items, 0)
-    assert await store.read_page("ann", conversation, 3) == ItemPage(items[4:], 4)
-    assert await store.read_page("ann", conversation, 3, "msg_4") == ItemPage(items[1:4], 1)
-    assert await store.read_page("ann", conversation, 3, "msg_1") == ItemPage(items[:1], 0)
-    assert await store.read_page("ann", conversation, 3, "msg_0") == ItemPage([], 0)
-    assert await store.read_page("ann", conversation, 2, "msg_1_0") == ItemPage(items[1:3], 1), "of another branch"
+    versions = {item.id: Version(1, 1, None, None) for item in items} | {"msg_3": Version(1, 2, None, "resp_1")}
+
+    def page(start: int, end: int) -> ItemPage:
+        part = items[start:end]
+        return ItemPage(part, start, {item.id: versions[item.id] for item in part})
+
+    assert await store.read_page("ann", conversation, 7) == page(0, 7)
+    assert await store.read_page("ann", conversation, 3) == page(4, 7)
+    assert await store.read_page("ann", conversation, 3, "msg_4") == page(1, 4)
+    assert await store.read_page("ann", conversation, 3, "msg_1") == page(0, 1)
+    assert await store.read_page("ann", conversation, 3, "msg_0") == page(0, 0)
+    assert await store.read_page("ann", conversation, 2, "msg_1_0") == page(1, 3), "of another branch"
     for user, before in (("ann", "unknown"), ("bob", "msg_4")):
         with pytest.raises(ItemNotFoundError) as raised:
             await store.read_page(user, conversation, 3, before)
@@ -439,7 +447,8 @@ async def test_a_page_has_each_piece_of_a_reply(anns_store: Conversations) -> No
 async def test_a_page_has_at_most_some_bytes_but_at_least_a_question_and_its_reply(store: Conversations) -> None:
     items = [message(f"msg_{number}", "x" * (PAGE_BYTES // 3 + 1)) for number in range(4)]
     conversation = (await store.create("ann", [message("msg_large", "x" * (PAGE_BYTES + 1)), *items])).id
-    assert await store.read_page("ann", conversation, 100) == ItemPage(linked(items, "msg_large")[2:], 3)
+    page = await store.read_page("ann", conversation, 100)
+    assert (page.items, page.earlier) == (linked(items, "msg_large")[2:], 3)
     page = await store.read_page("ann", conversation, 100, "msg_0")
     assert (ids_of(page.items), page.earlier) == (["msg_large"], 0)
 
@@ -454,15 +463,89 @@ async def test_a_page_counts_the_bytes_of_texts_that_are_stored_once(store: Conv
     assert (ids_of(page.items), page.earlier) == (["resp_2", "resp_3"], 3)
 
 
-async def test_all_items_of_the_current_branch_are_read_some_at_a_time(store: Conversations) -> None:
+async def test_all_items_of_a_conversation_are_read_some_at_a_time(store: Conversations) -> None:
     short = [message(f"msg_{number}") for number in range(2 * MAX_PAGE)]
     items = [*short, *(message(f"long_{number}", "x" * (PAGE_BYTES // 3)) for number in range(4))]
     conversation = (await store.create("ann", items)).id
     await fork(store, conversation, "msg_2", reply("resp_1", "aside"))
     pages = await read_pages(store, "ann", conversation)
-    assert [len(page) for page in pages] == [MAX_PAGE, MAX_PAGE, 3, 1]
-    assert [item for page in pages for item in page] == linked(items, None)
+    assert [len(page) for page in pages] == [MAX_PAGE, MAX_PAGE, 3, 2]
+    *current, aside = (placed for page in pages for placed in page)
+    assert current == [Placed(item) for item in linked(items, None)]
+    assert (aside.item.id, aside.fork) == ("resp_1", Fork("msg_2", "msg_3"))
     assert await read_pages(store, "ann", (await store.create("ann")).id) == []
+
+
+# Versions
+
+
+async def versions(store: Conversations, id: str = "conv_1") -> dict[str, Version]:
+    """The versions of the items on the current branch that have more than one."""
+    found = (await store.read_page("ann", id, 100)).versions
+    return {id: version for id, version in found.items() if version.count > 1}
+
+
+async def test_the_versions_of_an_item_are_those_with_the_same_parent_in_the_order_of_creation(
+    anns_store: Conversations,
+) -> None:
+    assert await versions(anns_store) == {}
+    await begin(anns_store, "conv_2", message("msg_other"), reply("resp_other"))
+    for created, id in ((3.0, "resp_4"), (2.0, "resp_3"), (2.0, "resp_2")):
+        await fork(anns_store, "conv_1", "msg_1", replace(reply(id), created=created))
+    assert await versions(anns_store) == {"resp_1": Version(1, 4, None, "resp_2")}
+    await anns_store.set_leaf("ann", "conv_1", "resp_3")
+    assert await versions(anns_store) == {"resp_3": Version(3, 4, "resp_2", "resp_4")}
+
+
+async def test_the_first_items_of_a_conversation_are_versions_too(anns_store: Conversations) -> None:
+    await begin(anns_store, "conv_2", message("msg_other"), reply("resp_other"))
+    await fork(anns_store, "conv_1", None, message("msg_2", "Edited"), reply("resp_2"))
+    assert await versions(anns_store) == {"item_0": Version(2, 2, "msg_2", None)}
+
+
+async def test_a_deleted_version_counts_and_leads_to_what_comes_after_it(anns_store: Conversations) -> None:
+    await fork(anns_store, "conv_1", "msg_1", reply("resp_2", "Gone"), replace(reply("resp_3", "On"), created=3.0))
+    await anns_store.delete_response("ann", "resp_2")
+    page = await anns_store.read_page("ann", "conv_1", 1)
+    assert page.versions["resp_1"] == Version(1, 2, None, "resp_2")
+    assert (await anns_store.set_leaf("ann", "conv_1", "resp_2")).leaf == "resp_3"
+
+
+async def test_the_branch_of_an_item_goes_on_to_the_newest_leaf_below_it(anns_store: Conversations) -> None:
+    await go_on(anns_store, "conv_1", message("msg_2"), replace(reply("resp_2"), created=5.0))
+    await fork(anns_store, "conv_1", "resp_1", message("msg_3"), replace(reply("resp_3"), created=9.0))
+    await fork(anns_store, "conv_1", "msg_3", replace(reply("resp_4"), created=7.0))
+    await fork(anns_store, "conv_1", "item_0", replace(reply("resp_5"), created=8.0))
+    for item, leaf in (
+        ("item_0", "resp_3"),
+        ("resp_1", "resp_3"),
+        ("msg_1_0", "resp_3"),
+        ("msg_2", "resp_2"),
+        ("msg_3", "resp_3"),
+        ("resp_4", "resp_4"),
+        ("resp_5", "resp_5"),
+    ):
+        before = (await anns_store.find("ann", "conv_1")).updated
+        shown = await anns_store.set_leaf("ann", "conv_1", item)
+        assert (shown.leaf, shown.updated) == (leaf, before)
+
+
+async def test_another_branch_is_not_shown_while_a_reply_runs_at_the_leaf(anns_store: Conversations) -> None:
+    await fork(anns_store, "conv_1", "resp_1", growing("resp_2"))
+    assert (await anns_store.find("ann", "conv_1")).response_id is None, "it runs elsewhere"
+    assert (await anns_store.set_leaf("ann", "conv_1", "resp_1")).response_id == "resp_2"
+    assert [found.response_id for found in (await anns_store.list_page("ann", ALL))[0]] == ["resp_2"]
+    with pytest.raises(ConversationLockedError):
+        await anns_store.set_leaf("ann", "conv_1", "msg_1")
+    await anns_store.update_replies([reply("resp_2", "Done")])
+    assert (await anns_store.set_leaf("ann", "conv_1", "msg_1")).response_id is None
+
+
+async def test_the_search_finds_text_on_every_branch(anns_store: Conversations) -> None:
+    await fork(anns_store, "conv_1", "item_0", message("msg_2", "A needle"), reply("resp_2", "In the hay"))
+    await fork(anns_store, "conv_1", None, message("msg_3", "Another root"))
+    for words in ("needle", "the hay", "another root", "How are"):
+        assert await listed_ids(anns_store, query=words) == ["conv_1"]
 
 
 # Lists of items
@@ -503,7 +586,6 @@ async def test_a_list_leaves_deleted_items_out(anns_store: Conversations) -> Non
     await anns_store.delete_item("ann", "conv_1", "item_0")
     items, _ = await anns_store.list_items("ann", "conv_1", 100, ascending=True)
     assert ids_of(items) == ["msg_1", "msg_2", "resp_2"]
-    assert [ids_of(page) for page in await read_pages(anns_store, "ann", "conv_1")] == [["msg_1", "msg_2", "resp_2"]]
 
 
 # Lists

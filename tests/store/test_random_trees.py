@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings as hypothesis_settings, strategies
 from sqlalchemy import select
 
-from models.errors import ConversationLockedError, ItemNotFoundError, ResponseNotFoundError
+from models.errors import ConversationLockedError, ResponseNotFoundError
 from models.settings import Settings
 from models.store.conversations import Conversations
 from models.store.database import conversations_table, items_table, open_database
@@ -52,8 +52,20 @@ class Tree:
     def has_children(self, node: str) -> bool:
         return any(other.parent == node for other in self.nodes.values())
 
+    def newest_below(self, node: str | None) -> str | None:
+        """The newest leaf at or below a node, or of all; all nodes are equally old here, so the greatest id decides."""
+        below = [id for id in self.nodes if node in (None, *self.path(id)) and not self.has_children(id)]
+        return max(below, default=None)
+
     def delete(self, response: str) -> None:
-        """Delete a response; the leaf moves up."""
+        """Delete a response; a leaf that goes moves up, and on to the newest leaf."""
+        before = self.leaf
+        self.remove(response)
+        if self.leaf != before:
+            self.leaf = self.newest_below(self.leaf)
+
+    def remove(self, response: str) -> None:
+        """Remove a response, with what goes with it; the leaf moves up."""
         if self.has_children(response):
             self.nodes[response].status, self.nodes[response].content = Status.DELETED, ""
             if self.leaf == response:
@@ -154,12 +166,12 @@ class RandomTree:
 
     async def choose_leaf(self) -> None:
         if id := self.any_node():
-            if self.tree.nodes[id].status is Status.DELETED:
-                with pytest.raises(ItemNotFoundError):
+            if self.leaf_runs:
+                with pytest.raises(ConversationLockedError):
                     await self.store.set_leaf("ann", self.id, id)
                 return
             await self.store.set_leaf("ann", self.id, id)
-            self.tree.leaf = id
+            self.tree.leaf = self.tree.newest_below(id)
 
     async def check(self) -> None:
         """The database has the same tree, by each way to read it."""
@@ -184,7 +196,9 @@ class RandomTree:
         path = self.tree.path(self.tree.leaf)
         assert await self.pages_back(self._source.randrange(1, 4)) == path
         present = self.tree.present(self.tree.leaf)
-        assert [item.id async for page in self.store.pages("ann", self.id) for item in page] == present
+        placed = [one async for page in self.store.pages("ann", self.id) for one in page]
+        assert sorted(one.item.id for one in placed) == sorted(self.tree.nodes)
+        assert [one.item.id for one in placed][: len(path)] == path
         assert await self.listed(self._source.randrange(1, 4), ascending=True) == present
         assert await self.listed(self._source.randrange(1, 4), ascending=False) == present[::-1]
 

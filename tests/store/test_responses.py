@@ -433,14 +433,13 @@ async def test_input_that_others_need_stays(anns_store: Conversations) -> None:
     assert contents_of((await anns_store.path("ann", "conv_1", "resp_3")).items)[-2:] == ["Ask", "b"]
     await anns_store.set_leaf("ann", "conv_1", "resp_3")
     await anns_store.delete_response("ann", "resp_3")
-    assert await leaf(anns_store) == "msg_2"
+    assert await leaf(anns_store) == "msg_4"
 
 
-async def test_a_leaf_within_a_branch_moves_to_the_parent_of_what_was_deleted(anns_store: Conversations) -> None:
-    await go_on(anns_store, "conv_1", message("msg_2"), reply("resp_2", "a"))
-    await anns_store.set_leaf("ann", "conv_1", "resp_1")
+async def test_a_leaf_within_a_branch_moves_to_its_end_when_it_is_deleted(anns_store: Conversations) -> None:
+    await fork(anns_store, "conv_1", "resp_1", message("msg_2"), reply("resp_2", "a"))
     await anns_store.delete_response("ann", "resp_1")
-    assert await leaf(anns_store) == "msg_1"
+    assert await leaf(anns_store) == "resp_2"
     assert not (await anns_store.path_of_response("ann", "resp_2")).items[2].content
 
 
@@ -454,6 +453,16 @@ async def test_a_tree_that_is_not_listed_goes_with_its_last_response(
     await store.delete_response("ann", "resp_2")
     tables = (conversations_table, items_table, texts_table)
     assert [await count(empty_tables, table) for table in tables] == [0, 0, 0]
+
+
+async def test_the_newest_branch_that_is_left_is_shown_when_the_current_one_is_deleted(store: Conversations) -> None:
+    await begin(store, "conv_1", message("msg_1"), reply("resp_1"))
+    for number in (2, 3):
+        await fork(store, "conv_1", None, message(f"msg_{number}"), reply(f"resp_{number}"))
+    await fork(store, "conv_1", "msg_3", reply("resp_4"))
+    for deleted, left in (("resp_1", "resp_4"), ("resp_4", "resp_3"), ("resp_3", "resp_2"), ("resp_2", None)):
+        await store.delete_response("ann", deleted)
+        assert await leaf(store) == left
 
 
 async def test_a_conversation_stays_when_its_last_response_is_deleted(store: Conversations) -> None:

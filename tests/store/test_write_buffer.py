@@ -257,6 +257,46 @@ async def test_waiting_turns_can_fork(buffer: WriteBuffer, conversations: AwayCo
 
 
 @pytest.mark.anyio
+async def test_a_branch_is_shown_after_what_waits_is_written(
+    buffer: WriteBuffer, conversations: AwayConversations
+) -> None:
+    await add_turn(buffer, "1")
+    await add_turn(buffer, "2", Place(None, "resp_1"))
+    conversations.broken = True
+    await add_turn(buffer, "3")
+    with pytest.raises(DatabaseUnavailableError):
+        await buffer.set_leaf("ann", "conv", "q1")
+    conversations.broken = False
+    await buffer.set_leaf("ann", "conv", "q1")
+    assert await stored(conversations) == ["q1", "a1"]
+    await buffer.set_leaf("ann", "conv", "q3")
+    assert (await stored(conversations), buffer.unwritten) == (["q2", "a2", "q3", "a3"], 0)
+
+
+@pytest.mark.anyio
+async def test_a_turn_is_reported_when_it_begins_and_ends_in_the_database_also_late(
+    conversations: AwayConversations,
+) -> None:
+    reported: list[tuple[str, str]] = []
+    buffer = WriteBuffer(
+        conversations, ROOM, on_stored=lambda user, conversation: reported.append((user, conversation))
+    )
+    begun = turn("1")
+    await buffer.begin(begun)
+    assert reported == [("ann", "conv")]
+    await buffer.finish(ended(begun))
+    assert reported == 2 * [("ann", "conv")]
+    reported.clear()
+    conversations.broken = True
+    await add_turn(buffer, "2")
+    await buffer.finish(ended(turn("3", conversation=None)))
+    assert reported == []
+    conversations.broken = False
+    await buffer.write([])
+    assert reported == [("ann", "conv")]
+
+
+@pytest.mark.anyio
 async def test_a_waiting_turn_becomes_a_branch_if_the_leaf_has_changed(
     buffer: WriteBuffer, conversations: AwayConversations
 ) -> None:

@@ -45,10 +45,12 @@ def ask(socket: Any, input: Any, **fields: Any) -> None:
 
 
 def events_until(socket: Any, *types: str) -> list[Json]:
-    """All events up to the first of some types, which is the last."""
-    events: list[Json] = [socket.receive_json()]
-    while events[-1]["type"] not in types:
-        events.append(socket.receive_json())
+    """All events up to the first of some types, which is the last; without those of conversations, unless asked for."""
+    events: list[Json] = []
+    while not events or events[-1]["type"] not in types:
+        event = socket.receive_json()
+        if event["type"] in types or not event["type"].startswith("parley.conversation."):
+            events.append(event)
     return events
 
 

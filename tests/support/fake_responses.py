@@ -86,6 +86,9 @@ class FakeResponses:
     async def delete(self, user: str, id: str) -> None:
         raise NotImplementedError
 
+    async def set_leaf(self, user: str, id: str, item: str) -> None:
+        raise NotImplementedError
+
     async def delete_conversation(self, user: str, id: str) -> None:
         raise NotImplementedError
 

@@ -20,6 +20,7 @@ from models.ops.metrics import Metrics
 from models.options import Options
 from models.settings import Settings
 from models.store.conversations import Conversations
+from tests.support.stores import silent_feed
 
 DELTAS: dict[str, type[ReasoningDelta | TextDelta | ArgumentsDelta]] = {
     "think": ReasoningDelta,
@@ -179,5 +180,6 @@ async def running(
     """A manager for the replies of a scripted chat, with some settings changed."""
     changed = replace(settings, **changes)  # type: ignore[arg-type]
     admission = scripted.admission
-    async with ResponseManager.opened(scripted, admission, conversations, changed, Metrics()) as responses:
+    feed = silent_feed(conversations)
+    async with ResponseManager.opened(scripted, admission, conversations, feed, changed, Metrics()) as responses:
         yield responses

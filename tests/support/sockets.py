@@ -43,11 +43,18 @@ def resume(connection: ClientConnection, response_id: str, starting_after: int =
     connection.send(json.dumps(event | fields))
 
 
+def receive(connection: ClientConnection) -> Json:
+    """The next event that is not of a conversation."""
+    while (event := json.loads(connection.recv()))["type"].startswith("parley.conversation."):
+        pass
+    return dict(event)
+
+
 def events_until(connection: ClientConnection, *types: str) -> list[Json]:
-    """All events up to the first of some types, which is the last."""
-    events: list[Json] = [json.loads(connection.recv())]
+    """All events up to the first of some types, which is the last; without those of conversations."""
+    events = [receive(connection)]
     while events[-1]["type"] not in types:
-        events.append(json.loads(connection.recv()))
+        events.append(receive(connection))
     return events
 
 

@@ -11,6 +11,13 @@ from models.store.conversations import Conversations, Path
 from models.store.item import Edge, Item
 from models.store.place import Place
 from models.store.responses import Found, FoundPath
+from models.users.connections import ConnectionRegistry
+from models.users.conversation_feed import ConversationFeed
+
+
+def silent_feed(conversations: Conversations) -> ConversationFeed:
+    """A feed of users who have no connections."""
+    return ConversationFeed(conversations, ConnectionRegistry(announce=False, per_user=1))
 
 
 class SlowConversations(Conversations):
@@ -86,9 +93,9 @@ class AwayConversations(Conversations):
         self._check(self.unreadable)
         return await super().path_of_response(user, id)
 
-    async def delete_response(self, user: str, id: str) -> None:
+    async def delete_response(self, user: str, id: str) -> str:
         self._check(self.broken)
-        await super().delete_response(user, id)
+        return await super().delete_response(user, id)
 
     def _check(self, away: bool) -> None:
         if away:

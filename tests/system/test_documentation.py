@@ -51,6 +51,7 @@ NOT_RUN = {
     ".venv/bin/pip install uv && .venv/bin/uv pip compile --universal --python-version 3.11 --generate-hashes"
     " requirements.txt -o requirements.lock": "needs the package index, and its answer changes",
     ".venv/bin/python tests/browser/screenshots.py": "it replaces the pictures of README.md",
+    ".venv/bin/python tests/browser/smoothness.py": "takes minutes, and only its numbers matter",
     "PARLEY_MODEL=Qwen/Qwen3-0.6B .venv/bin/python server.py": "needs the Hub",
     "python3 -m venv .bench/peers": "the peers of the benchmark take gigabytes",
     '.bench/peers/bin/pip install torch==2.13.0 xllamacpp "transformers[serving]==5.23.0"': "the same",

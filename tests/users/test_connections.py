@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from models.errors import TooManyConnectionsError
+from models.store.conversations import Conversation
 from models.users.connections import CONNECTS, Change, ConnectionRegistry
 
 Changes = list[tuple[Change, str]]
@@ -19,10 +20,14 @@ class FakeConnection:
     def __init__(self, login_session: str | None = None) -> None:
         self.login_session = login_session
         self.changes: Changes = []
+        self.conversations: list[tuple[str, Conversation | None]] = []
         self.closed: list[tuple[int, str]] = []
 
     def presence_changed(self, change: Change, user: str) -> None:
         self.changes.append((change, user))
+
+    def conversation_changed(self, id: str, conversation: Conversation | None) -> None:
+        self.conversations.append((id, conversation))
 
     def close(self, code: int, reason: str) -> None:
         self.closed.append((code, reason))
@@ -52,6 +57,28 @@ def test_the_connections_of_a_session_are_closed_and_no_others(registry: Connect
     assert [bool(connection.closed) for connection in connections["ann"]] == [True, True, False, False]
     assert connections["ann"][0].closed == [REVOKED]
     assert connections["bob"][0].closed == []
+
+
+class BrokenConnection(FakeConnection):
+    """Fails when it is told of a conversation."""
+
+    def conversation_changed(self, id: str, conversation: Conversation | None) -> None:
+        raise RuntimeError("a bug")
+
+
+def test_all_connections_of_a_user_hear_of_a_conversation_also_behind_one_that_fails(
+    registry: ConnectionRegistry, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, broken, last, other = FakeConnection(), BrokenConnection(), FakeConnection(), FakeConnection()
+    for connection in (first, broken, last):
+        registry.join("ann", connection)
+    registry.join("bob", other)
+    conversation = Conversation("conv_1", "Title", 1.0, 2.0)
+    registry.conversation_changed("ann", "conv_1", conversation)
+    registry.conversation_changed("eve", "conv_1", None)
+    assert first.conversations == last.conversations == [("conv_1", conversation)]
+    assert (broken.conversations, other.conversations) == ([], [])
+    assert "a bug" in caplog.text
 
 
 # Announcements

@@ -32,7 +32,7 @@ class CountingConversations(Conversations):
         return await super().list_items(user, id, limit, after, ascending)
 
 
-FIELDS = ["id", "object", "created_at", "metadata", "title", "updated_at", "leaf"]
+FIELDS = ["id", "object", "created_at", "metadata", "title", "updated_at", "leaf", "response_id"]
 
 
 @pytest.fixture
@@ -297,6 +297,35 @@ def test_asking_again_after_an_earlier_turn_deletes_nothing(client: TestClient) 
     assert turns(get(client, f"/{id}/branch")) == ["say one", "one", "say two", "two", "say five", "five"]
 
 
+def test_a_conversation_shows_the_version_that_its_branch_tells_of(client: TestClient) -> None:
+    id = converse(client, "say one", "say two")
+    with chat_v2(client) as socket:
+        reply(socket, "say three", conversation={"id": id, "after": None})
+    question = get(client, f"/{id}/branch")["data"][0]
+    versions = question["parley"]["versions"]
+    assert (versions["number"], versions["count"], versions["newer"]) == (2, 2, None)
+    post(client, f"/{id}", leaf=versions["older"])
+    branch = get(client, f"/{id}/branch")
+    assert turns(branch) == ["say one", "one", "say two", "two"]
+    assert branch["data"][0]["parley"]["versions"]["newer"] == question["id"]
+
+
+def test_the_branch_stays_while_a_reply_runs_at_its_leaf(own_client: TestClient) -> None:
+    id = converse(own_client, "say one")
+    first = get(own_client, f"/{id}/branch")["data"][0]["id"]
+    with chat_v2(own_client) as socket:
+        socket.send_json({"type": "response.create", "input": "wait here", "conversation": id})
+        response = events_until(socket, "response.created")[-1]["response"]["id"]
+        assert get(own_client, f"/{id}")["response_id"] == response
+        assert get(own_client, "")["data"][0]["response_id"] == response
+        error = post(own_client, f"/{id}", 409, leaf=first, title="Another")["error"]
+        assert error["code"] == "conversation_locked"
+        assert get(own_client, f"/{id}")["title"] == "say one", "nothing is changed by a request that is refused"
+        socket.send_json({"type": "parley.response.cancel"})
+        events_until_done(socket)
+    assert post(own_client, f"/{id}", leaf=first)["response_id"] is None
+
+
 @pytest.mark.parametrize("after", ["msg_unknown", "resp_unknown"])
 def test_nothing_is_asked_after_an_unknown_item(client: TestClient, after: str) -> None:
     id = converse(client, "say one")
@@ -412,10 +441,29 @@ def test_a_conversation_is_exported_as_markdown_or_json(client: TestClient) -> N
     response = client.get(path, params={"format": "json"}, headers=bearer())
     document = response.json()
     items = get(client, f"/{id}/items", order="asc")["data"]
-    assert document == get(client, f"/{id}") | {"items": items}
+    assert document == get(client, f"/{id}") | {"items": items, "branches": []}
     assert response.headers["content-disposition"] == f'attachment; filename="{id}.json"'
     response = client.get(path, params={"format": "pdf"}, headers=bearer())
     assert (response.status_code, response.json()["error"]["param"]) == (400, "format")
+
+
+def test_a_download_has_every_branch(client: TestClient) -> None:
+    id = converse(client, "say one", "say two")
+    with chat_v2(client) as socket:
+        first = get(client, f"/{id}/branch")["data"][1]["id"]
+        reply(socket, "say three", conversation={"id": id, "after": first})
+        reply(socket, "say four", conversation={"id": id, "after": None})
+    document = get(client, f"/{id}/export", format="json")
+    assert texts({"data": document["items"]}) == ["say four", "four"]
+    branches = [(branch["after"], texts({"data": branch["items"]})) for branch in document["branches"]]
+    answer = f"msg_{first.removeprefix('resp_')}_0"
+    assert branches == [(None, ["say one", "one", "say three", "three"]), (answer, ["say two", "two"])]
+    text = client.get(f"/v1/conversations/{id}/export", headers=bearer()).text
+    assert [line for line in text.splitlines() if line.startswith("## ")] == [
+        "## Instead of “say four”",
+        "## Instead of “say three”",
+    ]
+    assert "say two" in text
 
 
 def test_a_download_that_the_database_cannot_give_is_an_error_and_no_broken_file(own_app: RunningApp) -> None:

@@ -19,7 +19,7 @@ from tests.support.client import bearer
 from tests.support.responses import PARTS, check_events
 from tests.support.scripted import ScriptedChat
 from tests.support.serving import Served, serve
-from tests.support.sockets import ask, chat_v2, events_until_done, resume
+from tests.support.sockets import ask, chat_v2, events_until_done, receive, resume
 
 ENDLESS = 60.0  # seconds for what takes less than one
 
@@ -43,7 +43,7 @@ def following(served: Served, id: str, starting_after: int) -> Iterator[Iterator
 
 def received(connection: ClientConnection, count: int) -> list[Json]:
     """The next events on a socket."""
-    return [json.loads(connection.recv()) for _ in range(count)]
+    return [receive(connection) for _ in range(count)]
 
 
 def so_far(connection: ClientConnection) -> list[Json]:

@@ -13,6 +13,7 @@ from models.errors import APIError, ServerError, TooManyResponsesError
 from models.generation.events import Queued, Warned
 from models.generation.interface import ModelInfo, ResponseService
 from models.protocols.client import Client
+from models.protocols.conversations import render_change
 from models.protocols.responses.events import (
     ChatEventRenderer,
     EventRenderer,
@@ -22,6 +23,7 @@ from models.protocols.responses.events import (
     render_session,
 )
 from models.protocols.responses.session import ResponsesSession, ShortText, Stream
+from models.store.conversations import Conversation
 from models.users.connections import Change
 from models.validation import Json, convert
 
@@ -68,6 +70,10 @@ class ChatSession(ResponsesSession):
     def presence_changed(self, change: Change, user: str) -> None:
         """Tell the client which user has joined or left."""
         self._client.send_json(render_presence(change, user))
+
+    def conversation_changed(self, id: str, conversation: Conversation | None) -> None:
+        """Tell the client that a conversation has changed; None: that it is deleted."""
+        self._client.send_json(render_change(id, conversation))
 
     def _act(self, kind: str, fields: Json, stream_id: str | None, size: int) -> None:
         match kind:

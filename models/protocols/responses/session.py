@@ -36,6 +36,7 @@ from models.protocols.responses.steering import (
     render_failed,
     render_refused,
 )
+from models.store.conversations import Conversation
 from models.store.item import Item, Status
 from models.users.connections import Change
 from models.validation import NO_SURROGATE, Json, convert, parse_object, printable
@@ -120,6 +121,9 @@ class ResponsesSession:
 
     def presence_changed(self, change: Change, user: str) -> None:
         """Another user has joined or left, of which this protocol says nothing."""
+
+    def conversation_changed(self, id: str, conversation: Conversation | None) -> None:
+        """A conversation has changed, of which this protocol says nothing."""
 
     def close(self) -> None:
         """The client has disconnected; its responses go on for a while."""
