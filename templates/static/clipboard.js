@@ -1,4 +1,5 @@
 import { button } from './elements.js';
+import { say } from './words.js';
 
 const DONE_SECONDS = 2;
 
@@ -8,7 +9,7 @@ export function copyButton(name, text, onCopy) {
     const copied = await copy(text());
     onCopy(copied);
     if (!copied) return;
-    node.dataset.done = '';
+    node.dataset.done = say('copied');
     setTimeout(() => delete node.dataset.done, DONE_SECONDS * 1000);
   });
   return node;

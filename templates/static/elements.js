@@ -16,3 +16,10 @@ export function button(name, onClick) {
   node.addEventListener('click', onClick);
   return node;
 }
+
+/** A wide element scrolls, so the keyboard has to reach it. */
+export function makeScrollable(part, label) {
+  part.tabIndex = 0;
+  part.setAttribute('role', 'group');
+  part.setAttribute('aria-label', label);
+}

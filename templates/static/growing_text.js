@@ -1,34 +1,42 @@
+import { DeltaText } from './delta_text.js';
 import { element } from './elements.js';
 
 const BLOCK_LENGTH = 2000;
 
-/** Text that grows in an element. */
+/** Plain text that grows in an element. */
 export class GrowingText {
   constructor(node) {
-    Object.assign(this, { node, text: '', pending: '', known: 0 });
+    Object.assign(this, { node, deltas: new DeltaText(), pending: '' });
+  }
+
+  get text() {
+    return this.deltas.text;
   }
 
   /** Shows the beginning of a text, as the server has stored it; its deltas come again. */
   begin(text) {
-    this.grow(text);
-    this.known = text.length;
+    this.deltas.begin(text);
+    this.show(text);
   }
 
   /** Adds a delta, and returns what of it is new. */
   grow(delta) {
-    const fresh = delta.slice(this.known);
-    this.known -= delta.length - fresh.length;
-    this.text += fresh;
-    this.pending += fresh;
-    if (this.pending) this.frame ??= requestAnimationFrame(() => this.draw());
+    const fresh = this.deltas.grow(delta);
+    this.show(fresh);
     return fresh;
   }
 
-  /** Shows the whole text, perhaps in another form. */
+  show(fresh) {
+    this.pending += fresh;
+    if (this.pending) this.frame ??= requestAnimationFrame(() => this.draw());
+  }
+
+  /** Shows the whole text, perhaps in another form. What shows it already stays, with a selection in it. */
   end(text, shown = text) {
     cancelAnimationFrame(this.frame);
-    Object.assign(this, { text, pending: '', known: text.length, frame: null });
-    this.node.replaceChildren(element('div', 'block', shown));
+    if (this.pending) this.draw();
+    this.deltas.end(text);
+    if (this.node.textContent !== shown) this.node.replaceChildren(element('div', 'block', shown));
   }
 
   // Once per frame, into blocks that end with a line: the browser lays out only the last block, not the whole text.

@@ -1,62 +1,91 @@
-// Markdown to elements. Nothing in them runs, loads, or links to this server.
+// Markdown to tokens, and those of text to HTML. Nothing in it runs, loads, or links to this server.
 
-import { copyButton } from './clipboard.js';
-import { element } from './elements.js';
+import { cjkEmphasis } from './cjk_emphasis.js';
+import { limitDepth } from './depth.js';
+import { footnoteRules } from './footnotes.js';
+import { mathsRules } from './maths_rules.js';
+import { openText } from './open_text.js';
 import MarkdownIt from './vendor/markdown-it.min.js';
 import { say } from './words.js';
 
-const markdown = createMarkdown();
+const WWW = /^[\w-]+\.[^\s<>"'`，。；：！？、（）《》「」『』【】“”‘’]*[\w/]/;
+const parser = createParser();
 
-function createMarkdown() {
-  // breaks: a line break that was visible while the reply streamed stays visible.
-  const parser = new MarkdownIt({ html: false, linkify: false, breaks: true }).disable('image');
-  const { rules } = parser.renderer;
-  const plain = (tokens, index, options, env, renderer) => renderer.renderToken(tokens, index, options);
+function createParser() {
+  // breaks: a line break of the model stays visible.
+  const parser = new MarkdownIt({ html: false, linkify: true, breaks: true });
+  for (const plugin of [mathsRules, footnoteRules, cjkEmphasis, openText, limitDepth]) parser.use(plugin);
+  parser.core.ruler.disable(['normalize', 'block']); // `parseBlocks` does that
 
   // A relative link of a model would lead to this server, so only full addresses become links.
   parser.validateLink = (address) => /^(https?:\/\/|mailto:)/i.test(address.trim());
-  rules.link_open = (tokens, index, ...rest) => {
-    tokens[index].attrSet('target', '_blank');
-    tokens[index].attrSet('rel', 'noopener noreferrer');
-    return plain(tokens, index, ...rest);
-  };
-
-  // markdown-it aligns columns by style attributes, which the Content-Security-Policy forbids.
-  rules.th_open = rules.td_open = (tokens, index, ...rest) => {
-    const alignment = tokens[index].attrGet('style')?.replace('text-align:', '');
-    tokens[index].attrs = alignment ? [['class', alignment]] : null;
-    return plain(tokens, index, ...rest);
-  };
-  rules.table_open = (...table) => `<div class="table">${plain(...table)}`;
-  rules.table_close = (...table) => `${plain(...table)}</div>`;
+  parser.linkify.set({ fuzzyLink: false, fuzzyEmail: false, fuzzyIP: false });
+  parser.linkify.add('ftp:', null).add('//', null);
+  parser.linkify.add('www.', {
+    validate: (text, pos) => WWW.exec(text.slice(pos, pos + 2000))?.[0].length ?? 0,
+    normalize: (match) => { match.url = `https://${match.url}`; },
+  });
+  const { rules } = parser.renderer;
+  rules.link_open = (tokens, index) => `<a${linkAttributes(tokens[index].attrGet('href'))}>`;
+  rules.image = image;
   return parser;
 }
 
-/** The elements of a Markdown text; `onCopy` is told when a code block is copied. */
-export function renderMarkdown(text, onCopy) {
-  const template = document.createElement('template');
-  template.innerHTML = markdown.render(text);
-  for (const pre of template.content.querySelectorAll('pre')) frameCode(pre, onCopy);
-  for (const table of template.content.querySelectorAll('.table')) makeScrollable(table, say('table'));
-  return template.content;
+function linkAttributes(address) {
+  return ` href="${parser.utils.escapeHtml(address)}" target="_blank" rel="noopener noreferrer"`;
 }
 
-function frameCode(pre, onCopy) {
-  const code = pre.firstElementChild;
-  const frame = element('div', 'code');
-  const bar = element('div', 'bar');
-  bar.append(
-    element('span', 'language', code.className.replace('language-', '')),
-    copyButton('copy_code', () => code.textContent, onCopy),
-  );
-  makeScrollable(pre, say('code'));
-  pre.replaceWith(frame);
-  frame.append(bar, pre);
+/** A picture is a link to it, or only its text where it stands in another link. */
+function image(tokens, index, options, env, renderer) {
+  const { children, attrs } = tokens[index];
+  const address = tokens[index].attrGet('src');
+  const text = parser.utils.escapeHtml(renderer.renderInlineAsText(children, options, env).trim() || address);
+  const before = tokens.slice(0, index);
+  const links = before.filter(({ type }) => type === 'link_open').length;
+  if (links > before.filter(({ type }) => type === 'link_close').length) return text;
+  return attrs && `<a class="image" title="${say('picture')}"${linkAttributes(address)}>${text}</a>`;
 }
 
-/** A wide element scrolls, so the keyboard has to reach it. */
-function makeScrollable(part, label) {
-  part.tabIndex = 0;
-  part.setAttribute('role', 'group');
-  part.setAttribute('aria-label', label);
+/** The links and footnotes that a text defines. Those of another text can be added in `extended`. */
+export class Definitions {
+  constructor({ references = null, footnotes = null } = {}) {
+    this.references = Object.create(references);
+    this.footnotes = Object.create(footnotes);
+  }
+
+  extended() {
+    return new Definitions(this);
+  }
+
+  /** A definition as a string. */
+  key(kind, label) {
+    return JSON.stringify(this[kind][label]);
+  }
+
+  /** These for the parser; `asked` gets what it asks for, defined or not. */
+  asking(asked) {
+    const watch = (kind) => new Proxy(this[kind], {
+      get: (target, label) => {
+        asked.push({ kind, label, answer: this.key(kind, label) });
+        return target[label];
+      },
+    });
+    return { references: watch('references'), footnotes: watch('footnotes') };
+  }
+}
+
+/** The tokens of the blocks of a text, whose own text is not parsed yet. */
+export function parseBlocks(text, definitions) {
+  const tokens = [];
+  parser.block.parse(text, parser, definitions, tokens);
+  return tokens;
+}
+
+/** The HTML of the text in a block. `open` says that it goes on; `asked` gets the definitions that it asks for. */
+export function renderText(content, definitions, open, asked) {
+  const env = { open, ...definitions.asking(asked) };
+  const state = new parser.core.State(content, parser, env);
+  state.tokens = [Object.assign(new state.Token('inline', '', 0), { content, children: [] })];
+  parser.core.process(state);
+  return parser.renderer.render(state.tokens, parser.options, env);
 }
