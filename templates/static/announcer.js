@@ -1,8 +1,9 @@
 import { say } from './words.js';
 
 const PAUSE_SECONDS = 1;
+const LONGEST = 1000; // a sentence that is longer is read in pieces
 // A full stop ends a sentence when something follows it, and not after a digit: "3.5", and "1." before an item.
-const END = /\n|[。！？…]+[”’」』）]*|(?<!\d)[.!?]+["'”’)*_]*(?=\s)/;
+const END = /\n|[。！？…]+[”’」』）]*|(?<!\d)[.!?]{1,9}["'”’)*_]{0,9}(?=\s)/;
 
 /** Tells screen readers what happens: words of the page, and each sentence of a reply when it is complete. */
 export class Announcer {
@@ -40,6 +41,10 @@ export class Announcer {
       const length = end.index + end[0].length;
       this.sentence(this.pending.slice(0, length));
       this.pending = this.pending.slice(length);
+    }
+    if (this.pending.length > LONGEST) {
+      this.sentence(this.pending);
+      this.pending = '';
     }
   }
 

@@ -30,9 +30,10 @@ export function getBranch(id, parameters = {}) {
   return request(`${address(id)}/branch?${new URLSearchParams(parameters)}`);
 }
 
-export function renameConversation(id, title) {
+/** Changes the title of a conversation, or shows another branch: the one that a message, its `leaf`, is on. */
+export function changeConversation(id, change) {
   const headers = { 'Content-Type': 'application/json' };
-  return request(address(id), { method: 'POST', headers, body: JSON.stringify({ title }) });
+  return request(address(id), { method: 'POST', headers, body: JSON.stringify(change) });
 }
 
 export function deleteConversation(id) {

@@ -8,6 +8,7 @@ import { Drawer } from './drawer.js';
 import { Log } from './log.js';
 import { logInAgain, loggedIn } from './login.js';
 import { Options } from './options.js';
+import { Printing } from './printing.js';
 import { Sidebar } from './sidebar.js';
 import { explain, say } from './words.js';
 
@@ -26,6 +27,8 @@ class Chat {
     this.sidebar = new Sidebar({
       onCurrent: (title) => this.showTitle(title),
       onOpen: () => this.drawer.close(),
+      onPrint: ({ id }) => this.print(id),
+      onLoaded: (conversations) => conversations.forEach((one) => this.conversation.changed(one)),
       onDeleted: (id) => id === this.conversation.id && this.renew(),
       onError: (text) => this.fail(text),
     });
@@ -37,20 +40,19 @@ class Chat {
       onClose: (code, closure) => this.closed(code, closure),
     });
     this.conversation = this.createConversation();
+    this.printing = new Printing(this.conversation);
     this.handlers = this.createHandlers();
   }
 
   createConversation() {
-    const { announcer, composer, connection, options, sidebar } = this;
+    const { announcer, composer, connection, options } = this;
     return new Conversation({
       announcer,
       composer,
       connection,
       options,
       log: new Log(),
-      isListed: (id) => sidebar.has(id),
       onNamed: (id) => this.named(id),
-      onChange: () => sidebar.refresh(),
       onTitle: (title) => this.showTitle(title),
       onMissing: () => this.missing(),
       onError: (text) => this.fail(text),
@@ -74,6 +76,8 @@ class Chat {
       'response.incomplete': done,
       'response.failed': done,
       'parley.warning': ({ error }) => this.fail(explain(error)),
+      'parley.conversation.updated': (event) => this.updated(event.conversation),
+      'parley.conversation.deleted': (event) => this.deleted(event.conversation.id),
       'parley.presence.joined': ({ user }) => this.tell(say('joined', { user })),
       'parley.presence.left': ({ user }) => this.tell(say('left', { user })),
       error: (event) => this.refused(event),
@@ -83,7 +87,7 @@ class Chat {
   start() {
     for (const button of document.querySelectorAll('.new-chat')) button.addEventListener('click', () => this.renew());
     window.addEventListener('hashchange', () => this.route());
-    document.addEventListener('visibilitychange', () => document.hidden || this.conversation.catchUp());
+    document.addEventListener('visibilitychange', () => document.hidden || this.conversation.sync());
     document.addEventListener('keydown', (event) => this.pressed(event));
     document.getElementById('logout').addEventListener('submit', () => this.leave());
     this.connection.open();
@@ -95,7 +99,17 @@ class Chat {
   route() {
     const id = location.hash.startsWith('#conv_') ? location.hash.slice(1) : null;
     this.sidebar.select(id);
-    this.conversation.open(id);
+    return this.conversation.open(id);
+  }
+
+  /** Opens a conversation of the list, if another one is open, and prints it. */
+  async print(id) {
+    this.drawer.close();
+    if (id !== this.conversation.id) {
+      history.pushState(null, '', `#${id}`);
+      await this.route();
+    }
+    if (id === this.conversation.id) this.printing.print(); // else it is gone, or the reader is
   }
 
   renew() {
@@ -110,14 +124,31 @@ class Chat {
     this.sidebar.select(id);
   }
 
+  // What happens in other windows, and here too
+
+  updated(conversation) {
+    this.sidebar.update(conversation);
+    if (conversation.id === this.conversation.id) this.showTitle(conversation.title);
+    this.conversation.changed(conversation);
+  }
+
+  /** A conversation was deleted, perhaps in another window. */
+  deleted(id) {
+    if (this.sidebar.remove(id) && id === this.conversation.id) this.missing();
+  }
+
   leave() {
     this.leaving = true;
     this.composer.forgetDrafts();
   }
 
+  /** The open conversation is gone: what was being written there goes to a new one. */
   missing() {
+    const { id, turn, isSettled } = this.conversation;
+    if (!isSettled) this.conversation.withdraw(turn);
     history.replaceState(null, '', location.pathname + location.search);
     this.route();
+    this.composer.move(id, null);
     this.fail(say('error_conversation_not_found'));
   }
 
@@ -125,9 +156,10 @@ class Chat {
     if (this.conversation.ask(text)) this.composer.write('');
   }
 
-  // Esc stops the reply, unless it closes a dialog or a menu, or belongs to an input method.
+  // Esc stops the reply, unless it closes a dialog or a menu, clears the search, or belongs to an input method.
   pressed(event) {
-    if (event.key !== 'Escape' || event.isComposing || document.querySelector('dialog[open], :popover-open')) return;
+    if (event.key !== 'Escape' || event.isComposing || event.keyCode === 229) return;
+    if (event.target.type === 'search' || document.querySelector('dialog[open], :popover-open')) return;
     this.conversation.cancel();
   }
 

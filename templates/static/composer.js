@@ -33,13 +33,28 @@ export class Composer {
   /** Puts back a text that was not sent: into the draft, before anything that was written since. */
   giveBack(text, conversation) {
     const key = this.keyOf(conversation);
-    if (key !== this.draftKey) return this.keepDraft(text, key);
-    this.write([text, this.text].filter((part) => part.trim()).join('\n\n'));
+    const isOpen = key === this.draftKey;
+    const written = isOpen ? this.text : sessionStorage.getItem(key) ?? '';
+    const draft = [text, written].filter((part) => part.trim()).join('\n\n');
+    if (!isOpen) return this.keepDraft(draft, key);
+    this.write(draft);
     this.focus();
+  }
+
+  /** Moves the draft for a conversation that is gone into that for another one. */
+  move(conversation, other) {
+    const key = this.keyOf(conversation);
+    const draft = sessionStorage.getItem(key);
+    sessionStorage.removeItem(key);
+    if (draft) this.giveBack(draft, other);
   }
 
   focus() {
     this.message.focus();
+  }
+
+  get isFocused() {
+    return document.activeElement === this.message;
   }
 
   /** Shows the draft for a conversation; null is a conversation that does not exist yet. */

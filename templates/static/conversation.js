@@ -1,21 +1,23 @@
-import { getBranch, listConversations } from './api.js';
+import { changeConversation, getBranch } from './api.js';
 import { MessageFactory } from './message_factory.js';
 import { Turn } from './turn.js';
 import { explain, say } from './words.js';
 
-// The errors when another tab has changed the conversation.
+// The errors when another window has changed the conversation.
 const OUTDATED = ['conversation_locked', 'item_not_found'];
 
 /** The conversation on the page; its id is null until the server has created it. */
 export class Conversation {
   constructor(parts) {
-    // connection, log, composer, options, announcer; isListed, onNamed, onChange, onTitle, onMissing, onError
-    Object.assign(this, parts, { id: null, turn: null, loaded: true, unreachable: false, wasCut: false });
+    // connection, log, composer, options, announcer; onNamed, onTitle, onMissing, onError
+    Object.assign(this, parts, { id: null, turn: null, loaded: true, unreachable: false });
     this.untaken = new Map(); // turns that the server has not accepted yet, by stream_id
+    this.changes = 0; // counts what the page knows before the server tells it
     this.messages = new MessageFactory({
       onCopy: (copied) => this.announcer.say(say(copied ? 'copied' : 'copy_failed')),
       onAgain: (reply) => this.askAgain(reply),
       onAsk: (question, text) => this.ask(text, question),
+      onVersion: (versions, direction) => this.showVersion(versions, direction),
     });
     this.log.onEarlier = () => this.loadEarlier();
   }
@@ -24,7 +26,9 @@ export class Conversation {
 
   /** Shows another conversation. A reply that is running in this one goes on. */
   open(id) {
-    Object.assign(this, { id, turn: null, loaded: !id, unreachable: false });
+    this.rescue(this.log.list);
+    Object.assign(this, { id, turn: null, loaded: !id, unreachable: false, told: null });
+    this.changes += 1;
     this.onError('');
     this.log.clear();
     this.log.follow(true);
@@ -33,39 +37,7 @@ export class Conversation {
     this.options.open(id);
     this.onTitle('');
     this.refresh();
-    return id ? this.load() : null;
-  }
-
-  async load() {
-    const { id } = this;
-    this.unreachable = false;
-    try {
-      const branch = await getBranch(id);
-      if (id === this.id && !this.turn) this.show(branch);
-    } catch (error) {
-      if (id === this.id) this.failed(error);
-    }
-  }
-
-  failed(error) {
-    if (error.status === 404) return this.onMissing();
-    this.unreachable = !this.loaded;
-    if (this.unreachable) this.onError(say('not_loaded'));
-  }
-
-  show({ id, title, data: nodes, earlier }) {
-    Object.assign(this, { id, loaded: true, turn: null });
-    const response = nodes.findLast((node) => node.object === 'response');
-    this.log.show(nodes.map((node) => this.messages.of(node)), earlier);
-    this.log.divide(response?.parley.left_out);
-    this.options.learn(id, response?.parley.options ?? {});
-    if (nodes.at(-1)?.status === 'in_progress') {
-      this.turn = new Turn(id, null, this.log.last);
-      this.announcer.forget(this.log.last.text);
-      this.resume();
-    }
-    this.onTitle(title);
-    this.refresh();
+    return this.sync();
   }
 
   async loadEarlier() {
@@ -80,13 +52,112 @@ export class Conversation {
     }
   }
 
-  /** Loads what another tab or device said meanwhile. */
-  async catchUp() {
-    const { id, turn } = this;
-    if (!id || turn || !this.loaded) return;
-    const branch = await getBranch(id).catch(() => null);
-    const last = branch?.data.at(-1);
-    if (last && id === this.id && !this.turn && last.id !== this.log.last?.id) this.show(branch);
+  // What the server has
+
+  /** Shows what the server has. While a turn is not accepted, that waits, since only the page knows it. */
+  sync() {
+    this.outdated = Boolean(this.id);
+    if (this.syncing?.id === this.id) return this.syncing.done;
+    const syncing = { id: this.id };
+    this.syncing = syncing;
+    syncing.done = this.load(syncing);
+    return syncing.done;
+  }
+
+  async load(syncing) {
+    while (this.outdated && this.isSettled) {
+      Object.assign(this, { outdated: false, postponed: false, told: null });
+      const { changes } = this;
+      const branch = await getBranch(syncing.id).catch((error) => ({ error }));
+      if (syncing !== this.syncing) return; // another conversation is open
+      if (branch.error) this.failed(branch.error);
+      else if (changes !== this.changes) this.outdated = true;
+      else if (this.isStoredIn(branch)) this.show(branch);
+      else this.postponed = true; // until the reply has ended
+    }
+    if (syncing === this.syncing) this.syncing = null;
+  }
+
+  /** Whether the server knows all that the page shows. */
+  get isSettled() {
+    return !this.turn || this.turn.taken;
+  }
+
+  /** Whether a branch has the reply that runs. While the database is slow, it waits to be stored. */
+  isStoredIn({ data: nodes }) {
+    return !this.turn || nodes.some((node) => node.id === this.turn.reply.id);
+  }
+
+  failed(error) {
+    if (error.status === 404) return this.turn ? null : this.onMissing();
+    this.unreachable = !this.loaded;
+    if (this.unreachable) this.onError(say('not_loaded'));
+  }
+
+  show({ id, title, data: nodes, earlier }) {
+    const before = [...this.log.list];
+    if (this.unreachable) this.onError('');
+    Object.assign(this, { loaded: true, unreachable: false });
+    this.log.show(nodes, earlier, this.messages);
+    this.rescue(before.filter((message) => !this.log.list.includes(message)));
+    const response = nodes.findLast((node) => node.object === 'response');
+    this.log.divide(response?.parley.left_out);
+    this.options.learn(id, response?.parley.options ?? {});
+    this.follow(nodes.at(-1)?.status === 'in_progress');
+    this.onTitle(this.told?.title ?? title);
+    this.refresh();
+    if (this.told) this.outdated ||= this.differs(this.told);
+  }
+
+  /** Puts what the user was writing in messages that go away into the draft. */
+  rescue(messages, conversation = this.id) {
+    for (const { unsent } of messages) if (unsent) this.composer.giveBack(unsent, conversation);
+  }
+
+  /** Goes on with the last reply if it is running, wherever it was asked for. */
+  follow(isRunning) {
+    if (!isRunning) {
+      if (this.turn) this.finished(this.turn.reply);
+    } else if (this.turn?.reply !== this.log.last) {
+      this.turn = new Turn(this.id, null, this.log.last);
+      this.announcer.forget(this.log.last.text);
+      this.resume();
+    }
+  }
+
+  /** The server says how a conversation is now, perhaps after a change elsewhere. */
+  changed(told) {
+    if (told.id !== this.id) return;
+    if (this.syncing) this.told = told; // the branch that is on its way may be older
+    else if (this.differs(told)) this.sync();
+  }
+
+  // Whether the last reply runs or has ended, its own events say.
+  differs({ leaf }) {
+    return leaf !== (this.log.last?.id ?? null);
+  }
+
+  /** Shows the older or the newer version of a message, in all windows; its buttons stay where they are. */
+  async showVersion({ place, top }, direction) {
+    const { id: conversation, changes } = this;
+    if (this.turn) return;
+    try {
+      await changeConversation(conversation, { leaf: place[direction] });
+    } catch (error) {
+      if (conversation !== this.id) return;
+      this.onError(explain(error));
+      this.sync();
+      return;
+    }
+    if (changes !== this.changes) return; // the user has gone on meanwhile
+    this.log.unpin();
+    await this.sync();
+    await this.log.loadAll(place[direction]);
+    const { versions } = this.log.find(place[direction]) ?? {};
+    if (!versions) return;
+    this.log.hold(versions.top - top);
+    if (!this.composer.isFocused) versions.focus(direction);
+    this.announcer.say(versions.label);
   }
 
   // Asking
@@ -110,14 +181,17 @@ export class Conversation {
   begin(turn, input, after, replaced) {
     if (this.turn || !this.loaded) return false;
     const conversation = this.id ? { id: this.id, after } : 'new';
-    const request = { input, conversation, truncation: 'auto', ...this.options.request };
+    const metadata = { turn: turn.key };
+    const request = { input, conversation, truncation: 'auto', metadata, ...this.options.request };
     if (!this.connection.send({ type: 'response.create', stream_id: turn.streamId, ...request })) {
       this.onError(say('not_connected'));
       return false;
     }
     if (replaced) turn.replaced = this.log.cut(replaced);
+    this.rescue(turn.replaced.slice(1)); // the first one may be the question whose edit is being sent
     this.untaken.set(turn.streamId, turn);
     this.turn = turn;
+    this.changes += 1;
     this.log.append(...turn.messages);
     this.log.follow(true);
     this.announcer.forget();
@@ -147,12 +221,13 @@ export class Conversation {
     if (!turn) return;
     this.untaken.delete(event.stream_id);
     turn.take(event.response);
+    this.rescue(turn.replaced, turn.conversation);
     this.sendCancel(turn);
-    if (turn === this.turn) {
-      this.named(event.response.conversation.id);
-      this.log.divide(event.response.parley.left_out);
-    }
-    this.onChange();
+    if (turn !== this.turn) return;
+    this.changes += 1;
+    this.named(event.response.conversation.id);
+    this.log.divide(event.response.parley.left_out);
+    if (this.outdated || turn.replaced.length) this.sync(); // a replaced message has one more version now
   }
 
   named(id) {
@@ -187,14 +262,19 @@ export class Conversation {
   }
 
   done({ stream_id: streamId, response }) {
-    this.onChange();
     if (this.turn?.streamId !== streamId) return;
     const { reply } = this.turn;
     reply.finish(response);
-    this.turn = null;
+    this.finished(reply);
+    this.changes += 1;
     this.refresh();
+    if (this.postponed) this.sync();
+  }
+
+  finished({ noteLine }) {
+    this.turn = null;
     this.announcer.finish();
-    this.announcer.say(reply.noteLine?.textContent || say('reply_finished'));
+    this.announcer.say(noteLine?.textContent || say('reply_finished'));
   }
 
   refused({ error, stream_id: streamId }) {
@@ -209,7 +289,8 @@ export class Conversation {
   lost(streamId) {
     if (this.turn?.streamId !== streamId) return;
     this.turn = null;
-    this.load();
+    this.changes += 1;
+    this.sync();
   }
 
   /** The server never accepted the turn: restores the page, and puts the text back into the composer. */
@@ -218,10 +299,11 @@ export class Conversation {
     const text = turn.question?.text;
     if (turn !== this.turn) return text && this.composer.giveBack(text, turn.conversation);
     this.turn = null;
+    this.changes += 1;
     this.log.cut(turn.messages[0]);
     this.log.append(...turn.replaced);
     this.refresh();
-    if (outdated) this.load();
+    if (outdated || this.outdated) this.sync();
     if (!text) return;
     const [edited] = turn.replaced;
     if (!edited || outdated) this.composer.giveBack(text, this.id);
@@ -232,10 +314,11 @@ export class Conversation {
 
   async connected() {
     this.refresh();
-    if (this.unreachable) await this.open(this.id);
-    else if (this.turn?.taken) this.resume();
-    else if (this.turn) await this.settle(this.turn);
-    else if (this.wasCut) await this.catchUp();
+    this.withdrawOthers();
+    if (this.unreachable) return this.open(this.id);
+    if (!this.isSettled) await this.settle(this.turn);
+    else if (this.turn) this.resume();
+    if (this.wasCut) await this.sync();
     this.wasCut = false;
   }
 
@@ -249,32 +332,31 @@ export class Conversation {
 
   disconnected() {
     this.wasCut = true;
+    this.withdrawOthers();
+    this.refresh();
+  }
+
+  /** Gives back the questions that the server has not accepted in conversations that are not open any more. */
+  withdrawOthers() {
     for (const turn of this.untaken.values()) {
       if (turn !== this.turn) this.withdraw(turn);
     }
-    this.refresh();
   }
 
   /** The connection was lost before the server accepted the turn: finds out whether it did. */
   async settle(turn) {
     try {
-      const known = new Set([...this.log.list, ...turn.replaced].map((message) => message.id));
-      const branch = this.id ? await getBranch(this.id) : await this.newest();
+      const branch = await turn.find(this.id);
       if (turn !== this.turn) return;
-      if (!branch || !turn.isIn(branch.data, known)) return this.withdraw(turn);
+      if (!branch) return this.withdraw(turn);
       this.untaken.delete(turn.streamId);
+      turn.take(turn.responseIn(branch));
       this.named(branch.id);
-      this.show(branch);
+      this.resume();
     } catch (error) {
       // Without a status, the page is offline again, and the next connection finds out.
       if (turn === this.turn && error.status) this.withdraw(turn);
     }
-  }
-
-  /** The newest conversation, unless the list has it already. */
-  async newest() {
-    const [newest] = (await listConversations({ limit: 1 })).data;
-    return newest && !this.isListed(newest.id) ? getBranch(newest.id) : null;
   }
 
   refresh() {

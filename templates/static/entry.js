@@ -9,6 +9,7 @@ export class Entry {
     this.item = element('li', 'entry');
     this.link = element('a', 'button');
     this.link.href = `#${this.id}`;
+    this.link.dir = 'auto';
     this.link.addEventListener('click', onOpen);
     this.manage = button('manage', () => onManage(this));
     this.manage.setAttribute('aria-haspopup', 'dialog');
@@ -16,12 +17,25 @@ export class Entry {
     this.update(conversation);
   }
 
-  update({ title, updated_at }) {
-    Object.assign(this, { title, updated_at });
+  update({ title, updated_at, response_id }) {
+    Object.assign(this, { title, updated_at, response_id });
+    this.markRunning(Boolean(response_id));
     this.link.textContent = title;
     this.link.title = title;
     this.manage.setAttribute('aria-label', say('manage', { title }));
     this.manage.title = '';
+  }
+
+  /** Whether it comes before another one in the list. */
+  isNewer({ id, updated_at: moment }) {
+    return this.updated_at > moment || (this.updated_at === moment && this.id > id);
+  }
+
+  markRunning(running) {
+    if (!running) return this.mark?.remove();
+    this.mark ??= element('span', 'running');
+    Object.assign(this.mark, { role: 'img', ariaLabel: say('running'), title: say('running') });
+    this.link.after(this.mark);
   }
 
   markCurrent(current) {
@@ -31,7 +45,7 @@ export class Entry {
 
   rename() {
     this.input = element('input', 'new-title');
-    Object.assign(this.input, { value: this.title, maxLength: 256, ariaLabel: say('new_title'), autocomplete: 'off' });
+    Object.assign(this.input, { value: this.title, maxLength: 256, ariaLabel: say('new_title'), autocomplete: 'off', dir: 'auto' });
     this.input.addEventListener('keydown', (event) => this.pressed(event));
     this.input.addEventListener('blur', () => this.endRename(true));
     this.item.prepend(this.input);
@@ -41,7 +55,7 @@ export class Entry {
   }
 
   pressed(event) {
-    if (event.isComposing || !['Enter', 'Escape'].includes(event.key)) return;
+    if (event.isComposing || event.keyCode === 229 || !['Enter', 'Escape'].includes(event.key)) return;
     event.preventDefault();
     event.stopPropagation();
     this.endRename(event.key === 'Enter');

@@ -1,9 +1,9 @@
 import { exportAddress } from './api.js';
-import { say } from './words.js';
+import { isolated, say } from './words.js';
 
 /** The menu of a conversation in the list. */
 export class EntryMenu {
-  constructor({ onRename, onDelete }) {
+  constructor({ onRename, onPrint, onDelete }) {
     this.menu = document.getElementById('entry-menu');
     this.deletion = document.getElementById('deletion');
     const act = (id, action) => document.getElementById(id).addEventListener('click', () => {
@@ -11,6 +11,7 @@ export class EntryMenu {
       action?.(this.entry);
     });
     act('rename', onRename);
+    act('print', onPrint);
     act('delete', () => this.ask());
     act('export-markdown');
     act('export-json');
@@ -36,7 +37,7 @@ export class EntryMenu {
   }
 
   ask() {
-    document.getElementById('deletion-warning').textContent = say('delete_warning', { title: this.entry.title });
+    document.getElementById('deletion-warning').textContent = say('delete_warning', { title: isolated(this.entry.title) });
     this.deletion.returnValue = '';
     this.deletion.showModal();
   }

@@ -23,6 +23,7 @@ export class Log {
     this.jump.addEventListener('click', () => this.follow(true));
     this.log.addEventListener('scroll', () => this.scrolled());
     this.log.addEventListener('click', ({ target }) => target.closest('summary') && this.unfolded());
+    this.log.addEventListener('fold', ({ detail }) => this.unfolded(detail));
   }
 
   get first() {
@@ -38,13 +39,35 @@ export class Log {
     this.list = [];
     this.messages.replaceChildren();
     this.skip(0);
+    this.expectEarlier(null); // what is on its way belongs to what was here
   }
 
-  show(messages, skipped) {
-    this.clear();
-    this.append(...messages);
-    this.skip(skipped);
-    for (const message of messages.slice(-FORMATTED_AT_ONCE)) this.meet(message);
+  find(id) {
+    return this.list.find((message) => message.id === id);
+  }
+
+  /** Shows the nodes of a branch, which follow `skipped` others. Messages that show them already stay. */
+  show(nodes, skipped, messages) {
+    const unloaded = Math.max(0, nodes.findIndex((node) => node.id === this.first?.id));
+    const shown = nodes.slice(unloaded);
+    const start = this.list.findIndex((message) => message.id === shown[0]?.id);
+    const kept = start < 0 ? 0 : this.keep(start, shown, messages);
+    if (!kept) this.clear();
+    const added = (kept ? shown.slice(kept) : nodes).map((node) => messages.of(node));
+    this.append(...added);
+    this.skip(kept ? skipped + unloaded - start : skipped);
+    for (const message of added.slice(-FORMATTED_AT_ONCE)) this.meet(message);
+  }
+
+  /** Updates the messages that show some nodes, removes what follows them, and returns how many there are. */
+  keep(start, nodes, messages) {
+    let kept = 0;
+    while (kept < nodes.length && this.list[start + kept]?.shows(nodes[kept])) {
+      messages.update(this.list[start + kept], nodes[kept]);
+      kept += 1;
+    }
+    if (this.list[start + kept]) this.cut(this.list[start + kept]);
+    return kept;
   }
 
   append(...messages) {
@@ -79,11 +102,43 @@ export class Log {
     if (entries.at(-1).isIntersecting && !this.pinned) this.loadEarlier();
   }
 
-  async loadEarlier() {
-    if (this.earlier.disabled || !this.skipped) return;
-    this.earlier.disabled = true;
-    await this.onEarlier();
-    this.earlier.disabled = false;
+  /** Loads a page of earlier messages. Returns the promise that is already waited for, if one is on its way. */
+  loadEarlier() {
+    if (!this.skipped) return null;
+    if (!this.loading) {
+      const loading = this.onEarlier().finally(() => loading === this.loading && this.expectEarlier(null));
+      this.expectEarlier(loading);
+    }
+    return this.loading;
+  }
+
+  expectEarlier(loading) {
+    this.loading = loading;
+    this.earlier.disabled = Boolean(loading);
+  }
+
+  /** Loads earlier messages, unless one page of them fails: all of them, or until one has an id. */
+  async loadAll(until = undefined) {
+    for (let left = Infinity; this.skipped && this.skipped < left && !this.find(until);) {
+      left = this.skipped;
+      await this.loadEarlier();
+    }
+  }
+
+  /** Formats all messages that are loaded, visible or not. */
+  formatAll() {
+    for (const message of this.list) this.meet(message);
+  }
+
+  /** Scrolls by so many pixels, by which something has moved that is to stay in its place. */
+  hold(moved) {
+    this.log.scrollTop += moved;
+    this.scrolled();
+  }
+
+  /** What the reader looks at stays where it is, although the end changes. */
+  unpin() {
+    this.pinned = false;
   }
 
   /** Removes a message and all that follow it, and returns them. */
@@ -91,10 +146,6 @@ export class Log {
     const messages = this.list.splice(this.list.indexOf(message));
     for (const { article } of messages) article.remove();
     return messages;
-  }
-
-  before(message) {
-    return this.list[this.list.indexOf(message) - 1];
   }
 
   /** Draws a line after the oldest `count` messages, without system prompts: the model no longer sees those. */
@@ -128,7 +179,8 @@ export class Log {
   }
 
   // What the reader opens stays where it is: it is measured before `follow` would scroll to the end.
-  unfolded() {
+  unfolded(above = 0) {
+    this.log.scrollTop += above;
     requestAnimationFrame(() => this.scrolled());
   }
 

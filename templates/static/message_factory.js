@@ -9,10 +9,22 @@ import { say } from './words.js';
 /** Makes messages of the nodes of a conversation: of responses, and of items that were sent. */
 export class MessageFactory {
   constructor(callbacks) {
-    Object.assign(this, { callbacks, tools: new Map() }); // onCopy, onAgain, onAsk; the names of called tools, by call_id
+    // onCopy, onAgain, onAsk, onVersion; the names of called tools, by call_id
+    Object.assign(this, { callbacks, tools: new Map() });
   }
 
   of(node) {
+    const message = this.create(node);
+    this.update(message, node);
+    return message;
+  }
+
+  /** Shows what the server knows more of a message. */
+  update(message, node) {
+    message.update(node, this.callbacks.onVersion);
+  }
+
+  create(node) {
     for (const { call_id: id, name } of node.output ?? [node]) if (name) this.tools.set(id, name);
     if (node.type === 'function_call_output') return new ToolResult(node, this.tools.get(node.call_id));
     if (node.role === 'user') return this.question(textOf(node), node);

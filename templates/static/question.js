@@ -6,7 +6,12 @@ import { say } from './words.js';
 export class Question extends Message {
   constructor(text, onAsk, node) {
     super('user', say('you'), element('div', 'content', text), node);
-    Object.assign(this, { text, onAsk });
+    this.onAsk = onAsk;
+  }
+
+  get unsent() {
+    const written = this.editor?.querySelector('textarea').value ?? '';
+    return written === this.text ? '' : written;
   }
 
   seen() {
@@ -21,6 +26,8 @@ export class Question extends Message {
       event.preventDefault();
       this.save(area.value.trimEnd());
     });
+    // Not on the form: there, Enter on the button that cancels would send the text.
+    area.addEventListener('keydown', (event) => this.pressedInText(event));
     this.editor.addEventListener('keydown', (event) => this.pressed(event));
     this.editor.querySelector('.cancel').addEventListener('click', () => this.endEdit());
     this.status = 'editing';
@@ -40,14 +47,15 @@ export class Question extends Message {
     this.editButton?.focus();
   }
 
+  pressedInText(event) {
+    if (event.key !== 'Enter' || event.shiftKey || event.isComposing || event.keyCode === 229) return;
+    event.preventDefault();
+    this.editor.requestSubmit();
+  }
+
   pressed(event) {
-    if (event.isComposing || event.keyCode === 229) return;
-    if (event.key === 'Enter' && !event.shiftKey) {
-      event.preventDefault();
-      this.editor.requestSubmit();
-    } else if (event.key === 'Escape') {
-      event.stopPropagation();
-      this.endEdit();
-    }
+    if (event.key !== 'Escape' || event.isComposing) return;
+    event.stopPropagation();
+    this.endEdit();
   }
 }

@@ -15,6 +15,10 @@ export class Reasoning {
     return this.fold.node;
   }
 
+  get text() {
+    return this.growing.text;
+  }
+
   begin(text) {
     this.fold.label = this.announcement;
     this.fold.open = true;

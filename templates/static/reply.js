@@ -34,13 +34,25 @@ export class Reply extends Message {
     return this.answers.map((answer) => answer.text).join('\n\n');
   }
 
+  /** A reply that grows here is at most behind the server. */
+  shows(node) {
+    if (this.id !== node.id) return false;
+    const { output = [node] } = node;
+    return this.status === 'in_progress' || output.map(textOf).join('\n') === this.parts.map((part) => part.text).join('\n');
+  }
+
+  update(node, onVersion) {
+    if (this.status === 'in_progress' && node.status !== 'in_progress') this.finish(node);
+    super.update(node, onVersion);
+  }
+
   // While it grows
 
   begin(output) {
     output.forEach((item, index) => {
       const part = this.part(index, item);
-      if (item.status === 'in_progress') part.begin(textOf(item));
-      else part.end(item);
+      part.begin(textOf(item));
+      if (item.status !== 'in_progress') part.end(item);
     });
   }
 
@@ -64,7 +76,7 @@ export class Reply extends Message {
 
   part(index, item) {
     if (!this.parts[index]) {
-      this.parts[index] = new PARTS[item.type](item);
+      this.parts[index] = new PARTS[item.type](item, this.onCopy);
       this.body.append(this.parts[index].node);
     }
     return this.parts[index];
@@ -74,7 +86,7 @@ export class Reply extends Message {
 
   finish(response) {
     this.end(response);
-    this.format();
+    this.format({ folded: false }); // what one has watched stays as it is
   }
 
   end(node) {
@@ -88,6 +100,7 @@ export class Reply extends Message {
     this.status = status;
     this.note(reasonNote(parley.reason) || (this.isSilent ? say('nothing_said') : ''));
     this.footer = this.article.appendChild(element('footer', 'foot'));
+    if (this.versions) this.placeVersions(this.versions.node);
     this.footer.append(element('span', 'usage', usageLine(usage, parley.decode_seconds)));
   }
 
@@ -96,15 +109,20 @@ export class Reply extends Message {
     return isFromHere && !this.text.trim() && !this.parts.some((part) => part instanceof ToolCall);
   }
 
+  // A reply that grows has no footer yet.
+  placeVersions(node) {
+    this.footer?.prepend(node);
+  }
+
   seen() {
-    if (this.footer) this.format();
+    if (this.footer) this.format({ folded: true });
   }
 
   /** Markdown takes time, so messages are plain text until they become visible. */
-  format() {
+  format(options) {
     if (this.formatted) return;
     this.formatted = true;
-    for (const answer of this.answers) answer.format(this.onCopy);
+    for (const answer of this.answers) answer.format(options);
     if (this.text) this.footer.append(copyButton('copy', () => this.text, this.onCopy));
     if (this.parent) this.footer.append(button('ask_again', () => this.onAgain(this)));
   }

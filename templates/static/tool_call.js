@@ -15,6 +15,10 @@ export class ToolCall {
     return this.fold.node;
   }
 
+  get text() {
+    return this.growing.text;
+  }
+
   begin(text) {
     this.growing.begin(text);
   }

@@ -11,5 +11,10 @@ export class ToolResult extends Message {
     const fold = new Fold('result', label);
     fold.body.append(element('div', 'block', inLines(textOf(item))));
     super('tool', label, fold.node, item);
+    this.output = textOf(item);
+  }
+
+  get text() {
+    return this.output;
   }
 }

@@ -1,4 +1,6 @@
-import { textOf } from './item.js';
+import { getBranch, listConversations } from './api.js';
+
+const NEWEST = 5; // other windows may have begun some since
 
 let turns = 0;
 
@@ -7,9 +9,10 @@ let turns = 0;
  * it when the reply has an id. `sequence` is the number of the last event of the reply.
  */
 export class Turn {
-  constructor(conversation, question, reply, replaced = []) {
+  constructor(conversation, question, reply) {
     const streamId = `turn-${++turns}`;
-    Object.assign(this, { conversation, question, reply, replaced, streamId, sequence: -1, cancelled: false });
+    this.key = `${Date.now().toString(36)}-${Math.random().toString(36).slice(2)}`; // the server stores it
+    Object.assign(this, { conversation, question, reply, replaced: [], streamId, sequence: -1, cancelled: false });
   }
 
   get messages() {
@@ -33,10 +36,18 @@ export class Turn {
     return true;
   }
 
-  /** Whether the stored conversation has the question, so that it can be shown: then the server accepted this turn. */
-  isIn(nodes, known) {
-    if (!this.question) return true;
-    const [question, reply] = nodes.slice(-2);
-    return Boolean(reply) && !known.has(reply.id) && textOf(question) === this.question.text;
+  /** The response to this turn in a branch, if the server accepted the turn. */
+  responseIn({ data: nodes }) {
+    return nodes.find((node) => node.metadata?.turn === this.key);
+  }
+
+  /** The branch with the response to this turn: of a conversation, or of one of the newest ones if its id is not known. */
+  async find(conversation) {
+    const ids = conversation ? [conversation] : (await listConversations({ limit: NEWEST })).data.map(({ id }) => id);
+    for (const id of ids) {
+      const branch = await getBranch(id);
+      if (this.responseIn(branch)) return branch;
+    }
+    return null;
   }
 }

@@ -1,4 +1,4 @@
-"""The page in Chromium, at a server with a scripted model."""
+"""The page in a browser, at a server with a scripted model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, WebError
 
-from tests.browser.chromium import PATH, launched
+from tests.browser.browsers import PATHS, Browsers
 from tests.browser.proxy import Proxy
 from tests.browser.steps import open_chat
 from tests.support.serving import Served
@@ -20,11 +20,18 @@ class OpenPage(Protocol):
 
 # Its scope is this folder, since no asyncio test can run while Playwright does.
 @pytest.fixture(scope="package")
-def browser() -> Iterator[Browser]:
-    if PATH is None:
-        pytest.skip("there is no Chromium on PATH")
-    with launched() as browser:
-        yield browser
+def browsers() -> Iterator[Browsers]:
+    with Browsers.opened() as browsers:
+        yield browsers
+
+
+@pytest.fixture
+def browser(request: pytest.FixtureRequest, browsers: Browsers) -> Browser:
+    """Chromium, or the one that `in_each_browser` chooses."""
+    name: str = getattr(request, "param", "chromium")
+    if PATHS[name] is None:
+        pytest.skip(f"there is no {name.title()} on PATH")
+    return browsers.get(name)
 
 
 @pytest.fixture

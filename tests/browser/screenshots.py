@@ -1,4 +1,4 @@
-"""Take the pictures of README.md: `python tests/browser/screenshots.py`."""
+"""Take the pictures of the page: `python tests/browser/screenshots.py`. It needs fonts for Chinese and Arabic."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ import tempfile
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from playwright.sync_api import Page, ViewportSize, expect
+from playwright.sync_api import Browser, Page, ViewportSize, expect
 
 from models.chat_request import ChatRequest
 from models.language.events import Event
 from models.settings import EMBEDDED, Settings
 from server import create_app
-from tests.browser.chromium import launched
+from tests.browser.browsers import launched
 from tests.browser.steps import PHONE, entry, open_chat, send
 from tests.support.scripted import ScriptedChat, ScriptedReply
 from tests.support.serving import serve
@@ -51,6 +52,58 @@ If it's not divisible by 2, it returns `False`. Otherwise, it returns `True`, in
 }
 
 
+# What the page can show, in a reply that no model has given.
+RICH = {
+    "How fast does a sum of reciprocals grow?": r"""
+The harmonic numbers grow like the **logarithm**:
+
+$$H_n = \sum_{k=1}^{n} \frac{1}{k} \approx \ln n + \gamma + \frac{1}{2n}$$
+
+with Euler's constant $\gamma \approx 0.5772$.[^1]
+
+| $n$ | $H_n$ | $\ln n + \gamma$ |
+|---:|---:|---:|
+| 10 | 2.9290 | 2.8798 |
+| 100 | 5.1874 | 5.1824 |
+| 1000 | 7.4855 | 7.4850 |
+
+```python
+def harmonic(n: int) -> float:
+    return sum(1 / k for k in range(n, 0, -1))  # small ones first
+```
+
+- [x] compare the first values
+- [ ] prove the limit
+
+[^1]: The limit of $H_n - \ln n$.""",
+}
+CHINESE = {
+    "怎样泡一杯好喝的绿茶？": """\
+**注意：**水温不要太高。
+
+1. 水烧开后放到 **80 °C** 左右；
+2. 每 150 毫升水放 3 克茶叶；
+3. 泡两分钟，第一泡不要倒掉。
+
+| 茶 | 水温 | 时间 |
+|---|---|---|
+| 绿茶 | 80 °C | 2 分钟 |
+| 乌龙茶 | 95 °C | 1 分钟 |
+| 红茶 | 95 °C | 3 分钟 |""",
+}
+ARABIC = {
+    "كيف أطبع نصًا بلغة بايثون؟": """\
+استخدم الدالة `print`:
+
+```python
+print("مرحبا")
+```
+
+- تكتب الدالة سطرًا واحدًا.
+- يمكنك إضافة `end=""` لتبقى في السطر نفسه.""",
+}
+REPLIES = CONVERSATION | RICH | CHINESE | ARABIC
+
 # Other conversations, of which only the titles are shown.
 EARLIER = [
     "Translate a menu from French",
@@ -65,12 +118,12 @@ EARLIER = [
 
 
 class RecordedChat(ScriptedChat):
-    """Says what the embedded model said, about as fast."""
+    """Says what the embedded model said, about as fast, or what else is to be shown."""
 
     model_name = EMBEDDED
 
     async def prepare(self, request: ChatRequest) -> ScriptedReply:
-        text = CONVERSATION.get(request.messages[-1]["content"], "...")
+        text = REPLIES.get(request.messages[-1]["content"], "...")
         return await super().prepare(replace(request, messages=[{"role": "user", "content": f"say {text}"}]))
 
     async def events(self, reply: ScriptedReply) -> AsyncGenerator[Event, None]:
@@ -80,35 +133,67 @@ class RecordedChat(ScriptedChat):
 
 
 def main() -> None:
-    """Have the conversations once, and take four pictures of them."""
+    """Have the conversations once, and take pictures of them."""
     PICTURES.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as data, launched() as browser:
         settings = Settings(users={"ann": SECRET}, data=Path(data))
         with serve(create_app(settings, RecordedChat().opened)) as served:
-            page = browser.new_page(viewport=DESKTOP)
+            page = browser.new_page(viewport=DESKTOP, reduced_motion="reduce")
             open_chat(page, served.url, SECRET)
-            for question in reversed(EARLIER):
-                converse(page, question)
-            converse(page, *CONVERSATION)
-            expect(entry(page, next(iter(CONVERSATION)))).to_be_visible()
-            page.mouse.move(0, 0)
+            for questions in (*([question] for question in reversed(EARLIER)), CHINESE, ARABIC, RICH, CONVERSATION):
+                converse(page, *questions)
             take(page, "chat-light")
-            page.emulate_media(color_scheme="dark")
-            take(page, "chat-dark")
-            phone = browser.new_page(
-                viewport=PHONE,
-                device_scale_factor=2,
-                is_mobile=True,
-                has_touch=True,
-                reduced_motion="reduce",
-                storage_state=page.context.storage_state(),
-            )
-            phone.goto(page.url)
-            expect(phone.locator(".assistant").last.locator("pre")).to_be_visible()
-            phone.locator("#message").blur()
-            take(phone, "chat-phone")
-            phone.get_by_role("button", name="Conversations").tap()
-            take(phone, "list-phone")
+            on_phone(browser, page)
+            show(page, next(iter(RICH)))
+            show_versions(page)
+            in_the_dark(page)
+            show(page, next(iter(ARABIC)))
+            take(page, "chat-arabic")
+            in_chinese(browser, page)
+
+
+def in_the_dark(page: Page) -> None:
+    """The page of someone who prefers dark colors."""
+    page.emulate_media(color_scheme="dark")
+    take(page, "rich-dark")
+    page.emulate_media(color_scheme="light")
+
+
+def on_phone(browser: Browser, page: Page) -> None:
+    """The same conversation and the list, on a phone."""
+    state = page.context.storage_state()
+    options: dict[str, Any] = {"viewport": PHONE, "device_scale_factor": 2, "is_mobile": True, "has_touch": True}
+    phone = browser.new_page(**options, reduced_motion="reduce", storage_state=state)
+    phone.goto(page.url)
+    take(phone, "chat-phone")
+    phone.get_by_role("button", name="Conversations").tap()
+    take(phone, "list-phone")
+    phone.close()
+
+
+def in_chinese(browser: Browser, page: Page) -> None:
+    """The page of a browser whose language is Chinese."""
+    chinese = browser.new_page(
+        viewport=DESKTOP, locale="zh-CN", reduced_motion="reduce", storage_state=page.context.storage_state()
+    )
+    chinese.goto(page.url)
+    show(chinese, next(iter(CHINESE)))
+    take(chinese, "chat-chinese")
+    chinese.close()
+
+
+def show(page: Page, title: str) -> None:
+    """Open a conversation of the list."""
+    entry(page, title).get_by_role("link").click()
+    expect(page.locator(".user .content").first).to_have_text(title)
+    expect(page.locator("#log")).to_have_attribute("aria-busy", "false")
+
+
+def show_versions(page: Page) -> None:
+    """Ask again, so that there are two versions."""
+    page.get_by_role("button", name="Ask again").last.click()
+    expect(page.locator(".versions")).to_be_visible(timeout=60_000)
+    expect(page.locator(".assistant[data-status=completed]")).to_have_count(1, timeout=60_000)
 
 
 def converse(page: Page, *questions: str) -> None:
@@ -120,6 +205,20 @@ def converse(page: Page, *questions: str) -> None:
 
 
 def take(page: Page, name: str) -> None:
+    """A picture of the page, once all of it is there. Speeds are those that were meant, so that they never differ."""
+    page.locator(".assistant .content > *").first.wait_for()
+    expect(page.locator(".running")).to_have_count(0)
+    page.wait_for_function("() => !document.querySelector('.math:not([data-source])')")
+    page.evaluate(
+        """(speed) => {
+        document.activeElement.blur();
+        for (const line of document.querySelectorAll('.usage')) {
+            line.textContent = line.textContent.replace(/· [\\d.]+/, `· ${speed.toFixed(1)}`);
+        }
+    }""",
+        PIECES_PER_SECOND,
+    )
+    page.mouse.move(0, 0)
     page.screenshot(path=PICTURES / f"{name}.png")
 
 

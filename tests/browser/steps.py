@@ -87,10 +87,32 @@ def open_items(page: Page, *items: Json) -> None:
     expect(page.locator("article")).to_have_count(len(items) + 1)
 
 
+def edit(page: Page, text: str, number: int) -> None:
+    """Edit a question, by its number from 0, and ask it again."""
+    page.locator("article.user").nth(number).hover()
+    page.get_by_role("button", name="Edit").nth(number).click()
+    page.get_by_label("Edit message").fill(text)
+    page.get_by_label("Edit message").press("Enter")
+
+
+def ask_again(page: Page, text: str) -> None:
+    """Ask for another reply instead of the one with a text."""
+    reply = page.locator("article.assistant").filter(has=page.locator(".content").get_by_text(text, exact=True))
+    reply.hover()
+    reply.get_by_role("button", name="Ask again").click()
+
+
 def branch(page: Page) -> list[Json]:
-    """The current branch of the open conversation, as the server has it."""
+    """The current branch of the open conversation, as the server has it, but for the versions beside it."""
     nodes: list[Json] = page.request.get(f"{conversation_url(page)}/branch").json()["data"]
+    for node in nodes:
+        del node["parley"]["versions"]
     return nodes
+
+
+def load_branch(page: Page) -> None:
+    """Load what the page loads to show a conversation; by then, it shows what it has loaded before."""
+    page.evaluate("url => fetch(url).then((response) => response.json())", f"{conversation_url(page)}/branch?")
 
 
 def show_branch(page: Page, leaf: str) -> None:

@@ -9,11 +9,14 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-untyped]
 from playwright.sync_api import Page, ViewportSize, expect
 
+from models.validation import Json
 from tests.browser.conftest import OpenPage
 from tests.browser.steps import (
     DESKTOP,
     PHONE,
+    ask_again,
     converse,
+    edit,
     entry,
     expect_reply,
     last_reply,
@@ -41,6 +44,13 @@ Some **bold** words, `code` and [a link](https://example.com/).
 ```python
 print("hello")
 ```
+
+- [ ] to do
+- [x] done
+
+https://example.com/ and ![a picture](https://example.com/x.png), with a note[^1] and $x^2$.
+
+[^1]: The note.
 """
     + f"""
 | {"| ".join(["heading"] * 20)}|
@@ -52,9 +62,31 @@ print("hello")
 )
 
 
+RICH = (
+    """\
+- [x] a task that is done
+- [ ] one that is not
+
+A footnote[^1], a formula \\(a^2\\), and a long one:
+
+$$\\sum_{n=1}^{\\infty} \\frac{1}{n^2} = \\frac{\\pi^2}{6}$$
+
+[^1]: With a text.
+
+https://example.com/ ![a picture](https://example.com/picture.png)
+
+```python
+"""
+    + "print('one of many lines')\n" * 60
+    + "```\n"
+)
+
+
 def expect_accessible(page: Page) -> None:
-    # Parts that are fading in have less contrast.
-    page.evaluate("Promise.allSettled(document.getAnimations().map(animation => animation.finished))")
+    # Parts that are fading in have less contrast. The mark of a running reply pulses without an end.
+    page.evaluate("""Promise.allSettled(document.getAnimations()
+        .filter(({ effect }) => effect.getComputedTiming().endTime < Infinity)
+        .map(({ finished }) => finished))""")
     results = Axe().run(page)
     assert not results.response["violations"], results.generate_report()
 
@@ -66,6 +98,42 @@ def empty(page: Page) -> None:
 def formatted(page: Page) -> None:
     send(page, f"say {FORMATTED}")
     expect(last_reply(page)).to_have_attribute("data-status", "completed")
+
+
+def rich(page: Page) -> None:
+    """Tasks, footnotes, formulas, and code that is folded: once as it came and once as it was stored."""
+    open_items(page, {"role": "user", "content": "a question"}, {"role": "assistant", "content": RICH}, *asks(RICH))
+    expect(last_reply(page)).to_have_attribute("data-status", "completed")
+
+
+def asks(text: str) -> list[Json]:
+    return [{"role": "user", "content": f"say {text}"}]
+
+
+def versions(page: Page) -> None:
+    converse(page, "say one")
+    edit(page, "say two", 0)
+    expect_reply(page, "two")
+    ask_again(page, "two")
+    expect(page.get_by_role("group", name="Version")).to_have_count(2)
+
+
+def lost(page: Page) -> None:
+    """An error is shown."""
+    page.evaluate("location.hash = 'conv_none'")
+    expect(page.get_by_role("alert").filter(visible=True)).not_to_be_empty()
+
+
+def found(page: Page) -> None:
+    listed(page)
+    page.get_by_label("Search").fill("one")
+    expect(entry(page, "say one")).to_be_visible()
+
+
+def not_found(page: Page) -> None:
+    listed(page)
+    page.get_by_label("Search").fill("nothing of that kind")
+    expect(page.get_by_text("Nothing found.")).to_be_visible()
 
 
 def unfolded(page: Page) -> None:
@@ -126,7 +194,8 @@ def deleting(page: Page) -> None:
     expect(page.get_by_role("alertdialog")).to_be_visible()
 
 
-STATES = [empty, formatted, unfolded, failed, streaming, editing, options, listed, menu, renaming, deleting]
+IN_MESSAGES = [empty, formatted, rich, unfolded, versions, failed, lost, streaming, editing, options]
+STATES = [*IN_MESSAGES, listed, found, not_found, menu, renaming, deleting]
 
 
 @pytest.fixture(params=[DESKTOP, PHONE], ids=["desktop", "phone"])
@@ -143,6 +212,15 @@ def test_axe_finds_no_violation(chat: Page, viewport: ViewportSize, state: Calla
     for colors in schemes:
         chat.emulate_media(color_scheme=colors)
         expect_accessible(chat)
+    chat.emulate_media(forced_colors="active")
+    expect_accessible(chat)
+
+
+@pytest.mark.parametrize("state", [formatted, rich, unfolded, versions], ids=lambda state: state.__name__)
+def test_axe_finds_no_violation_on_paper(chat: Page, state: Callable[[Page], None]) -> None:
+    state(chat)
+    chat.emulate_media(media="print", color_scheme="dark")
+    expect_accessible(chat)
 
 
 def test_axe_finds_no_violation_on_the_login_form(scripted_server: Served, page: Page, viewport: ViewportSize) -> None:

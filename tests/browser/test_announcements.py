@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, WebSocketRoute, expect
 
 from tests.browser.steps import expect_reply, open_chat, pass_time, send
 from tests.support.scripted import ScriptedChat
@@ -19,6 +19,10 @@ COLLECT = """() => {
 STORED = """async (text) => {
     const read = async () => (await fetch(`v1/conversations/${location.hash.slice(1)}/branch`)).json();
     return (await read()).data.at(-1).output.at(-1)?.content[0].text.includes(text);
+}"""
+STORED_AS_ENDED = """async () => {
+    const branch = await (await fetch(`v1/conversations/${location.hash.slice(1)}/branch`)).json();
+    return branch.data.at(-1).status === 'completed';
 }"""
 ENGLISH = """\
 ## A walk
@@ -99,3 +103,31 @@ def test_text_from_before_a_reload_is_not_announced_again(
     scripted_server.in_loop(scripted.release)
     expect_reply(chat, "One sentence. ```\nOne more")
     expect_announced(chat, "Connected The reply is finished.")
+
+
+def test_a_sentence_that_does_not_end_is_read_in_pieces(chat: Page, scripted: ScriptedChat) -> None:
+    text = "word " * 300
+    send(chat, f"wait {text}")
+    chat.wait_for_function("() => document.querySelector('article.assistant').textContent.includes('word')")
+    pass_time(chat, 1)
+    chat.wait_for_function("() => window.announced.join(' ').includes('word')")
+
+
+def test_the_end_of_a_reply_is_announced_also_if_the_page_finds_it_in_the_conversation(
+    page: Page, scripted: ScriptedChat, scripted_server: Served
+) -> None:
+    def hold_back(socket: WebSocketRoute) -> None:
+        server = socket.connect_to_server()
+        server.on_message(lambda frame: None if '"response.completed"' in str(frame) else socket.send(frame))
+
+    page.route_web_socket("**/ws", hold_back)
+    page.clock.install()
+    open_chat(page, scripted_server.url)
+    send(page, "wait for it")
+    expect_reply(page, "for it", "in_progress")
+    scripted_server.in_loop(scripted.release)
+    page.wait_for_function(STORED_AS_ENDED)
+    page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+    expect_reply(page, "for it")
+    pass_time(page, 1)
+    expect(page.locator("#announcer")).to_contain_text("The reply is finished.")

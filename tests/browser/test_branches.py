@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, WebSocketRoute, expect
 
 from models.validation import Json
-from tests.browser.steps import branch, converse, expect_connection, expect_reply, last_reply, send, show_branch
+from tests.browser.browsers import in_each_browser
+from tests.browser.steps import (
+    ask_again,
+    branch,
+    converse,
+    edit,
+    expect_connection,
+    expect_reply,
+    send,
+    show_branch,
+)
 from tests.support.scripted import ScriptedChat
+
+pytestmark = in_each_browser
 
 
 def said(nodes: list[Json]) -> list[str]:
@@ -16,20 +28,18 @@ def said(nodes: list[Json]) -> list[str]:
 
 
 def open_other(chat: Page) -> Page:
-    """Another window with the same conversation."""
+    """Another window with the same conversation, which hears of no changes, as if they were on their way."""
+
+    def hold_back(socket: WebSocketRoute) -> None:
+        server = socket.connect_to_server()
+        server.on_message(lambda frame: None if '"parley.conversation.' in str(frame) else socket.send(frame))
+
     other = chat.context.new_page()
+    other.route_web_socket("**/ws", hold_back)
     other.goto(chat.url)
     expect_connection(other)
     expect(other.locator("article")).to_have_count(chat.locator("article").count())
     return other
-
-
-def edit(page: Page, text: str, number: int) -> None:
-    """Edit a question, by its number from 0, and ask it again."""
-    page.locator("article.user").nth(number).hover()
-    page.get_by_role("button", name="Edit").nth(number).click()
-    page.get_by_label("Edit message").fill(text)
-    page.get_by_label("Edit message").press("Enter")
 
 
 def expect_still_there(page: Page, before: list[Json]) -> None:
@@ -64,8 +74,7 @@ def test_asking_again_adds_another_reply_to_the_same_question(chat: Page) -> Non
     before = branch(chat)
     for _ in range(2):  # with the question as it was sent, then as it was loaded
         earlier = branch(chat)[-1]["id"]
-        last_reply(chat).hover()
-        chat.get_by_role("button", name="Ask again").click()
+        ask_again(chat, "two")
         while (after := branch(chat))[-1]["id"] == earlier or after[-1]["status"] != "completed":
             chat.wait_for_timeout(20)
         assert said(after) == said(before)
@@ -81,8 +90,7 @@ def test_a_window_with_an_older_state_that_asks_again_adds_a_branch(chat: Page, 
     converse(chat, "say two", "say three", "say four")
     before = branch(chat)
     assert len(before) == 8
-    last_reply(other).hover()
-    other.get_by_role("button", name="Ask again").click()
+    ask_again(other, "one")
     expect(other.locator("article[data-status=in_progress]")).to_have_count(0)
     expect_reply(other, "one")
     assert said(branch(other)) == ["say one", "one"]
@@ -101,3 +109,22 @@ def test_a_window_with_an_older_state_goes_on_from_what_it_shows(chat: Page, scr
     assert [message["content"] for message in scripted.heard[-1][0]] == ["say one", "one", "say another"]
     assert said(branch(other)) == ["say one", "one", "say another", "another"]
     expect_still_there(other, before)
+
+
+def test_an_edit_that_is_not_sent_becomes_the_draft_when_another_conversation_is_opened(chat: Page) -> None:
+    converse(chat, "say one")
+    chat.get_by_role("button", name="Edit").click()
+    chat.get_by_label("Edit message").fill("half an edit")
+    chat.get_by_role("button", name="New chat").click()
+    expect(chat.locator("#message")).to_have_value("")
+    chat.go_back()
+    expect(chat.locator("#message")).to_have_value("half an edit")
+
+
+def test_an_edit_that_is_not_sent_is_kept_when_an_earlier_reply_is_asked_for_again(chat: Page) -> None:
+    converse(chat, "say one", "say two")
+    chat.get_by_role("button", name="Edit").last.click()
+    chat.get_by_label("Edit message").fill("half an edit")
+    ask_again(chat, "one")
+    expect(chat.locator("article")).to_have_count(2)
+    expect(chat.locator("#message")).to_have_value("half an edit")

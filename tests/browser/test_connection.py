@@ -12,10 +12,13 @@ from playwright.sync_api import Page, WebSocketRoute, expect
 from models.language.events import Event
 from models.settings import Settings
 from server import create_app
+from tests.browser.browsers import in_each_browser
 from tests.browser.proxy import Proxy
 from tests.browser.steps import branch, converse, expect_reply, last_reply, open_chat, send
 from tests.support.scripted import ScriptedChat, ScriptedReply
 from tests.support.serving import Served, serve
+
+pytestmark = in_each_browser
 
 
 class TellingChat(ScriptedChat):

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import pytest
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import Locator, Page, Route, expect
 
 from models.chat_request import ChatRequest
 from models.settings import Settings
 from server import create_app
-from tests.browser.steps import STORE, converse, entry, expect_connection, expect_reply, last_reply, open_chat, send
+from tests.browser.browsers import in_each_browser
+from tests.browser.steps import (
+    STORE,
+    branch,
+    conversation_url,
+    converse,
+    entry,
+    expect_connection,
+    expect_reply,
+    last_reply,
+    open_chat,
+    send,
+)
 from tests.support.scripted import ScriptedChat, ScriptedReply
 from tests.support.serving import Served, serve
+
+pytestmark = in_each_browser
 
 
 class ForgetfulChat(ScriptedChat):
@@ -55,6 +69,21 @@ def test_a_reload_during_a_reply_goes_on_with_it(chat: Page, scripted: ScriptedC
     scripted_server.in_loop(scripted.release)
     expect_reply(chat, "I am thinking of it.")
     assert len(scripted.heard) == 1
+
+
+def test_a_part_that_has_ended_is_formatted_after_a_reload(
+    chat: Page, scripted: ScriptedChat, scripted_server: Served
+) -> None:
+    send(chat, "pause say **one** | call f {}")
+    expect(last_reply(chat).locator("details.call")).to_be_visible()
+    while "{}" not in str(branch(chat)[-1]["output"]):  # until both parts are stored
+        chat.wait_for_timeout(20)
+    chat.reload()
+    expect(last_reply(chat).locator("details.call")).to_be_visible()
+    expect(last_reply(chat).locator("strong")).to_have_text("one")
+    expect(last_reply(chat)).to_have_attribute("data-status", "in_progress")
+    scripted_server.in_loop(scripted.release)
+    expect(last_reply(chat)).to_have_attribute("data-status", "completed")
 
 
 def test_a_reload_in_the_wait_queue_keeps_the_position(
@@ -118,36 +147,6 @@ def test_a_reply_can_be_stopped_from_another_tab(chat: Page) -> None:
     other.get_by_role("button", name="Stop").click()
     for tab in (other, chat):
         expect_reply(tab, "for nobody", "cancelled")
-
-
-def test_a_message_during_a_reply_in_another_tab_shows_that_reply(
-    chat: Page, scripted: ScriptedChat, scripted_server: Served
-) -> None:
-    converse(chat, "say one")
-    other = chat.context.new_page()
-    other.goto(chat.url)
-    expect_reply(other, "one")
-    send(chat, "wait for it")
-    expect_reply(chat, "for it", "in_progress")
-    send(other, "say two")
-    expect(other.get_by_role("alert")).to_have_text("A reply is being made in this conversation already.")
-    expect(other.get_by_label("Message", exact=True)).to_have_value("say two")
-    expect_reply(other, "for it", "in_progress")
-    scripted_server.in_loop(scripted.release)
-    expect_reply(other, "for it")
-    expect(texts(other)).to_have_text(["say one", "one", "wait for it", "for it"])
-
-
-def test_a_tab_loads_messages_of_another_tab_when_it_becomes_visible(chat: Page) -> None:
-    converse(chat, "say one")
-    other = chat.context.new_page()
-    other.goto(chat.url)
-    expect_connection(other)
-    expect_reply(other, "one")
-    converse(other, "say two")
-    expect(texts(chat)).to_have_count(2)
-    chat.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
-    expect(texts(chat)).to_have_text(["say one", "one", "say two", "two"])
 
 
 def test_a_deleted_conversation_is_an_error(chat: Page, scripted_server: Served) -> None:
@@ -239,9 +238,7 @@ def test_a_failed_reply_can_be_asked_again(chat: Page, scripted: ScriptedChat) -
     converse(chat, "say one")
     send(chat, "break half a reply")
     expect_reply(chat, "half a reply", "failed")
-    again = chat.get_by_role("button", name="Ask again")
-    expect(again).to_have_count(1)
-    again.click()
+    chat.get_by_role("button", name="Ask again").last.click()
     expect_reply(chat, "half a reply", "failed")
     expect(texts(chat)).to_have_text(["say one", "one", "break half a reply", "half a reply"])
     assert len(scripted.heard) == 3
@@ -280,6 +277,43 @@ def test_earlier_messages_come_above_what_the_reader_sees(chat: Page) -> None:
         }"""
     )
     assert "say 150" in seen
+
+
+def test_earlier_messages_are_loaded_although_those_of_another_conversation_are_on_their_way(chat: Page) -> None:
+    for _ in range(2):
+        open_long(chat)
+    chat.route("**/v1/conversations/*/branch?before=*", lambda route: None, times=1)  # which is never answered
+    with chat.expect_request("**/v1/conversations/*/branch?before=*"):
+        chat.locator("#log").evaluate("log => { log.scrollTop = 0; }")
+    chat.go_back()
+    expect(texts(chat)).to_have_count(100)
+    expect_reply(chat, "248")
+    chat.locator("#log").evaluate("log => { log.scrollTop = 0; }")
+    expect(texts(chat)).to_have_count(200)
+
+
+def test_a_new_chat_stays_empty_although_a_conversation_is_on_its_way(chat: Page) -> None:
+    converse(chat, "say one")
+    url = f"{conversation_url(chat)}/branch"
+    held: list[Route] = []
+    chat.reload()
+    expect(texts(chat)).to_have_text(["say one", "one"])
+    chat.route("**/branch?*", lambda route: held.append(route), times=1)
+    with chat.expect_request("**/branch?*"):
+        chat.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+    chat.get_by_role("button", name="New chat").click()
+    with chat.expect_response("**/branch?*"):
+        held[0].continue_()
+    for _ in range(3):  # in which the page could load it again
+        chat.evaluate("url => fetch(url).then((response) => response.json())", url)
+    expect(texts(chat)).to_have_count(0)
+
+
+def test_a_first_question_loads_nothing(chat: Page) -> None:
+    loaded: list[str] = []
+    chat.on("request", lambda request: loaded.append(request.url) if "/branch" in request.url else None)
+    converse(chat, "say one", "say two")
+    assert not loaded
 
 
 def test_a_question_is_edited_where_earlier_messages_are_not_loaded(chat: Page, scripted: ScriptedChat) -> None:

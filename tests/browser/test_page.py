@@ -8,11 +8,14 @@ from typing import Literal
 import pytest
 from playwright.sync_api import Page, ViewportSize, expect
 
+from tests.browser.browsers import in_each_browser
 from tests.browser.conftest import OpenPage
 from tests.browser.steps import DESKTOP, PHONE, converse, expect_reply, last_reply, log_in, open_chat, send
 from tests.support.client import ANN, BOB
 from tests.support.scripted import ScriptedChat
 from tests.support.serving import Served
+
+pytestmark = in_each_browser
 
 WIDE = f"""\
 {"long" * 100}
@@ -115,15 +118,16 @@ def test_each_conversation_has_its_own_draft(chat: Page) -> None:
     chat.get_by_role("button", name="New chat").click()
     expect(message).to_have_value("")
     message.fill("something new")
-    chat.go_back()
+    chat.evaluate("history.back()")  # since go_forward waits for ever in Firefox
     expect(message).to_have_value("more of one")
-    chat.go_forward()
+    chat.evaluate("history.forward()")
     expect(message).to_have_value("something new")
 
 
 def test_logging_out_deletes_drafts(chat: Page, scripted_server: Served) -> None:
     chat.get_by_label("Message", exact=True).fill("a secret thought")
     chat.get_by_role("button", name="Log out").click()
+    chat.get_by_label("Secret").wait_for()
     log_in(chat, scripted_server.url, ANN)
     expect(chat.get_by_label("Message", exact=True)).to_have_value("")
 

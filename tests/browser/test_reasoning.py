@@ -195,3 +195,20 @@ def test_reasoning_is_not_sent_as_an_answer(chat: Page, scripted: ScriptedChat) 
     expect_reply(chat, "more")
     messages, _ = scripted.heard[-1]
     assert [message["content"] for message in messages] == [THINKS, "The answer.", "say more"]
+
+
+def test_a_selection_in_the_reasoning_survives_the_end_of_the_reply(
+    page: Page, stepwise: StepwiseChat, stepwise_server: Served
+) -> None:
+    open_chat(page, stepwise_server.url)
+    send(page, THINKS)
+    expect(fold(page).locator(".folded")).to_have_text("Let me see.")
+    fold(page).locator("summary").click()  # so that it stays as the reader has it
+    fold(page).locator("summary").click()
+    select = "node => getSelection().selectAllChildren(node)"
+    fold(page).locator(".block").evaluate(select)
+    for _ in range(2):  # the end of the reasoning, and that of the reply
+        stepwise_server.in_loop(stepwise.release)
+        expect(last_reply(page).locator(".content")).to_have_text("The answer.")
+    expect(last_reply(page)).to_have_attribute("data-status", "completed")
+    assert page.evaluate("getSelection().toString()") == "Let me see."

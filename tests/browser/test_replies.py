@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 from playwright.sync_api import Page, expect
 
+from tests.browser.browsers import in_each_browser
 from tests.browser.conftest import OpenPage
 from tests.browser.steps import clipboard, copy, expect_reply, last_reply, open_chat, open_stored, send
 from tests.support.scripted import ScriptedChat
 from tests.support.serving import Served
+
+pytestmark = in_each_browser
 
 MARKUP = "<img src=x onerror=\"document.title='run'\"><script>document.title='run'</script><b>bold</b>"
 FORMATTED = """\
@@ -39,11 +42,13 @@ def test_markup_in_a_reply_is_text(chat: Page, scripted: ScriptedChat, scripted_
     expect(chat).not_to_have_title("run")
 
 
+@pytest.mark.parametrize("order", ["say", "wait"], ids=["finished", "growing"])
 @pytest.mark.parametrize("reloaded", [False, True], ids=["live", "reloaded"])
-def test_a_finished_reply_is_formatted(chat: Page, reloaded: bool) -> None:
-    send(chat, f"say {FORMATTED}")
+def test_a_reply_is_formatted(chat: Page, order: str, reloaded: bool) -> None:
+    send(chat, f"{order} {FORMATTED}")
     reply = last_reply(chat)
-    expect(reply).to_have_attribute("data-status", "completed")
+    expect(reply).to_have_attribute("data-status", "completed" if order == "say" else "in_progress")
+    expect(reply.get_by_role("link")).to_have_count(2)
     if reloaded:
         chat.reload()
     expect(reply.locator("strong")).to_have_text("bold")
@@ -86,3 +91,30 @@ def test_a_code_block_can_be_copied(scripted_server: Served, open_page: OpenPage
     send(page, f"say {FORMATTED}")
     copy(page, "Copy code")
     assert clipboard(page) == 'print("<hello>")\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "last"),
+    [
+        ("words with `code`", "words with code"),
+        ("- one\n- two `code`", "two code"),
+        ("- one\n  1. two\n     - three", "three"),
+        ("> a quotation", "a quotation"),
+        ("## heading", "heading"),
+        ("```python\nx = 1", "x = 1"),
+        ("- one\n\n  ```\n  x = 1", "x = 1"),
+        ("$$\nx + 1", "$$\nx + 1"),
+        ("one[^1]\n\n[^1]: a note", "a note"),
+        ("- [x] done", "done"),
+    ],
+)
+def test_a_growing_reply_has_one_cursor_in_its_last_block(
+    text: str, last: str, chat: Page, scripted: ScriptedChat, scripted_server: Served
+) -> None:
+    send(chat, f"wait {text}")
+    cursors = """reply => [...reply.querySelectorAll('*')].filter((node) => {
+        return ['::before', '::after'].some((side) => getComputedStyle(node, side).width === '8px');
+    }).map((node) => node.textContent.trim())"""
+    expect(last_reply(chat)).to_contain_text(last)
+    assert last_reply(chat).evaluate(cursors) == [last]
+    scripted_server.in_loop(scripted.release)

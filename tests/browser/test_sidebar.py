@@ -150,7 +150,7 @@ def test_a_conversation_is_deleted_after_confirmation(chat: Page) -> None:
     begin(chat, "say one", "say two")
     manage(chat, "say one", "Delete")
     question = chat.get_by_role("alertdialog", name="Delete this conversation?")
-    expect(question).to_contain_text("“say one” will be gone for good.")
+    expect(question).to_contain_text("“\u2068say one\u2069” will be gone for good.")
     question.get_by_role("button", name="Cancel").click()
     expect(titles(chat)).to_have_text(["say two", "say one"])
     manage(chat, "say one", "Delete")

@@ -104,7 +104,7 @@ def test_a_reply_after_a_result_can_be_asked_again(chat: Page, scripted: Scripte
     expect_reply(chat, "It is sunny.")
     before = last_reply(chat).locator(".usage").text_content()
     last_reply(chat).hover()
-    chat.get_by_role("button", name="Ask again").click()
+    last_reply(chat).get_by_role("button", name="Ask again").click()
     expect(last_reply(chat).locator(".usage")).not_to_have_text(str(before))
     expect_reply(chat, "It is sunny.")
     expect(chat.get_by_role("article")).to_have_count(4)
