@@ -28,6 +28,7 @@ from tests.browser.steps import (
 )
 from tests.browser.test_connection import cut, mend
 from tests.browser.test_versions import texts, versions
+from tests.support.client import BOB
 from tests.support.scripted import ScriptedChat
 from tests.support.serving import Served
 
@@ -65,6 +66,11 @@ def open_same(other: Page, page: Page) -> None:
     """Open the conversation of another window."""
     other.evaluate("hash => { location.hash = hash; }", page.evaluate("location.hash"))
     expect(texts(other)).to_have_text(texts(page).all_text_contents())
+
+
+def delete(page: Page, title: str) -> None:
+    manage(page, title, "Delete")
+    page.get_by_role("alertdialog").get_by_role("button", name="Delete").click()
 
 
 def test_a_question_and_its_streaming_reply_come_to_the_other_window(
@@ -135,8 +141,7 @@ def test_a_reply_that_runs_elsewhere_is_marked_in_the_list(
 def test_a_conversation_that_is_deleted_elsewhere_is_closed_and_its_draft_is_kept(both: tuple[Page, Page]) -> None:
     chat, other = both
     other.locator("#message").fill("half a thought")
-    manage(chat, "say one", "Delete")
-    chat.get_by_role("alertdialog").get_by_role("button", name="Delete").click()
+    delete(chat, "say one")
     expect(other.locator("article")).to_have_count(0)
     expect(other.get_by_role("alert")).to_have_text("There is no such conversation any more.")
     expect(other.locator("#message")).to_have_value("half a thought")
@@ -196,8 +201,7 @@ def test_a_window_that_was_asleep_comes_back_exact(
         expect(versions(chat, "Version 2 of 2")).to_be_visible()
     else:
         chat.get_by_role("button", name="New chat").click()
-        manage(chat, "say one", "Delete")
-        chat.get_by_role("alertdialog").get_by_role("button", name="Delete").click()
+        delete(chat, "say one")
         expect(chat.locator("#entries a")).to_have_count(0)
     mend(other, proxy)
     expect(texts(other)).to_have_text(texts(chat).all_text_contents())
@@ -215,8 +219,6 @@ def test_a_deleted_item_is_gone_when_the_window_wakes(both: tuple[Page, Page]) -
 
 
 def test_other_users_see_nothing_of_it(chat: Page, scripted_server: Served, open_page: OpenPage) -> None:
-    from tests.support.client import BOB
-
     bob = open_page()
     frames: list[str] = []
     bob.on("websocket", lambda socket: socket.on("framereceived", lambda frame: frames.append(str(frame))))
@@ -307,11 +309,6 @@ def test_a_choice_that_the_reader_has_left_changes_nothing_in_the_next_conversat
     converse(other, "say " + "a line\n" * 80 + "the end")
     expect(last_reply(chat)).to_contain_text("the end")
     expect(chat.get_by_role("button", name="Jump to latest")).to_be_hidden()
-
-
-def delete(page: Page, title: str) -> None:
-    manage(page, title, "Delete")
-    page.get_by_role("alertdialog").get_by_role("button", name="Delete").click()
 
 
 def test_a_question_to_a_conversation_that_is_deleted_meanwhile_comes_back(both: tuple[Page, Page]) -> None:

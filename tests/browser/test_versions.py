@@ -20,6 +20,7 @@ from tests.browser.steps import (
     send,
 )
 from tests.browser.test_branches import said
+from tests.browser.test_history import open_long
 from tests.support.scripted import ScriptedChat
 from tests.support.serving import Served
 
@@ -183,8 +184,6 @@ def test_another_reply_can_be_asked_for_anywhere(chat: Page, scripted: ScriptedC
 def test_versions_far_above_are_shown_where_they_are(chat: Page) -> None:
     """A page of a conversation has 100 messages: the version that is chosen begins further up."""
     converse(chat, "say first")
-    from tests.browser.test_history import open_long
-
     open_long(chat)
     for oldest in ("say 50", "say 0"):
         chat.locator("#log").evaluate("log => { log.scrollTop = 0; }")
@@ -220,8 +219,6 @@ def test_short_versions_have_nothing_to_jump_to(chat: Page) -> None:
 
 
 def test_a_version_that_is_gone_loads_nothing_else(chat: Page) -> None:
-    from tests.browser.test_history import open_long
-
     open_long(chat)
     ask_again(chat, "248")
     shown = versions(chat, "Version 2 of 2")
