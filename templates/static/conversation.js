@@ -111,7 +111,10 @@ export class Conversation {
 
   /** Puts what the user was writing in messages that go away into the draft. */
   rescue(messages, conversation = this.id) {
-    for (const { unsent } of messages) if (unsent) this.composer.giveBack(unsent, conversation);
+    for (const message of messages) {
+      const text = message.takeUnsent();
+      if (text) this.composer.giveBack(text, conversation);
+    }
   }
 
   /** Goes on with the last reply if it is running, wherever it was asked for. */
@@ -221,7 +224,6 @@ export class Conversation {
     if (!turn) return;
     this.untaken.delete(event.stream_id);
     turn.take(event.response);
-    this.rescue(turn.replaced, turn.conversation);
     this.sendCancel(turn);
     if (turn !== this.turn) return;
     this.changes += 1;

@@ -9,6 +9,7 @@ export class Log {
     for (const id of ['log', 'earlier', 'messages', 'jump']) this[id] = document.getElementById(id);
     this.list = [];
     this.pinned = true;
+    this.top = 0; // where the reader was at the last scroll event, or `follow` has scrolled to
     this.skipped = 0; // how many earlier messages are not loaded
     this.onEarlier = async () => {};
     this.owners = new WeakMap();
@@ -133,7 +134,7 @@ export class Log {
   /** Scrolls by so many pixels, by which something has moved that is to stay in its place. */
   hold(moved) {
     this.log.scrollTop += moved;
-    this.scrolled();
+    this.measure();
   }
 
   /** What the reader looks at stays where it is, although the end changes. */
@@ -172,7 +173,14 @@ export class Log {
     message.seen();
   }
 
+  // An event that says where `follow` has scrolled to may come when the end has moved on already.
   scrolled() {
+    const isFollowing = this.pinned && this.log.scrollTop >= this.top;
+    this.top = this.log.scrollTop;
+    if (!isFollowing) this.measure();
+  }
+
+  measure() {
     // Only as much slack as rounding needs: with more, slow scrolling up would be pulled back down.
     this.pinned = this.log.scrollHeight - this.log.scrollTop - this.log.clientHeight <= 2;
     this.jump.hidden = this.pinned;
@@ -181,13 +189,16 @@ export class Log {
   // What the reader opens stays where it is: it is measured before `follow` would scroll to the end.
   unfolded(above = 0) {
     this.log.scrollTop += above;
-    requestAnimationFrame(() => this.scrolled());
+    requestAnimationFrame(() => this.measure());
   }
 
   /** Keeps the end visible, unless the reader has scrolled up. */
   follow(always = false) {
     if (always) this.pinned = true;
-    if (this.pinned) this.log.scrollTop = this.log.scrollHeight;
+    if (this.pinned) {
+      this.log.scrollTop = this.log.scrollHeight;
+      this.top = this.log.scrollTop;
+    }
     this.jump.hidden = this.pinned;
   }
 }

@@ -23,8 +23,8 @@ export class Message {
     return this.body.textContent;
   }
 
-  /** A text that the user is writing here and has not sent. */
-  get unsent() {
+  /** Takes away the text that the user is writing here and has not sent. */
+  takeUnsent() {
     return '';
   }
 

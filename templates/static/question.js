@@ -9,9 +9,11 @@ export class Question extends Message {
     this.onAsk = onAsk;
   }
 
-  get unsent() {
-    const written = this.editor?.querySelector('textarea').value ?? '';
-    return written === this.text ? '' : written;
+  takeUnsent() {
+    if (!this.editor) return '';
+    const { value } = this.editor.querySelector('textarea');
+    this.closeEditor();
+    return value === this.text ? '' : value;
   }
 
   seen() {
@@ -41,10 +43,14 @@ export class Question extends Message {
   }
 
   endEdit() {
+    this.closeEditor();
+    this.editButton?.focus();
+  }
+
+  closeEditor() {
     delete this.article.dataset.status;
     this.editor.remove();
     this.editor = null;
-    this.editButton?.focus();
   }
 
   pressedInText(event) {

@@ -68,6 +68,16 @@ def expect_reply(page: Page, text: str, status: str = "completed") -> None:
     expect(last_reply(page).locator(".content")).to_have_text(text)
 
 
+def texts(page: Page) -> Locator:
+    """The texts of all messages and replies."""
+    return page.locator("article .content")
+
+
+def versions(page: Page, label: str) -> Locator:
+    """The buttons of a message that is shown in a version."""
+    return page.get_by_role("group", name=label, exact=True)
+
+
 def converse(page: Page, *messages: str) -> None:
     """Send messages "say X", each after the reply to the one before it."""
     for message in messages:

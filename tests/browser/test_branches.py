@@ -119,12 +119,3 @@ def test_an_edit_that_is_not_sent_becomes_the_draft_when_another_conversation_is
     expect(chat.locator("#message")).to_have_value("")
     chat.go_back()
     expect(chat.locator("#message")).to_have_value("half an edit")
-
-
-def test_an_edit_that_is_not_sent_is_kept_when_an_earlier_reply_is_asked_for_again(chat: Page) -> None:
-    converse(chat, "say one", "say two")
-    chat.get_by_role("button", name="Edit").last.click()
-    chat.get_by_label("Edit message").fill("half an edit")
-    ask_again(chat, "one")
-    expect(chat.locator("article")).to_have_count(2)
-    expect(chat.locator("#message")).to_have_value("half an edit")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from playwright.sync_api import Locator, Page, Route, expect
+from playwright.sync_api import Page, Route, expect
 
 from models.chat_request import ChatRequest
 from models.settings import Settings
@@ -20,6 +20,7 @@ from tests.browser.steps import (
     last_reply,
     open_chat,
     send,
+    texts,
 )
 from tests.support.scripted import ScriptedChat, ScriptedReply
 from tests.support.serving import Served, serve
@@ -34,11 +35,6 @@ class ForgetfulChat(ScriptedChat):
         reply = await super().prepare(request)
         reply.left_out = max(0, len(request.messages) - 3)
         return reply
-
-
-def texts(page: Page) -> Locator:
-    """The texts of all messages and replies."""
-    return page.locator("article .content")
 
 
 def test_a_reload_keeps_the_conversation(chat: Page) -> None:

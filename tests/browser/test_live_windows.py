@@ -25,9 +25,10 @@ from tests.browser.steps import (
     manage,
     open_chat,
     send,
+    texts,
+    versions,
 )
 from tests.browser.test_connection import cut, mend
-from tests.browser.test_versions import texts, versions
 from tests.support.client import BOB
 from tests.support.scripted import ScriptedChat
 from tests.support.serving import Served
@@ -309,32 +310,6 @@ def test_a_choice_that_the_reader_has_left_changes_nothing_in_the_next_conversat
     converse(other, "say " + "a line\n" * 80 + "the end")
     expect(last_reply(chat)).to_contain_text("the end")
     expect(chat.get_by_role("button", name="Jump to latest")).to_be_hidden()
-
-
-def test_a_question_to_a_conversation_that_is_deleted_meanwhile_comes_back(both: tuple[Page, Page]) -> None:
-    chat, other = both
-    other.evaluate(HOLD_FRAMES)
-    send(other, "say lost")
-    delete(chat, "say one")
-    expect(other.get_by_role("alert")).to_have_text("There is no such conversation any more.")
-    other.evaluate("window.release()")
-    expect(other.locator("#message")).to_have_value("say lost")
-
-
-def test_a_draft_is_kept_when_its_conversation_is_deleted_while_the_window_sleeps(
-    chat: Page, proxy: Proxy, open_page: OpenPage
-) -> None:
-    other = open_page()
-    open_chat(other, proxy.url)
-    converse(chat, "say one")
-    open_same(other, chat)
-    other.locator("#message").fill("half a thought")
-    cut(other, proxy)
-    delete(chat, "say one")
-    expect(chat.locator("#entries a")).to_have_count(0)
-    mend(other, proxy)
-    expect(other.locator("article")).to_have_count(0)
-    expect(other.locator("#message")).to_have_value("half a thought")
 
 
 def test_a_question_that_is_refused_later_does_not_replace_a_draft(

@@ -149,6 +149,26 @@ def test_a_growing_reply_does_not_scroll_a_reader_down(
     expect(jump).to_be_hidden()
 
 
+def test_the_page_follows_a_reply_that_grows_again_before_the_browser_says_how_far_it_has_scrolled(chat: Page) -> None:
+    converse(chat, "say " + "a line\n" * 60)
+    chat.evaluate(
+        """() => new Promise((resolve) => {
+            const grow = () => {
+                const line = document.querySelector('article:last-child').appendChild(document.createElement('p'));
+                line.style.height = '50px';
+            };
+            const scrolled = () => {
+                grow(); // before the page hears of the event
+                requestAnimationFrame(resolve);
+            };
+            document.addEventListener('scroll', scrolled, { capture: true, once: true });
+            grow(); // so that the page scrolls to the end
+        })"""
+    )
+    expect(chat.get_by_role("button", name="Jump to latest")).to_be_hidden()
+    expect(last_reply(chat).locator(".usage")).to_be_in_viewport()
+
+
 def test_shift_and_enter_start_a_new_line(chat: Page) -> None:
     message = chat.get_by_label("Message", exact=True)
     message.press_sequentially("say one")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from playwright.sync_api import Page, expect
 
 from tests.browser.proxy import Proxy
-from tests.browser.steps import ask_again, conversation_url, converse, open_chat, send
+from tests.browser.steps import ask_again, conversation_url, converse, open_chat, send, texts, versions
 from tests.browser.test_connection import cut, mend
 
 
@@ -71,7 +71,8 @@ def test_an_edit_below_a_reply_that_is_asked_for_again_becomes_a_draft(chat: Pag
     converse(chat, "say one", "say two")
     write_edit(chat, "half an edit")
     ask_again(chat, "one")
-    expect(chat.locator("article")).to_have_count(2)
+    expect(versions(chat, "Version 2 of 2")).to_be_visible()
+    expect(texts(chat)).to_have_text(["say one", "one"])
     expect(chat.locator("#message")).to_have_value("half an edit")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from playwright.sync_api import Locator, Page, Route, expect
+from playwright.sync_api import Page, Route, expect
 
 from tests.browser.browsers import in_each_browser
 from tests.browser.steps import (
@@ -18,6 +18,8 @@ from tests.browser.steps import (
     last_reply,
     load_branch,
     send,
+    texts,
+    versions,
 )
 from tests.browser.test_branches import said
 from tests.browser.test_history import open_long
@@ -28,15 +30,6 @@ pytestmark = in_each_browser
 
 TOP = "node => node.getBoundingClientRect().top"
 TURNS = ["say one", "one", "say two", "two"]
-
-
-def texts(page: Page) -> Locator:
-    return page.locator("article .content")
-
-
-def versions(page: Page, label: str) -> Locator:
-    """The buttons of a message that is shown in a version."""
-    return page.get_by_role("group", name=label, exact=True)
 
 
 def test_an_edited_question_has_versions(chat: Page) -> None:
