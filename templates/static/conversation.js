@@ -1,4 +1,5 @@
 import { changeConversation, getBranch } from './api.js';
+import { BranchLoader } from './branch_loader.js';
 import { MessageFactory } from './message_factory.js';
 import { Turn } from './turn.js';
 import { explain, say } from './words.js';
@@ -6,13 +7,13 @@ import { explain, say } from './words.js';
 // The errors when another window has changed the conversation.
 const OUTDATED = ['conversation_locked', 'item_not_found'];
 
-/** The conversation on the page; its id is null until the server has created it. */
+/** The conversation on the page. */
 export class Conversation {
   constructor(parts) {
     // connection, log, composer, options, announcer; onNamed, onTitle, onMissing, onError
-    Object.assign(this, parts, { id: null, turn: null, loaded: true, unreachable: false });
+    Object.assign(this, parts, { turn: null, loaded: true, unreachable: false });
     this.untaken = new Map(); // turns that the server has not accepted yet, by stream_id
-    this.changes = 0; // counts what the page knows before the server tells it
+    this.loader = new BranchLoader(null, this);
     this.messages = new MessageFactory({
       onCopy: (copied) => this.announcer.say(say(copied ? 'copied' : 'copy_failed')),
       onAgain: (reply) => this.askAgain(reply),
@@ -22,13 +23,19 @@ export class Conversation {
     this.log.onEarlier = () => this.loadEarlier();
   }
 
+  /** Null until the server has created it. */
+  get id() {
+    return this.loader.id;
+  }
+
   // Opening
 
   /** Shows another conversation. A reply that is running in this one goes on. */
   open(id) {
     this.rescue(this.log.list);
-    Object.assign(this, { id, turn: null, loaded: !id, unreachable: false, told: null });
-    this.changes += 1;
+    this.loader.close();
+    this.loader = new BranchLoader(id, this);
+    Object.assign(this, { turn: null, loaded: !id, unreachable: false });
     this.onError('');
     this.log.clear();
     this.log.follow(true);
@@ -56,26 +63,7 @@ export class Conversation {
 
   /** Shows what the server has. While a turn is not accepted, that waits, since only the page knows it. */
   sync() {
-    this.outdated = Boolean(this.id);
-    if (this.syncing?.id === this.id) return this.syncing.done;
-    const syncing = { id: this.id };
-    this.syncing = syncing;
-    syncing.done = this.load(syncing);
-    return syncing.done;
-  }
-
-  async load(syncing) {
-    while (this.outdated && this.isSettled) {
-      Object.assign(this, { outdated: false, postponed: false, told: null });
-      const { changes } = this;
-      const branch = await getBranch(syncing.id).catch((error) => ({ error }));
-      if (syncing !== this.syncing) return; // another conversation is open
-      if (branch.error) this.failed(branch.error);
-      else if (changes !== this.changes) this.outdated = true;
-      else if (this.isStoredIn(branch)) this.show(branch);
-      else this.postponed = true; // until the reply has ended
-    }
-    if (syncing === this.syncing) this.syncing = null;
+    return this.loader.load();
   }
 
   /** Whether the server knows all that the page shows. */
@@ -86,6 +74,11 @@ export class Conversation {
   /** Whether a branch has the reply that runs. While the database is slow, it waits to be stored. */
   isStoredIn({ data: nodes }) {
     return !this.turn || nodes.some((node) => node.id === this.turn.reply.id);
+  }
+
+  /** The id of the last message. */
+  get leaf() {
+    return this.log.last?.id ?? null;
   }
 
   failed(error) {
@@ -104,9 +97,8 @@ export class Conversation {
     this.log.divide(response?.parley.left_out);
     this.options.learn(id, response?.parley.options ?? {});
     this.follow(nodes.at(-1)?.status === 'in_progress');
-    this.onTitle(this.told?.title ?? title);
+    this.onTitle(title);
     this.refresh();
-    if (this.told) this.outdated ||= this.differs(this.told);
   }
 
   /** Puts what the user was writing in messages that go away into the draft. */
@@ -128,31 +120,25 @@ export class Conversation {
     }
   }
 
-  /** The server says how a conversation is now, perhaps after a change elsewhere. */
+  /** The server says how a conversation is now. */
   changed(told) {
-    if (told.id !== this.id) return;
-    if (this.syncing) this.told = told; // the branch that is on its way may be older
-    else if (this.differs(told)) this.sync();
-  }
-
-  // Whether the last reply runs or has ended, its own events say.
-  differs({ leaf }) {
-    return leaf !== (this.log.last?.id ?? null);
+    if (told.id === this.id) this.loader.changed(told);
   }
 
   /** Shows the older or the newer version of a message, in all windows; its buttons stay where they are. */
   async showVersion({ place, top }, direction) {
-    const { id: conversation, changes } = this;
+    const { loader } = this;
+    const { changes } = loader;
     if (this.turn) return;
     try {
-      await changeConversation(conversation, { leaf: place[direction] });
+      await changeConversation(loader.id, { leaf: place[direction] });
     } catch (error) {
-      if (conversation !== this.id) return;
+      if (loader.closed) return;
       this.onError(explain(error));
       this.sync();
       return;
     }
-    if (changes !== this.changes) return; // the user has gone on meanwhile
+    if (changes !== loader.changes) return; // the user has gone on meanwhile
     this.log.unpin();
     await this.sync();
     await this.log.loadAll(place[direction]);
@@ -194,7 +180,7 @@ export class Conversation {
     this.rescue(turn.replaced.slice(1)); // the first one may be the question whose edit is being sent
     this.untaken.set(turn.streamId, turn);
     this.turn = turn;
-    this.changes += 1;
+    this.loader.noteChange();
     this.log.append(...turn.messages);
     this.log.follow(true);
     this.announcer.forget();
@@ -226,15 +212,15 @@ export class Conversation {
     turn.take(event.response);
     this.sendCancel(turn);
     if (turn !== this.turn) return;
-    this.changes += 1;
+    this.loader.noteChange();
     this.named(event.response.conversation.id);
     this.log.divide(event.response.parley.left_out);
-    if (this.outdated || turn.replaced.length) this.sync(); // a replaced message has one more version now
+    if (this.loader.outdated || turn.replaced.length) this.sync(); // a replaced message has one more version now
   }
 
   named(id) {
     if (this.id) return;
-    this.id = id;
+    this.loader.id = id;
     this.composer.named(id);
     this.options.named(id);
     this.onNamed(id);
@@ -268,9 +254,9 @@ export class Conversation {
     const { reply } = this.turn;
     reply.finish(response);
     this.finished(reply);
-    this.changes += 1;
+    this.loader.noteChange();
     this.refresh();
-    if (this.postponed) this.sync();
+    if (this.loader.incomplete) this.sync();
   }
 
   finished({ noteLine }) {
@@ -291,7 +277,7 @@ export class Conversation {
   lost(streamId) {
     if (this.turn?.streamId !== streamId) return;
     this.turn = null;
-    this.changes += 1;
+    this.loader.noteChange();
     this.sync();
   }
 
@@ -301,11 +287,11 @@ export class Conversation {
     const text = turn.question?.text;
     if (turn !== this.turn) return text && this.composer.giveBack(text, turn.conversation);
     this.turn = null;
-    this.changes += 1;
+    this.loader.noteChange();
     this.log.cut(turn.messages[0]);
     this.log.append(...turn.replaced);
     this.refresh();
-    if (outdated || this.outdated) this.sync();
+    if (outdated || this.loader.outdated) this.sync();
     if (!text) return;
     const [edited] = turn.replaced;
     if (!edited || outdated) this.composer.giveBack(text, this.id);

@@ -1,7 +1,7 @@
 // Markdown to tokens, and those of text to HTML. Nothing in it runs, loads, or links to this server.
 
+import { limitBlocks } from './block_limits.js';
 import { cjkEmphasis } from './cjk_emphasis.js';
-import { limitDepth } from './depth.js';
 import { footnoteRules } from './footnotes.js';
 import { mathsRules } from './maths_rules.js';
 import { openText } from './open_text.js';
@@ -14,7 +14,7 @@ const parser = createParser();
 function createParser() {
   // breaks: a line break of the model stays visible.
   const parser = new MarkdownIt({ html: false, linkify: true, breaks: true });
-  for (const plugin of [mathsRules, footnoteRules, cjkEmphasis, openText, limitDepth]) parser.use(plugin);
+  for (const plugin of [mathsRules, footnoteRules, cjkEmphasis, openText, limitBlocks]) parser.use(plugin);
   parser.core.ruler.disable(['normalize', 'block']); // `parseBlocks` does that
 
   // A relative link of a model would lead to this server, so only full addresses become links.

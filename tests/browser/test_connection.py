@@ -14,7 +14,7 @@ from models.settings import Settings
 from server import create_app
 from tests.browser.browsers import in_each_browser
 from tests.browser.proxy import Proxy
-from tests.browser.steps import branch, converse, expect_reply, last_reply, open_chat, send
+from tests.browser.steps import branch, converse, expect_reply, last_reply, open_chat, pass_time, send
 from tests.support.scripted import ScriptedChat, ScriptedReply
 from tests.support.serving import Served, serve
 
@@ -179,6 +179,19 @@ def test_a_conversation_that_failed_to_load_is_loaded_after_reconnecting(page: P
     page.go_back()
     expect(page.get_by_role("alert")).to_have_text("The conversation could not be loaded.")
     mend(page, proxy)
+    expect_reply(page, "one")
+    expect(page.get_by_role("alert")).to_be_hidden()
+
+
+def test_what_the_server_could_not_read_is_loaded_again(page: Page, scripted_server: Served) -> None:
+    page.clock.install()
+    open_chat(page, scripted_server.url)
+    converse(page, "say one")
+    page.get_by_role("button", name="New chat").click()
+    page.route("**/branch?*", lambda route: route.fulfill(status=503, json={}), times=1)
+    page.go_back()
+    expect(page.get_by_role("alert")).to_have_text("The conversation could not be loaded.")
+    pass_time(page, 5)
     expect_reply(page, "one")
     expect(page.get_by_role("alert")).to_be_hidden()
 

@@ -126,6 +126,20 @@ def test_what_is_nested_too_deep_is_text_and_nothing_after_it_is_lost(chat: Page
     assert "last" in html
 
 
+def test_a_table_that_is_nearly_all_empty_cells_is_text(chat: Page) -> None:
+    head = "|" + "a|" * 250 + "\n|" + "-|" * 250
+    texts = [
+        f"{head}\n" + "b\n" * 5 + "\nlast",
+        "> " + head.replace("\n", "\n> "),
+        f"{head}\n|{'b|' * 250}" + "\n|c|" * 3,
+    ]
+    (_, empty), (_, quoted), (_, full) = chat.evaluate(RENDER, [texts, True])
+    assert "<table>" not in empty
+    assert empty.endswith("<p>last</p>")
+    assert quoted.count("<th>") == 250
+    assert full.count("<td>") == 4 * 250
+
+
 def test_footnotes_lead_to_each_other_and_the_address_stays(chat: Page) -> None:
     send(chat, "say " + "one[^1] " + "\n\na paragraph" * 60 + "\n\n[^1]: The note.\n\ntext")
     reply = last_reply(chat)
