@@ -29,6 +29,7 @@ from models.errors import DatabaseError, DataFolderError
 from models.private_files import make_private_file, make_private_folder
 from models.settings import Settings
 from models.store.item import Status
+from models.store.sqlite_connection import SQLiteConnection
 
 Database = AsyncEngine  # of SQLAlchemy; Parley has another engine
 
@@ -206,7 +207,8 @@ MIGRATIONS = (
 )
 
 ENGINE_ARGUMENTS: dict[str, dict[str, Any]] = {
-    "sqlite": {"connect_args": {"timeout": 5}},  # seconds to wait while another process writes, such as a backup
+    # The timeout is how many seconds it waits while another process writes, such as a backup.
+    "sqlite": {"connect_args": {"timeout": 5, "async_creator_fn": SQLiteConnection.to}},
     "postgresql": {
         "pool_pre_ping": True,  # the server may have been restarted
         "connect_args": {"timeout": 10, "command_timeout": 10},  # seconds, if the server does not answer
