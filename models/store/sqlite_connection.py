@@ -1,4 +1,4 @@
-"""A connection to SQLite that can be ended twice."""
+"""A connection to SQLite that can be stopped twice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-import { pushParagraph } from './maths_rules.js';
+import { lineOf, pushParagraph } from './block_state.js';
 
 const DEEPEST = 50; // levels of blocks; a list in a list is two
 const MOST_ADDED = 1000; // cells that a table has and its text has not: a browser needs 0.2 ms for each
@@ -18,15 +18,11 @@ function deepText(state, startLine, endLine, silent) {
 // markdown-it gives each row as many cells as the first one has.
 function emptyTable(state, startLine, endLine, silent) {
   if (silent || startLine + 1 >= endLine) return false;
-  const delimiters = textOf(state, startLine + 1, startLine + 2);
+  const delimiters = lineOf(state, startLine + 1);
   if (!/^[-:|\s]+$/.test(delimiters)) return false;
   const line = endParagraph(state, startLine, endLine);
-  const added = countPipes(delimiters) * (line - startLine) - countPipes(textOf(state, startLine, line));
+  const added = countPipes(delimiters) * (line - startLine) - countPipes(textOfLines(state, startLine, line));
   return added > MOST_ADDED && pushText(state, startLine, line);
-}
-
-function textOf(state, startLine, endLine) {
-  return state.src.slice(state.bMarks[startLine] + state.tShift[startLine], state.eMarks[endLine - 1]);
 }
 
 const countPipes = (text) => text.split('|').length - 1;
@@ -40,5 +36,9 @@ function endParagraph(state, startLine, endLine) {
 
 function pushText(state, startLine, line) {
   state.line = line;
-  return pushParagraph(state, state.getLines(startLine, line, state.blkIndent, false).trim(), [startLine, line]);
+  return pushParagraph(state, textOfLines(state, startLine, line).trim(), [startLine, line]);
+}
+
+function textOfLines(state, startLine, line) {
+  return state.getLines(startLine, line, state.blkIndent, false);
 }

@@ -28,8 +28,8 @@ export class BranchLoader {
   /** Loads the branch and shows it. While the page is not settled, that waits for the next call. */
   load() {
     this.outdated = Boolean(this.id);
-    if (!this.loading) this.loaded = this.loadUntilCurrent();
-    return this.loaded;
+    if (!this.loading) this.done = this.loadUntilCurrent();
+    return this.done;
   }
 
   async loadUntilCurrent() {

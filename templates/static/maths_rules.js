@@ -1,5 +1,7 @@
 // Mathematics in Markdown: $…$, $$…$$, \(…\) and \[…\]. What is complete becomes `.math`, and the rest stays source.
 
+import { lineOf, pushParagraph } from './block_state.js';
+
 const DISPLAYS = [{ open: '$$', close: '$$', display: true }, { open: '\\[', close: '\\]', display: true }];
 const DELIMITERS = [...DISPLAYS, { open: '\\(', close: '\\)' }, { open: '$', close: '$' }];
 const LONGEST_OPEN = 300; // a formula in a line of text that is longer before it ends is probably none
@@ -107,17 +109,4 @@ function linesOf(state, startLine, endLine, { open, close }) {
     if (end >= 0) return { nextLine: line + 1, rest: text.slice(end + close.length).trim() };
   }
   return { nextLine: endLine, rest: null };
-}
-
-function lineOf(state, line) {
-  return state.src.slice(state.bMarks[line] + state.tShift[line], state.eMarks[line]);
-}
-
-/** A paragraph of some lines, for rules that find none of their markup in them. */
-export function pushParagraph(state, content, map) {
-  state.push('paragraph_open', 'p', 1).map = map;
-  const token = state.push('inline', '', 0);
-  Object.assign(token, { content, map, children: [] });
-  state.push('paragraph_close', 'p', -1);
-  return true;
 }
