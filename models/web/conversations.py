@@ -59,6 +59,8 @@ class ConversationEndpoint(HTTPEndpoint):
         state, user, id = request.app.state, request.user.username, request.path_params["id"]
         if change.leaf is not None:  # it may be refused, so it comes before what is not
             await state.responses.set_leaf(user, id, change.leaf)
+        if change.title is None and change.metadata is None:
+            return JSONResponse(render_conversation(await state.conversations.find(user, id)))
         conversation = await state.conversations.update(user, id, change.title, change.metadata)
         state.feed.changed(user, id)
         return JSONResponse(render_conversation(conversation))

@@ -142,6 +142,7 @@ export class Conversation {
     this.log.unpin();
     await this.sync();
     await this.log.loadAll(place[direction]);
+    await this.log.drawn();
     const { versions } = this.log.find(place[direction]) ?? {};
     if (!versions) return;
     this.log.hold(versions.top - top);

@@ -131,6 +131,11 @@ export class Log {
     for (const message of this.list) this.meet(message);
   }
 
+  /** Resolves after the next frame: until then, new messages do not have their own heights. */
+  drawn() {
+    return new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(resolve)));
+  }
+
   /** Scrolls by so many pixels, by which something has moved that is to stay in its place. */
   hold(moved) {
     this.log.scrollTop += moved;
