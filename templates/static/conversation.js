@@ -142,7 +142,7 @@ export class Conversation {
     this.log.unpin();
     await this.sync();
     await this.log.loadAll(place[direction]);
-    await this.log.drawn();
+    await this.log.reveal(place[direction]);
     const { versions } = this.log.find(place[direction]) ?? {};
     if (!versions) return;
     this.log.hold(versions.top - top);

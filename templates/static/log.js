@@ -131,9 +131,10 @@ export class Log {
     for (const message of this.list) this.meet(message);
   }
 
-  /** Resolves after the next frame: until then, new messages do not have their own heights. */
-  drawn() {
-    return new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(resolve)));
+  /** Scrolls to a message and waits until it is drawn: until then, what is in it may have no place. */
+  async reveal(id) {
+    this.find(id)?.article.scrollIntoView({ block: 'nearest' });
+    await new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(resolve)));
   }
 
   /** Scrolls by so many pixels, by which something has moved that is to stay in its place. */

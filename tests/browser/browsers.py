@@ -10,10 +10,11 @@ import pytest
 from playwright.sync_api import Browser, Playwright, sync_playwright
 
 NAMES = ["chromium", "firefox"]
-PATHS = {
-    "chromium": shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome"),
-    "firefox": shutil.which("firefox-esr") or shutil.which("firefox"),
+PROGRAMS = {  # the build without windows is a quarter faster
+    "chromium": ["chromium-headless-shell", "chromium", "chromium-browser", "google-chrome"],
+    "firefox": ["firefox-esr", "firefox"],
 }
+PATHS = {name: next(filter(None, map(shutil.which, programs)), None) for name, programs in PROGRAMS.items()}
 ARGUMENTS = [
     "--no-sandbox",
     "--disable-gpu",
