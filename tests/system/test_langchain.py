@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import openai
@@ -36,8 +37,18 @@ def get_weather(place: str) -> str:
     return f"say It is sunny in {place}"  # which the model obeys
 
 
-def langchain(url: str, **fields: Any) -> ChatOpenAI:
-    return ChatOpenAI(model="scripted", base_url=f"{url}/v1", api_key=SecretStr(ANN), max_retries=0, **fields)
+@contextmanager
+def langchain(url: str, **fields: Any) -> Iterator[ChatOpenAI]:
+    """A client with connections of its own. LangChain keeps those of each URL, which may be of an earlier server."""
+    with openai.DefaultHttpxClient() as client:
+        yield ChatOpenAI(
+            model="scripted",
+            base_url=f"{url}/v1",
+            api_key=SecretStr(ANN),
+            max_retries=0,
+            http_client=client,
+            **fields,
+        )
 
 
 @pytest.fixture(
@@ -51,9 +62,8 @@ def langchain(url: str, **fields: Any) -> ChatOpenAI:
 )
 def chat(request: pytest.FixtureRequest, scripted_server: Served) -> Iterator[ChatOpenAI]:
     """The client, as ann, at a server with a scripted model."""
-    chat = langchain(scripted_server.url, **request.param)
-    yield chat
-    chat.root_client.close()
+    with langchain(scripted_server.url, **request.param) as chat:
+        yield chat
 
 
 def test_messages_are_answered(chat: ChatOpenAI, scripted: ScriptedChat) -> None:
@@ -121,8 +131,11 @@ def test_an_unknown_model_is_not_found(chat: ChatOpenAI) -> None:
 
 @pytest.mark.parametrize("responses", [False, True], ids=["Chat Completions", "Responses"])
 def test_a_context_overflow_is_told_apart_from_other_errors(settings: Settings, responses: bool) -> None:
-    with serve(create_app(settings, opens_tiny)) as served:
-        chat = langchain(served.url, use_responses_api=responses).bind(model=served.app.state.model_info.name)
+    with (
+        serve(create_app(settings, opens_tiny)) as served,
+        langchain(served.url, use_responses_api=responses) as client,
+    ):
+        chat = client.bind(model=served.app.state.model_info.name)
         with pytest.raises(ContextOverflowError):
             chat.invoke("word " * 100)
         with pytest.raises(ContextOverflowError):
