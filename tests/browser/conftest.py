@@ -13,7 +13,7 @@ from tests.browser.proxy import Proxy
 from tests.browser.steps import open_chat
 from tests.support.serving import Served
 
-# Firefox reports a socket that it cannot open like an error of the page, which tries again.
+# Firefox reports a WebSocket that cannot connect as an error of the page, although the page handles it and tries again.
 NO_CONNECTION = "Firefox can\N{RIGHT SINGLE QUOTATION MARK}t establish a connection"
 
 
