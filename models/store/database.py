@@ -29,7 +29,10 @@ from models.errors import DatabaseError, DataFolderError
 from models.private_files import make_private_file, make_private_folder
 from models.settings import Settings
 from models.store.item import Status
+from models.store.postgresql_connection import connect
 from models.store.sqlite_connection import SQLiteConnection
+
+DATABASE_ERRORS = (SQLAlchemyError, OSError)  # asyncpg raises OSError if there is no server
 
 Database = AsyncEngine  # of SQLAlchemy; Parley has another engine
 
@@ -116,13 +119,19 @@ texts_table = table(  # instructions and requests; each text is stored once for 
     column("bytes", BigInteger),
 )
 
-owner_table = table(
-    "owner",
-    column("place", Integer),  # always 1, so that there is one row at most
+owners_table = table(  # the processes that run replies
+    "owners",
     column("id", Text),
     column("machine", Text),
     column("pid", Integer),
+    column("address", Text),
     column("beats", BigInteger),
+)
+
+key_fingerprint_table = table(  # of the key that secrets are hashed with
+    "key_fingerprint",
+    column("place", Integer),  # always 1, so that there is one row at most
+    column("fingerprint", LargeBinary),
 )
 
 # The statements that turn each version of the database into the next one. Released statements never change. The SQL is
@@ -204,6 +213,12 @@ MIGRATIONS = (
         "DROP INDEX children_of_item",
         "CREATE INDEX children_of_item ON items (conversation_id, parent, created, id)",
     ),
+    (
+        "DROP TABLE owner",
+        "CREATE TABLE owners (id TEXT PRIMARY KEY, machine TEXT NOT NULL, pid INTEGER NOT NULL, address TEXT, "
+        "beats BIGINT NOT NULL)",
+        "CREATE TABLE key_fingerprint (place INTEGER PRIMARY KEY, fingerprint BYTEA NOT NULL)",
+    ),
 )
 
 ENGINE_ARGUMENTS: dict[str, dict[str, Any]] = {
@@ -211,17 +226,18 @@ ENGINE_ARGUMENTS: dict[str, dict[str, Any]] = {
     "sqlite": {"connect_args": {"timeout": 5, "async_creator_fn": SQLiteConnection.to}},
     "postgresql": {
         "pool_pre_ping": True,  # the server may have been restarted
-        "connect_args": {"timeout": 10, "command_timeout": 10},  # seconds, if the server does not answer
+        # The timeouts are in seconds, if the server does not answer.
+        "connect_args": {"timeout": 10, "command_timeout": 10, "async_creator_fn": connect},
     },
 }
 
-# The statement that lets only one process at a time migrate.
+# The statement that lets only one process at a time go on.
 LOCKS = {"sqlite": "BEGIN IMMEDIATE", "postgresql": "SELECT pg_advisory_xact_lock(7777)"}
 
 
 @asynccontextmanager
-async def open_database(settings: Settings) -> AsyncIterator[Database]:
-    """The database of the settings, created or migrated if needed.
+async def open_database(settings: Settings, migrate: bool = True) -> AsyncIterator[Database]:
+    """The database of the settings, created or migrated if needed, unless another process does that.
 
     Raises DatabaseError, DataFolderError or UntrustedPathError.
     """
@@ -230,12 +246,21 @@ async def open_database(settings: Settings) -> AsyncIterator[Database]:
     try:
         engine = create_async_engine(url, hide_parameters=True, **ENGINE_ARGUMENTS[url.get_backend_name()])
         try:
-            await _prepare(engine)
+            if migrate:
+                await _prepare(engine)
             yield engine
         finally:
             await engine.dispose()
     except SQLAlchemyError as error:
         raise DatabaseError(_unusable(url, str(error.args[0] if error.args else error))) from error
+
+
+@asynccontextmanager
+async def begin_alone(database: Database) -> AsyncIterator[AsyncConnection]:
+    """A transaction that waits until no other process has such a one."""
+    async with database.begin() as connection:
+        await connection.exec_driver_sql(LOCKS[database.dialect.name])
+        yield connection
 
 
 def make_data_folder(settings: Settings) -> None:
@@ -290,7 +315,7 @@ async def _prepare(engine: Database) -> None:
             with suppress(OperationalError):  # locked, if another process does the same
                 await connection.exec_driver_sql("PRAGMA journal_mode=WAL")  # so readers need not wait for a writer
     try:
-        async with engine.begin() as connection:
+        async with begin_alone(engine) as connection:
             await _migrate(connection)
     # asyncpg raises these if there is no server, or if it cannot use the URL
     except (OSError, TypeError, ValueError, OverflowError) as error:
@@ -298,7 +323,6 @@ async def _prepare(engine: Database) -> None:
 
 
 async def _migrate(connection: AsyncConnection) -> None:
-    await connection.exec_driver_sql(LOCKS[connection.dialect.name])
     await connection.exec_driver_sql("CREATE TABLE IF NOT EXISTS version (number INTEGER NOT NULL)")
     version = (await connection.exec_driver_sql("SELECT max(number) FROM version")).scalar() or 0
     if version > len(MIGRATIONS):

@@ -33,8 +33,8 @@ class Status(StrEnum):
 class Edge(Enum):
     """The start or the end of a conversation, as a place without an item."""
 
-    START = "start"  # before the first item
-    END = "end"  # after the current leaf
+    START = 0  # before the first item
+    END = 1  # after the current leaf
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from sqlalchemy import and_, bindparam, exists, func, select, update
+from sqlalchemy import and_, bindparam, exists, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -16,8 +16,9 @@ from models.errors import (
     ItemNotFoundError,
     ResponseNotFoundError,
 )
-from models.store.database import items_table
+from models.store.database import conversations_table, items_table
 from models.store.item import Item, Status, is_response
+from models.store.owner import OWNER, Owner, remove_owners
 from models.store.place import Place
 from models.store.rows import CONVERSATION, ITEM, count_bytes, growing_columns, read_items
 from models.store.storage_limits import MAX_PAGE, UNLISTED_SECONDS
@@ -34,6 +35,7 @@ from models.store.tree import (
 )
 
 FAILED = {"status": Status.FAILED, "reason": "server_error"}
+ABANDONED = and_(IN_PROGRESS, ~exists().where(OWNER.id == ITEM.owner))  # found by the index of what is in progress
 
 
 class Found(NamedTuple):
@@ -55,8 +57,8 @@ class FoundPath(NamedTuple):
 class Responses(Transactions):
     """The responses in the database. A user cannot find those of other users.
 
-    Responses that were stored without a conversation have a tree of their own, which is not listed. `owner` is this
-    process: no other one writes the replies that it has in progress.
+    Responses that were stored without a conversation have a tree of their own, which is not listed. No other owner
+    writes the replies that this one has in progress.
     """
 
     async def begin_turn(
@@ -175,14 +177,14 @@ class Responses(Transactions):
 
     async def _update(self, connection: AsyncConnection, replies: Sequence[Item]) -> bool:
         """Store the current state of replies. Returns whether any of them is there."""
-        mine = and_(ITEM.id.in_([reply.id for reply in replies]), ITEM.owner == self._owner)
+        mine = and_(ITEM.id.in_([reply.id for reply in replies]), ITEM.owner == self.owner)
         home = select(ITEM.conversation_id).where(mine)
         locked = select(CONVERSATION.id).where(CONVERSATION.id.in_(home)).order_by(CONVERSATION.id).with_for_update()
         conversations = (await connection.execute(locked)).scalars().all()
         if not conversations:
             return False
         rows = [{"reply": reply.id} | growing_columns(reply) for reply in replies]
-        one = and_(ITEM.id == bindparam("reply"), ITEM.owner == self._owner)
+        one = and_(ITEM.id == bindparam("reply"), ITEM.owner == self.owner)
         await connection.execute(update(items_table).where(one), rows)
         if any(reply.status is not Status.IN_PROGRESS for reply in replies):
             await count_bytes(connection, conversations)
@@ -190,19 +192,30 @@ class Responses(Transactions):
 
     async def fail_replies(self, ids: Sequence[str]) -> None:
         """Mark as failed the replies of this process that are in progress and have these ids."""
-        running = and_(ITEM.id.in_(ids), ITEM.status == Status.IN_PROGRESS, ITEM.owner == self._owner)
+        running = and_(ITEM.id.in_(ids), ITEM.status == Status.IN_PROGRESS, ITEM.owner == self.owner)
         async with self._transaction() as connection:
             await connection.execute(update(items_table).where(running).values(FAILED))
 
-    async def fail_unfinished(self) -> int:
-        """Mark as failed the replies that earlier processes left unfinished. Returns how many there were.
+    async def fail_unfinished(self, ended: Sequence[Owner] = ()) -> Sequence[tuple[str, str]]:
+        """Remove owners that have ended, and mark as failed the replies in progress that have no owner any more.
 
-        From then on, those processes cannot write them any more.
+        Returns the user and the conversation of each reply. An owner that has beaten since it was read stays. A reply
+        whose conversation is locked is left to the next call.
         """
-        left = and_(IN_PROGRESS, func.coalesce(ITEM.owner, "") != self._owner)
-        failed = FAILED | {"owner": None}
+        if not ended:
+            async with self._browse() as connection:  # which holds up no writer
+                if not (await connection.execute(select(ITEM.id).where(ABANDONED).limit(1))).first():
+                    return []
+        homes = select(CONVERSATION.user_id, CONVERSATION.id, ITEM.id)
+        homes = homes.join(items_table, ITEM.conversation_id == CONVERSATION.id).where(ABANDONED)
         async with self._transaction() as connection:
-            return int((await connection.execute(update(items_table).where(left).values(failed))).rowcount)
+            await remove_owners(connection, ended)
+            # A process that stands still may hold a lock until the database server ends its connection.
+            unlocked = homes.with_for_update(of=conversations_table, skip_locked=True)
+            found = (await connection.execute(unlocked)).all()
+            failed = update(items_table).where(ABANDONED, ITEM.id.in_([reply for _, _, reply in found]))
+            await connection.execute(failed.values(FAILED | {"owner": None}))
+        return [(user, conversation) for user, conversation, _ in found]
 
     async def delete_expired(self) -> int:
         """Delete the trees that are not listed and were not used for UNLISTED_SECONDS. Returns how many there were.

@@ -7,23 +7,28 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 
-from sqlalchemy import ColumnElement, exists, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, exists, func, insert, or_, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from models.errors import ConversationFullError, ConversationNotFoundError, DatabaseUnavailableError, StorageFullError
-from models.store.database import Database, conversations_table, owner_table
+from models.store.database import Database, conversations_table
 from models.store.item import Item, title_of
+from models.store.owner import OWNER
 from models.store.rows import CONVERSATION, ITEM, count_bytes, insert_items
 from models.store.storage_limits import MAX_CONVERSATION_BYTES, MAX_ITEMS, StorageLimits
 from models.store.tree import IN_PROGRESS, delete_trees
 
 
 class Transactions:
-    """What conversations and their responses have in common: the database, its owner, and the limits."""
+    """What conversations and their responses have in common: the database, its owner, and the limits.
+
+    `owner` is the id of this process among the owners of the database, or that of the one that it works for; it writes
+    only while that one is there. Without an id, it always writes.
+    """
 
     def __init__(self, database: Database, owner: str = "", limits: StorageLimits | None = None) -> None:
         self._database = database
-        self._owner = owner
+        self.owner = owner
         self._limits = limits or StorageLimits()
         self._browsing = asyncio.Semaphore(4)  # so that reads leave database connections for replies
         # SQLite has one writer at a time; others would ask every few milliseconds whether it has finished.
@@ -37,17 +42,17 @@ class Transactions:
 
     @asynccontextmanager
     async def _transaction(self) -> AsyncIterator[AsyncConnection]:
-        """A transaction that writes. It is rolled back if another process has taken the database.
+        """A transaction that writes. It is rolled back if this process is no owner any more.
 
-        A process that was stopped for a while must not replace what its successor has stored. Raises
+        A process that was stopped for a while must not replace what others have stored since. Raises
         DatabaseUnavailableError.
         """
         async with self._writing, self._database.begin() as connection:
             yield connection
-            # At the end, since by now the writes hold the lock that a successor needs.
-            owner = (await connection.execute(select(owner_table.c.id).with_for_update(read=True))).scalar()
-            if owner not in (None, self._owner):
-                raise DatabaseUnavailableError("another process has taken the database")
+            # At the end, and until the commit nobody can remove the owner. Its beats do not wait for this lock.
+            own = select(OWNER.id).where(OWNER.id == self.owner).with_for_update(read=True, key_share=True)
+            if self.owner and not (await connection.execute(own)).first():
+                raise DatabaseUnavailableError("another process has taken over from this one")
 
     async def _lock(self, connection: AsyncConnection, mine: ColumnElement[bool], used: bool = True) -> None:
         """Keep others from changing a conversation until the transaction ends, and note that it is used.
@@ -79,7 +84,7 @@ class Transactions:
         self, connection: AsyncConnection, id: str, parent: str | None, items: Sequence[Item]
     ) -> None:
         """Insert items below one of a conversation. Raises ItemNotFoundError."""
-        await insert_items(connection, id, parent, items, self._owner)
+        await insert_items(connection, id, parent, items, self.owner)
         await count_bytes(connection, [id])
 
     async def _set_leaf(self, connection: AsyncConnection, id: str, leaf: str | None) -> None:
@@ -106,12 +111,16 @@ class Transactions:
         order = (CONVERSATION.updated, CONVERSATION.id)
         earlier = func.sum(CONVERSATION.bytes).over(order_by=order) - CONVERSATION.bytes
         number = func.row_number().over(order_by=order)
-        unlisted = select(CONVERSATION.id, CONVERSATION.bytes, earlier.label("earlier"), number.label("number")).where(
+        columns = (CONVERSATION.id, CONVERSATION.updated, CONVERSATION.bytes)
+        unlisted = select(*columns, earlier.label("earlier"), number.label("number")).where(
             CONVERSATION.user_id == user, ~CONVERSATION.listed, CONVERSATION.id != id, ~busy
         )
         oldest = unlisted.subquery()
         needed = or_(oldest.c.number <= trees, oldest.c.earlier < bytes)
-        found = (await connection.execute(select(oldest.c.id, oldest.c.bytes).where(needed))).all()
-        if len(found) < trees or sum(size for _, size in found) < bytes:
+        found = (await connection.execute(select(oldest.c.id, oldest.c.updated, oldest.c.bytes).where(needed))).all()
+        if len(found) < trees or sum(size for _, _, size in found) < bytes:
             raise StorageFullError
-        await delete_trees(connection, [id for id, _ in found])
+        unused = tuple_(CONVERSATION.id, CONVERSATION.updated).in_([(id, updated) for id, updated, _ in found])
+        # What another one is using, or has used just now, stays.
+        free = select(CONVERSATION.id).where(unused).with_for_update(skip_locked=True)
+        await delete_trees(connection, (await connection.execute(free)).scalars().all())

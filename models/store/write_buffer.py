@@ -182,7 +182,7 @@ class WriteBuffer:
                 self._tell_stored(reply)
                 return True
             if not writing.done():
-                writing.add_done_callback(asyncio.Task.exception)  # nobody waits for it any more
+                writing.add_done_callback(_ignore)  # nobody waits for it any more
                 self._note_trouble(TimeoutError(f"the database has not answered for {self._patience:g} s"))
         self._keep(reply)
         return False
@@ -267,3 +267,9 @@ def _asking() -> Iterator[None]:
     except Exception as error:
         logger.error("the database cannot be used: %s", one_line(error))
         raise DatabaseUnavailableError from error
+
+
+def _ignore(writing: asyncio.Task[bool]) -> None:
+    """Take the error of a task, else asyncio complains that nobody has."""
+    if not writing.cancelled():
+        writing.exception()

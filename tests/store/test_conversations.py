@@ -22,10 +22,11 @@ from models.output_item import OutputItem
 from models.protocols.conversations import MAX_QUERY
 from models.store.branches import Fork
 from models.store.conversations import Conversation, Conversations, ItemPage, Listing, Placed
-from models.store.database import conversations_table, items_table, owner_table, texts_table
+from models.store.database import conversations_table, items_table, texts_table
 from models.store.item import Edge, Item, Status, linked
 from models.store.storage_limits import MAX_CONVERSATION_BYTES, MAX_ITEMS, MAX_PAGE, PAGE_BYTES, StorageLimits
 from models.store.versions import Version
+from tests.support.owners import owned_store, remove_owner
 from tests.support.trees import (
     ANSWER,
     QUESTION,
@@ -121,11 +122,10 @@ def test_each_new_id_is_different() -> None:
     assert all(id.startswith("conv_") and len(id) == 37 for id in ids)
 
 
-async def test_a_process_that_has_lost_the_database_changes_nothing(anns_store: Conversations) -> None:
-    own = Conversations(anns_store._database, "own")
+async def test_a_process_that_is_no_owner_any_more_changes_nothing(anns_store: Conversations) -> None:
+    own, new = [await owned_store(anns_store._database, name) for name in ("own", "new")]
     await fork(own, "conv_1", "resp_1", growing("resp_2"))
-    async with anns_store._database.begin() as connection:
-        await connection.execute(owner_table.insert().values(place=1, id="new", machine="m", pid=1, beats=0))
+    await remove_owner(anns_store._database, "own")
     before = await whole(anns_store, "ann", "conv_1")
     for write in (
         begin(own, "conv_9", message("msg_9", "Mine"), reply("resp_9")),
@@ -139,11 +139,11 @@ async def test_a_process_that_has_lost_the_database_changes_nothing(anns_store: 
         own.delete_response("ann", "resp_1"),
         own.delete("ann", "conv_1"),
     ):
-        with pytest.raises(DatabaseUnavailableError, match="another process has taken the database"):
+        with pytest.raises(DatabaseUnavailableError, match="another process has taken over from this one"):
             await write
     assert await whole(anns_store, "ann", "conv_1") == before
     assert await listed_ids(anns_store) == ["conv_1"]
-    await Conversations(anns_store._database, "new").update("ann", "conv_1", "Ours")
+    await new.update("ann", "conv_1", "Ours")
 
 
 # Conversations that do not exist, or belong to somebody else

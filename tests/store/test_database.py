@@ -21,8 +21,9 @@ from models.store.database import (
     conversations_table,
     ended_sessions_table,
     items_table,
+    key_fingerprint_table,
     open_database,
-    owner_table,
+    owners_table,
     texts_table,
     users_table,
 )
@@ -218,7 +219,7 @@ async def test_an_update_to_trees_keeps_each_message_in_its_place(linear: Settin
 
 async def test_an_update_to_trees_keeps_replies_as_they_were(linear: Settings) -> None:
     async with open_database(linear) as engine:
-        store = Conversations(engine, "next")
+        store = Conversations(engine)
         first, second, third = [(await store.find_response("ann", f"resp_{number}")).item for number in (1, 2, 3)]
         assert first.output == [OutputItem("message", ["É", "广州", " ", "👩", "s"], complete=True)]
         assert second.output == [OutputItem("message", ["S", "econd"])]
@@ -238,7 +239,7 @@ async def test_an_update_to_trees_keeps_replies_as_they_were(linear: Settings) -
         )
         inputs = [[item.id for item in (await store.input_items_of("ann", f"resp_{n}", 9))[0]] for n in (1, 2, 3)]
         assert inputs == [["item_2", "item_1"], ["item_3"], []]
-        assert await store.fail_unfinished() == 1
+        assert await store.fail_unfinished() == [("bob", "conv_2")]
         assert (await store.find_response("bob", "resp_4")).item.output[0].pieces == ["Half", " of"]
 
 
@@ -275,7 +276,8 @@ async def test_the_tables_have_exactly_the_columns_that_the_code_uses(empty_data
             conversations_table,
             items_table,
             texts_table,
-            owner_table,
+            owners_table,
+            key_fingerprint_table,
         )
     }
     assert {name: [column for column, _ in present[name][0]] for name in present} == used | {"version": ["number"]}

@@ -15,6 +15,7 @@ from models.errors import (
     ConversationFullError,
     ConversationLockedError,
     ConversationNotFoundError,
+    DatabaseUnavailableError,
     ItemNotFoundError,
     ResponseNotFoundError,
     StorageFullError,
@@ -25,7 +26,9 @@ from models.store.conversations import Conversations
 from models.store.database import conversations_table, items_table, texts_table
 from models.store.item import Item, Status, linked
 from models.store.place import Place
+from models.store.responses import ABANDONED
 from models.store.storage_limits import MAX_CONVERSATION_BYTES, UNLISTED_SECONDS, StorageLimits
+from tests.support.owners import owned_store, read_owners, remove_owner, write_owner
 from tests.support.trees import (
     ANSWER,
     QUESTION,
@@ -150,7 +153,7 @@ async def test_ten_conversations_can_begin_at_once(store: Conversations) -> None
 
 
 async def test_a_conversation_is_locked_while_the_reply_at_its_leaf_runs(anns_store: Conversations) -> None:
-    other_process = Conversations(anns_store._database, "other")
+    other_process = await owned_store(anns_store._database, "other")
     await go_on(anns_store, "conv_1", message("msg_2", "And you?"), growing("resp_2"))
     for place in (Place("resp_2", "resp_2"), Place("resp_1", "resp_2"), Place("resp_1", "resp_1"), Place(new=True)):
         with pytest.raises(ConversationLockedError) as raised:
@@ -172,7 +175,7 @@ async def race(*stores: Conversations, place: Place, id: str = "conv_1") -> list
 
 
 async def test_of_two_turns_that_race_for_the_leaf_one_is_refused(anns_store: Conversations) -> None:
-    other = Conversations(anns_store._database, "other")
+    other = await owned_store(anns_store._database, "other")
     errors = await race(anns_store, other, anns_store, other, place=Place("resp_1", "resp_1"))
     assert [type(error) for error in errors if error] == [ConversationLockedError] * 3
     winner = f"resp_r{errors.index(None)}"
@@ -181,7 +184,7 @@ async def test_of_two_turns_that_race_for_the_leaf_one_is_refused(anns_store: Co
 
 
 async def test_of_two_turns_that_race_to_begin_a_conversation_one_is_refused(empty_tables: AsyncEngine) -> None:
-    stores = [Conversations(empty_tables, owner) for owner in ("one", "two")]
+    stores = [await owned_store(empty_tables, owner) for owner in ("one", "two")]
     errors = await race(*stores, place=Place(new=True))
     assert [type(error) for error in errors if error] == [ConversationLockedError]
     assert await count(empty_tables) == 2
@@ -532,25 +535,67 @@ async def test_a_late_update_does_not_restore_a_deleted_reply_that_others_contin
     assert contents_of((await anns_store.path("ann", "conv_1", "resp_3")).items)[2:] == ["Done.", "Hi", "", "Hi", ""]
 
 
-async def test_unfinished_replies_are_marked_as_failed_and_keep_their_text(anns_store: Conversations) -> None:
+async def test_replies_without_an_owner_are_marked_as_failed_and_keep_their_text(anns_store: Conversations) -> None:
     half = growing("resp_2", "I ", "am")
-    await go_on(anns_store, "conv_1", half)
-    await fork(anns_store, "conv_1", "resp_1", growing("resp_3"))
-    assert await anns_store.fail_unfinished() == 0, "they are its own"
-    next_store = Conversations(anns_store._database, "next")
-    assert await next_store.fail_unfinished() == 2
+    first, other, last = [await owned_store(anns_store._database, name) for name in ("first", "other", "last")]
+    await go_on(first, "conv_1", half)
+    await fork(first, "conv_1", "resp_1", growing("resp_3"))
+    await fork(other, "conv_1", "resp_1", growing("resp_4"))
+    assert await last.fail_unfinished() == [], "their owners may run"
+    await remove_owner(anns_store._database, "first")
+    assert await last.fail_unfinished() == [("ann", "conv_1")] * 2
     failed = replace(half, parent="resp_1", status=Status.FAILED, reason="server_error")
-    assert (await anns_store.find_response("ann", "resp_2")).item == failed
-    assert await next_store.fail_unfinished() == 0
-    await anns_store.update_replies([growing("resp_2", "I am too late"), reply("resp_3", "So am I")])
-    assert (await anns_store.find_response("ann", "resp_2")).item == failed
-    assert (await anns_store.find_response("ann", "resp_3")).item.status is Status.FAILED
+    assert (await last.find_response("ann", "resp_2")).item == failed
+    assert (await last.find_response("ann", "resp_3")).item.status is Status.FAILED
+    assert (await last.find_response("ann", "resp_4")).item.status is Status.IN_PROGRESS
+    assert await last.fail_unfinished() == []
+
+
+async def test_an_owner_that_was_removed_meanwhile_does_not_change_failed_replies(anns_store: Conversations) -> None:
+    await go_on(anns_store, "conv_1", growing("resp_2", "half"))
+    assert await anns_store.fail_unfinished() == [("ann", "conv_1")]
+    await anns_store.update_replies([reply("resp_2", "too late")])
+    found = (await anns_store.find_response("ann", "resp_2")).item
+    assert (found.content, found.status) == ("half", Status.FAILED)
+
+
+async def test_an_owner_is_removed_with_its_replies_unless_it_has_beaten(anns_store: Conversations) -> None:
+    database = anns_store._database
+    ended, alive = await write_owner(database, id="ended"), await write_owner(database, id="lives", beats=8)
+    await go_on(Conversations(database, "ended"), "conv_1", growing("resp_2"))
+    await fork(Conversations(database, "lives"), "conv_1", "resp_1", growing("resp_3"))
+    assert await anns_store.fail_unfinished([ended, alive._replace(beats=7)]) == [("ann", "conv_1")]
+    assert await read_owners(database) == [alive]
+    assert (await anns_store.find_response("ann", "resp_2")).item.status is Status.FAILED
+    assert (await anns_store.find_response("ann", "resp_3")).item.status is Status.IN_PROGRESS
+
+
+async def test_an_owner_that_is_none_any_more_removes_no_other(anns_store: Conversations) -> None:
+    database = anns_store._database
+    other = await write_owner(database, id="other")
+    await go_on(Conversations(database, "other"), "conv_1", growing("resp_2"))
+    with pytest.raises(DatabaseUnavailableError):
+        await Conversations(database, "removed").fail_unfinished([other])
+    assert await read_owners(database) == [other]
+    assert (await anns_store.find_response("ann", "resp_2")).item.status is Status.IN_PROGRESS
+
+
+async def test_replies_without_an_owner_are_found_by_an_index(anns_store: Conversations) -> None:
+    chosen = select(items_table.c.id).where(ABANDONED)
+    async with anns_store._database.connect() as connection:
+        explain = "EXPLAIN QUERY PLAN"
+        if connection.dialect.name == "postgresql":  # it does without an index where there are few rows, if it may
+            explain = "EXPLAIN"
+            await connection.exec_driver_sql("SET enable_seqscan = off")
+        plan = (await connection.exec_driver_sql(f"{explain} {chosen.compile(connection.sync_connection)}")).all()
+    assert "replies_in_progress" in str(plan)
 
 
 async def test_replies_that_were_lost_are_marked_as_failed_and_keep_their_text(anns_store: Conversations) -> None:
     half = growing("resp_2", "I ", "am")
     await go_on(anns_store, "conv_1", half)
-    await Conversations(anns_store._database, "other").fail_replies(["resp_2"])
+    other = await owned_store(anns_store._database, "other")
+    await other.fail_replies(["resp_2"])
     assert (await anns_store.find_response("ann", "resp_2")).item.status is Status.IN_PROGRESS
     await anns_store.fail_replies(["resp_2", "resp_1", "unknown"])
     failed = replace(half, parent="resp_1", status=Status.FAILED, reason="server_error")
