@@ -47,7 +47,9 @@ class Settings:
     bytes_per_user: int = 2**30
     users: Mapping[str, str] = field(default_factory=dict, repr=False)
     data: Path = Path("data")
+    key: str | None = field(default=None, repr=False)
     database_url: str | None = field(default=None, repr=False)
+    redis_url: str | None = field(default=None, repr=False)
     linger: int = 60
     replay_bytes: int = 2**24
     drain: int = 30
@@ -140,8 +142,18 @@ def _users(value: str) -> dict[str, str]:
     return users
 
 
+def _key(value: str) -> str:
+    if len(value) < 32:
+        raise ValueError("the key is too short")
+    return value
+
+
 def _database_url(value: str) -> str:
     return _choice(r"(postgres(ql)?(\+asyncpg)?|sqlite(\+aiosqlite)?)://.+")(value)
+
+
+def _redis_url(value: str) -> str:
+    return _choice(r"(rediss?|unix)://.+")(value)
 
 
 def _origins(value: str) -> tuple[str, ...]:
@@ -168,7 +180,7 @@ def _rate(value: str) -> str:
     return value
 
 
-SECRET = ("users", "database_url")  # settings that contain secrets
+SECRET = ("users", "key", "database_url", "redis_url")  # settings that contain secrets
 
 USER_ID = r"[\w.@-]{1,64}"
 
@@ -197,7 +209,9 @@ RULES: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "bytes_per_user": _integer(1, 2**50),
     "users": ("id:secret,id:secret, each id and each secret once, ids of letters, digits and . _ @ -", _users),
     "data": ("a folder", _path),
+    "key": ("a secret of 32 characters or more", _key),
     "database_url": ("postgresql://user:password@host/database, or sqlite:///path", _database_url),
+    "redis_url": ("redis://:password@host:6379/0, rediss:// for TLS, or unix:///path", _redis_url),
     "linger": _integer(0, 86_400),
     "replay_bytes": _integer(0, 2**40),
     "drain": _integer(0, 86_400),

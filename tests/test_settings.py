@@ -50,10 +50,14 @@ def test_an_empty_value_counts_as_none() -> None:
         ("SOCKETS_PER_USER", "3", "sockets_per_user", 3),
         ("USERS", "ann:a:b, bob:广州", "users", {"ann": "a:b", "bob": "广州"}),
         ("DATA", "/var/lib/parley", "data", Path("/var/lib/parley")),
+        ("KEY", "k" * 32, "key", "k" * 32),
         ("DATABASE_URL", "postgresql://a:b@host/db", "database_url", "postgresql://a:b@host/db"),
         ("DATABASE_URL", "postgres://host/db?ssl=require", "database_url", "postgres://host/db?ssl=require"),
         ("DATABASE_URL", "postgresql+asyncpg:///db", "database_url", "postgresql+asyncpg:///db"),
         ("DATABASE_URL", "sqlite:///parley.db", "database_url", "sqlite:///parley.db"),
+        ("REDIS_URL", "redis://:a@host:6379/0", "redis_url", "redis://:a@host:6379/0"),
+        ("REDIS_URL", "rediss://host", "redis_url", "rediss://host"),
+        ("REDIS_URL", "unix:///run/redis.sock?db=1", "redis_url", "unix:///run/redis.sock?db=1"),
         ("LINGER", "0", "linger", 0),
         ("LINGER", "86400", "linger", 86_400),
         ("REPLAY_BYTES", "0", "replay_bytes", 0),
@@ -204,11 +208,29 @@ def test_a_bad_database_url_is_refused_without_showing_the_password(url: str) ->
     assert "hunter" not in str(raised.value)
 
 
+def test_a_short_key_is_refused_without_showing_it() -> None:
+    with pytest.raises(
+        SettingsError, match=r"^PARLEY_KEY is not allowed: it must be a secret of 32 characters or more$"
+    ):
+        read(KEY="k" * 31)
+
+
+@pytest.mark.parametrize(
+    "url", ["hunter2", ":hunter2@host", "http://:hunter2@host", "memcached://hunter2", "redis:hunter2", "redis://"]
+)
+def test_a_bad_redis_url_is_refused_without_showing_the_password(url: str) -> None:
+    with pytest.raises(SettingsError, match=r"^PARLEY_REDIS_URL is not allowed: it must be redis://") as raised:
+        read(REDIS_URL=url)
+    assert "hunter" not in str(raised.value)
+
+
 @pytest.mark.parametrize(
     "secret",
     [
         pytest.param({"USERS": "ann:hunter2"}, id="users"),
+        pytest.param({"KEY": 8 * "hunter2 "}, id="key"),
         pytest.param({"DATABASE_URL": "postgresql://ann:hunter2@host/db"}, id="database-url"),
+        pytest.param({"REDIS_URL": "redis://:hunter2@host"}, id="redis-url"),
     ],
 )
 @pytest.mark.parametrize(
@@ -222,7 +244,8 @@ def test_settings_are_shown_without_secrets(show: Callable[[Settings], str], sec
 def test_every_setting_without_secrets_can_be_written_as_json() -> None:
     settings = read(DATA="/data", CHAT_TEMPLATE="a.jinja", ORIGINS="http://a")
     shown = json.loads(json.dumps(settings.without_secrets()))
-    assert shown.keys() == {field.name for field in dataclasses.fields(Settings)} - {"users", "database_url"}
+    secret = {"users", "key", "database_url", "redis_url"}
+    assert shown.keys() == {field.name for field in dataclasses.fields(Settings)} - secret
     assert (shown["data"], shown["chat_template"], shown["origins"]) == ("/data", "a.jinja", ["http://a"])
 
 

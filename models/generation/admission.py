@@ -6,9 +6,11 @@ import asyncio
 import math
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
 from itertools import chain, islice, zip_longest
+
+from limits.aio.storage import Storage
 
 from models.errors import QueueFullError, ServerStoppingError, TooManyResponsesError
 from models.generation.rate_limiter import RateLimiter
@@ -83,12 +85,13 @@ class Admission:
         self._rate_limiter = rate_limiter or RateLimiter()
         self._clock = clock
         self._waiting: dict[str, deque[Ticket]] = {}  # by user; the next user in turn comes first
+        self._entering: Counter[str] = Counter()  # requests that will wait, and keep a place while they are counted
         self._seconds_held = USUAL_SECONDS  # how long a reply has its slot: a moving mean
 
     @classmethod
-    def of(cls, settings: Settings) -> Admission:
-        """An admission with the limits of the settings."""
-        rate_limiter = RateLimiter(settings.rate, settings.token_rate)
+    def of(cls, settings: Settings, storage: Storage | None = None) -> Admission:
+        """An admission with the limits of the settings; `storage` counts requests and tokens, else the memory does."""
+        rate_limiter = RateLimiter(settings.rate, settings.token_rate, storage)
         return cls(settings.slots, settings.queue, settings.responses_per_user, rate_limiter)
 
     @property
@@ -106,7 +109,7 @@ class Admission:
     @property
     def running(self) -> int:
         """How many responses have a slot."""
-        return self.in_flight.total() - self._queued
+        return self.in_flight.total() - sum(map(len, self._waiting.values()))
 
     def close(self) -> None:
         """Refuse all new responses from now on."""
@@ -117,34 +120,30 @@ class Admission:
         self.free -= self.slots - slots
         self.slots = slots
 
-    @contextmanager
-    def ticket(self, user: str) -> Iterator[Ticket]:
-        """A ticket for as long as the context lasts. Raises the errors of `enter`."""
-        ticket = self.enter(user)
+    @asynccontextmanager
+    async def ticket(self, user: str) -> AsyncIterator[Ticket]:
+        """A ticket for as long as the context lasts; then the tokens of its reply count. Raises what `enter` raises."""
+        ticket = await self.enter(user)
         try:
             yield ticket
         finally:
             self.leave(ticket)
+            if not ticket.position:  # a reply that never had a slot spends no tokens
+                # The shield: a second cancellation must not save tokens.
+                await asyncio.shield(self.count_tokens(user, ticket.usage.total_tokens))
 
-    def enter(self, user: str) -> Ticket:
-        """A ticket for one more response. The check and the count happen in one step.
+    async def enter(self, user: str) -> Ticket:
+        """A ticket for one more response. While its request is counted, it keeps its slot or its place in the queue.
 
-        Raises ServerStoppingError, TooManyResponsesError, QueueFullError or RateLimitExceededError.
+        So only requests that have a place count, and simultaneous ones cannot take the same place. Raises
+        ServerStoppingError, TooManyResponsesError, QueueFullError or RateLimitExceededError.
         """
         if self.closed:
             raise ServerStoppingError
-        has_slot = self.free > 0 and self._room_of(user) > 0
-        if not has_slot:
-            self._check_queue(user)
-        self._rate_limiter.count_request(user)
-        self.in_flight[user] += 1
-        if has_slot:
-            self.free -= 1
-            return Ticket(user, 0, self._clock)
-        ticket = Ticket(user, self._queued + 1, self._clock)
-        self._waiting.setdefault(user, deque()).append(ticket)
-        self._renumber()
-        return ticket
+        if self.free > 0 and self._room_of(user) > 0:
+            return await self._enter_slot(user)
+        self._check_queue(user)
+        return await self._enter_queue(user)
 
     def leave(self, ticket: Ticket) -> None:
         """Give a ticket back. The next ticket gets its slot, and all later ones move up."""
@@ -153,19 +152,46 @@ class Admission:
         else:
             self.free += 1
             self._seconds_held += (ticket.held - self._seconds_held) * WEIGHT
-            self.count_tokens(ticket.user, ticket.usage.total_tokens)
-        self.in_flight -= Counter([ticket.user])  # drops users who have no ticket left
+        self._remove(ticket.user)
+
+    async def count_tokens(self, user: str, tokens: int) -> None:
+        """Count tokens against the user's limit. `ticket` does so for replies that had a slot."""
+        await self._rate_limiter.count_tokens(user, tokens)
+
+    async def _enter_slot(self, user: str) -> Ticket:
+        self.free -= 1
+        self.in_flight[user] += 1
+        try:
+            await self._rate_limiter.count_request(user)
+        except BaseException:
+            self.free += 1
+            self._remove(user)
+            raise
+        return Ticket(user, 0, self._clock)
+
+    async def _enter_queue(self, user: str) -> Ticket:
+        self._entering[user] += 1
+        try:
+            await self._rate_limiter.count_request(user)
+        finally:
+            self._entering -= Counter([user])
+        self.in_flight[user] += 1
+        ticket = Ticket(user, self._queued + 1, self._clock)
+        self._waiting.setdefault(user, deque()).append(ticket)
+        self._admit()  # a slot may have become free meanwhile
+        self._renumber()
+        return ticket
+
+    def _remove(self, user: str) -> None:
+        """Forget one ticket of a user, and let the others move up."""
+        self.in_flight -= Counter([user])  # drops users who have no ticket left
         self._waiting = {user: tickets for user, tickets in self._waiting.items() if tickets}
         self._admit()
         self._renumber()
 
-    def count_tokens(self, user: str, tokens: int) -> None:
-        """Count tokens against the user's limit. `leave` does so for replies that had a slot."""
-        self._rate_limiter.count_tokens(user, tokens)
-
     @property
     def _queued(self) -> int:
-        return sum(map(len, self._waiting.values()))
+        return sum(map(len, self._waiting.values())) + self._entering.total()
 
     def _running_of(self, user: str) -> int:
         return self.in_flight[user] - len(self._waiting.get(user, ()))
@@ -176,7 +202,7 @@ class Admission:
 
     def _check_queue(self, user: str) -> None:
         """Raise TooManyResponsesError or QueueFullError if one more response of a user may not wait."""
-        own, left = len(self._waiting.get(user, ())), self.queue - self._queued
+        own, left = len(self._waiting.get(user, ())) + self._entering[user], self.queue - self._queued
         if own < left:
             return
         if own or not self._room_of(user):

@@ -6,8 +6,8 @@ import math
 import time
 
 from limits import RateLimitItem, parse
-from limits.storage import MemoryStorage
-from limits.strategies import FixedWindowRateLimiter, MovingWindowRateLimiter, RateLimiter as Strategy
+from limits.aio.storage import MemoryStorage, Storage
+from limits.aio.strategies import FixedWindowRateLimiter, MovingWindowRateLimiter, RateLimiter as Strategy
 
 from models.errors import RateLimitExceededError
 
@@ -16,30 +16,31 @@ class RateLimiter:
     """Counts the requests and tokens of each user against limits such as "60/minute"; None is no limit.
 
     Requests count in a moving window. Tokens count in a fixed window that starts at the first token, since a moving
-    window would keep an entry for each token.
+    window would keep an entry for each token. Without a storage, they count in memory.
     """
 
-    def __init__(self, requests: str | None = None, tokens: str | None = None) -> None:
+    def __init__(self, requests: str | None = None, tokens: str | None = None, storage: Storage | None = None) -> None:
         self._requests = parse(requests) if requests else None
         self._tokens = parse(tokens) if tokens else None
-        storage = MemoryStorage()
+        storage = storage or MemoryStorage()
         self._asked, self._spent = MovingWindowRateLimiter(storage), FixedWindowRateLimiter(storage)
 
-    def count_request(self, user: str) -> None:
+    async def count_request(self, user: str) -> None:
         """Count a request, if it is allowed. Raises RateLimitExceededError."""
-        if self._tokens and not self._spent.test(self._tokens, "tokens", user):
-            raise _exceeded(self._spent, self._tokens, "tokens", user)
-        if self._requests and not self._asked.hit(self._requests, "requests", user):
-            raise _exceeded(self._asked, self._requests, "requests", user)
+        if self._tokens and not await self._spent.test(self._tokens, "tokens", user):
+            raise await _exceeded(self._spent, self._tokens, "tokens", user)
+        if self._requests and not await self._asked.hit(self._requests, "requests", user):
+            raise await _exceeded(self._asked, self._requests, "requests", user)
 
-    def count_tokens(self, user: str, tokens: int) -> None:
+    async def count_tokens(self, user: str, tokens: int) -> None:
         """Count tokens that were read and written."""
         if self._tokens:
-            self._spent.hit(self._tokens, "tokens", user, cost=tokens)
+            await self._spent.hit(self._tokens, "tokens", user, cost=tokens)
 
 
-def _exceeded(strategy: Strategy, limit: RateLimitItem, of: str, user: str) -> RateLimitExceededError:
+async def _exceeded(strategy: Strategy, limit: RateLimitItem, of: str, user: str) -> RateLimitExceededError:
     """The error that names the limit and says when to try again."""
-    seconds = max(1, math.ceil(strategy.get_window_stats(limit, of, user).reset_time - time.time()))
+    window = await strategy.get_window_stats(limit, of, user)
+    seconds = max(1, math.ceil(window.reset_time - time.time()))
     allowed = str(limit).replace(" per", f" {of} per", 1)
     return RateLimitExceededError(f"you may have {allowed}: try again in {seconds} s", seconds)

@@ -11,6 +11,7 @@ import click
 from models.errors import StartError
 from models.settings import Settings
 from models.store.database import open_database
+from models.store.ownership import Ownership
 from models.users.users import Users
 
 
@@ -25,7 +26,7 @@ def users() -> None:
 @click.pass_obj
 def add(settings: Settings, id: str, secret: str | None) -> None:
     """Add a user."""
-    created = _with_users(settings, lambda users: users.create(id, secret))
+    created = _with_users(settings, lambda users: users.create(id, secret), needs_key=True)
     click.echo(f"added {id}" if secret else f"added {id}; the secret, shown only this once: {created}")
 
 
@@ -46,10 +47,13 @@ def remove(settings: Settings, id: str) -> None:
     click.echo(f"removed {id}")
 
 
-def _with_users(settings: Settings, act: Callable[[Users], Awaitable[Any]]) -> Any:
+def _with_users(settings: Settings, act: Callable[[Users], Awaitable[Any]], needs_key: bool = False) -> Any:
     async def run() -> Any:
         async with open_database(settings) as database:
-            return await act(Users.open(settings, database))
+            users = Users.open(settings, database)
+            if needs_key:  # else users whose key is lost could not be removed
+                await users.check_key(Ownership(database))
+            return await act(users)
 
     try:
         return asyncio.run(run())

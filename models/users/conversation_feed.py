@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from models.errors import ConversationNotFoundError, one_line
+from models.shared.news import News
 from models.store.conversations import Conversation, Conversations
 from models.users.connections import ConnectionRegistry
 
@@ -19,14 +20,16 @@ WAITING = 10_000  # changes; each is one of another conversation
 class ConversationFeed:
     """Tells all connections of a user what a conversation is after a change, in the order of the first changes.
 
-    Nobody waits for it. It reads a conversation just before it tells of it, so many changes in a row may be told as
-    one, and the last state is always told. If the database cannot be read, nothing is told. Trees that are not listed
-    are not found, so nothing is told of them.
+    A change may be of this host, or news from another one. Nobody waits for it. It reads a conversation just before it
+    tells of it, so many changes in a row may be told as one, and the last state is always told. If the database cannot
+    be read, nothing is told. Trees that are not listed are not found, so nothing is told of them.
     """
 
-    def __init__(self, conversations: Conversations, connections: ConnectionRegistry) -> None:
+    def __init__(self, conversations: Conversations, connections: ConnectionRegistry, news: News | None = None) -> None:
         self._conversations = conversations
         self._connections = connections
+        self._news = news or News()
+        self._news.on_news = self._note
         self._waiting: dict[tuple[str, str], bool] = {}  # user and conversation; the value: whether it was deleted
         self._changed = asyncio.Event()
         self._failing = False
@@ -34,10 +37,10 @@ class ConversationFeed:
     @classmethod
     @asynccontextmanager
     async def opened(
-        cls, conversations: Conversations, connections: ConnectionRegistry
+        cls, conversations: Conversations, connections: ConnectionRegistry, news: News | None = None
     ) -> AsyncIterator[ConversationFeed]:
         """A feed that tells of changes until the context ends."""
-        feed = cls(conversations, connections)
+        feed = cls(conversations, connections, news)
         telling = asyncio.create_task(feed._tell_all())
         try:
             yield feed
@@ -48,13 +51,15 @@ class ConversationFeed:
     def changed(self, user: str, id: str) -> None:
         """A conversation of a user has changed, in the database."""
         self._note(user, id, deleted=False)
+        self._news.tell(user, id, deleted=False)
 
     def deleted(self, user: str, id: str) -> None:
         """A conversation of a user was deleted from the database."""
         self._note(user, id, deleted=True)
+        self._news.tell(user, id, deleted=True)
 
     def _note(self, user: str, id: str, deleted: bool) -> None:
-        """Tell the connections of this process soon; a process that shared its users would have to note it too."""
+        """Tell the connections of this process soon. It reads the database first, so that late news do no harm."""
         if not self._connections.count(user):
             return
         self._waiting[user, id] = deleted or self._waiting.get((user, id), False)

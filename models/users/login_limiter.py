@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 
 from limits import parse
-from limits.storage import MemoryStorage
-from limits.strategies import FixedWindowRateLimiter
+from limits.aio.storage import MemoryStorage, Storage
+from limits.aio.strategies import FixedWindowRateLimiter
 
 from models.errors import TooManyLoginsError
 from models.ops.logs import log
@@ -30,40 +31,49 @@ class LoginLimiter:
     """Counts failed logins. The window starts at the first failure.
 
     They count for each address, or where a user id is named, for each address and id; for each address over all ids;
-    and for the devices of each user. A moving window would keep an entry for each address forever (limits 5.8, in
-    memory).
+    and for the devices of each user. Without a storage, they count in memory.
     """
 
-    def __init__(self, limit: str = FAILURES, of_address: str = FAILURES_OF_ADDRESS) -> None:
+    def __init__(
+        self, limit: str = FAILURES, of_address: str = FAILURES_OF_ADDRESS, storage: Storage | None = None
+    ) -> None:
         self._limit = parse(limit)
         self._of_address = parse(of_address)
-        self._limiter = FixedWindowRateLimiter(MemoryStorage())
+        self._limiter = FixedWindowRateLimiter(storage or MemoryStorage())
 
-    def check(self, guesser: Guesser) -> None:
+    async def check(self, guesser: Guesser) -> None:
         """Raise TooManyLoginsError if an address has failed too often, with this user id or with all of them."""
-        if self._is_blocked(guesser):
+        if await self._is_blocked(guesser):
             raise TooManyLoginsError
 
-    def check_device(self, guesser: Guesser) -> None:
+    async def check_device(self, guesser: Guesser) -> None:
         """Raise TooManyLoginsError if no device is shown, or if the devices of its user have failed too often."""
-        if guesser.device_of is None or not self._limiter.test(self._limit, "device", guesser.device_of):
+        if guesser.device_of is None or not await self._limiter.test(self._limit, "device", guesser.device_of):
             raise TooManyLoginsError
 
-    def count_failure(self, guesser: Guesser) -> None:
-        """Count one failed login. Logs a line if it was one too many."""
-        blocked_before = self._is_blocked(guesser)
-        self._limiter.hit(self._limit, *self._key(guesser))
-        self._limiter.hit(self._of_address, "address", counted(guesser.address))
-        if guesser.device_of is not None:
-            self._limiter.hit(self._limit, "device", guesser.device_of)
-        if self._is_blocked(guesser) and not blocked_before:
-            log("logins blocked", address=guesser.address)
+    async def count_failure(self, guesser: Guesser) -> bool:
+        """Count one failed login. Logs a line if it is the last one that is allowed.
 
-    def _is_blocked(self, guesser: Guesser) -> bool:
-        return not (
-            self._limiter.test(self._limit, *self._key(guesser))
-            and self._limiter.test(self._of_address, "address", counted(guesser.address))
+        Returns False if it is one too many: hosts that count together may have checked at the same time.
+        """
+        own, of_address, of_device = await asyncio.gather(
+            self._limiter.hit(self._limit, *self._key(guesser)),
+            self._limiter.hit(self._of_address, "address", counted(guesser.address)),
+            self._count_device(guesser),
         )
+        if own and of_address and await self._is_blocked(guesser):
+            log("logins blocked", address=guesser.address)
+        return (own and of_address) or of_device
+
+    async def _count_device(self, guesser: Guesser) -> bool:
+        return guesser.device_of is not None and await self._limiter.hit(self._limit, "device", guesser.device_of)
+
+    async def _is_blocked(self, guesser: Guesser) -> bool:
+        allowed = await asyncio.gather(
+            self._limiter.test(self._limit, *self._key(guesser)),
+            self._limiter.test(self._of_address, "address", counted(guesser.address)),
+        )
+        return not all(allowed)
 
     @staticmethod
     def _key(guesser: Guesser) -> tuple[str, ...]:

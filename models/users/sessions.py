@@ -45,7 +45,7 @@ class Sessions:
         self._database = database
         # The label keeps an old word, tickets: a new label would end all sessions.
         self._serializer = URLSafeTimedSerializer(hmac.digest(key, b"tickets", "sha256"))
-        self._stored: set[str] = set()  # ended sessions, as of the last read of the database
+        self._stored: dict[str, Session] = {}  # ended sessions, as of the last read of the database
         self._all_until: dict[str, float] = {}  # by user: all sessions that expire until then have ended
         self._unseen: dict[str, Session] = {}  # those that ended here, and that no read has shown yet
         self._unsaved: dict[str, Session] = {}
@@ -69,10 +69,14 @@ class Sessions:
             return None
         return session, fingerprint
 
-    async def end(self, session: Session) -> None:
-        """End a session, and store that."""
+    @property
+    def ended(self) -> list[Session]:
+        """The sessions that have ended, as far as this process knows."""
+        return [*(self._stored | self._unseen).values()]
+
+    def end(self, session: Session) -> None:
+        """End a session. The next `save` stores that."""
         self._unseen[session.id] = self._unsaved[session.id] = session
-        await self.save()
 
     async def save(self) -> None:
         """Store the sessions that have ended here and are not stored yet."""
@@ -96,7 +100,7 @@ class Sessions:
     def learn(self, ended: list[Session]) -> list[Session]:
         """Replace what the last read found; returns the sessions that other processes have ended since then."""
         new = [session for session in ended if session.id not in self._stored and session.id not in self._unseen]
-        self._stored = {session.id for session in ended}
+        self._stored = {session.id: session for session in ended}
         self._all_until = {session.user_id: session.expires for session in ended if session.id.startswith(ALL)}
         unseen = (session for id, session in self._unseen.items() if id not in self._stored)
         self._unseen = {session.id: session for session in unseen if session.expires > time.time()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import hmac
 import logging
 import os
@@ -10,16 +11,19 @@ import re
 import secrets
 import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 from weakref import WeakValueDictionary
 
-from sqlalchemy import delete, insert, select
+from limits.aio.storage import Storage
+from sqlalchemy import delete, exists, insert, select
 from sqlalchemy.exc import IntegrityError
 
 from models.errors import (
     APIError,
+    DatabaseInUseError,
     DatabaseUnavailableError,
     DataFolderError,
     TooManyLoginsError,
@@ -29,7 +33,8 @@ from models.errors import (
 )
 from models.private_files import make_private_file
 from models.settings import USER_ID, Settings
-from models.store.database import Database, make_data_folder, users_table
+from models.store.database import Database, begin_alone, key_fingerprint_table, make_data_folder, users_table
+from models.store.ownership import Ownership
 from models.users.addresses import counted
 from models.users.devices import Devices
 from models.users.login_limiter import Guesser, LoginLimiter
@@ -48,17 +53,27 @@ class User:
     digest: bytes
 
 
+@dataclass(frozen=True)
+class Logins:
+    """Who may log in: the users, and the sessions that have ended before they expire."""
+
+    users: tuple[User, ...]
+    ended: tuple[Session, ...]
+
+
 class Users:
     """The users in the database and those of `PARLEY_USERS`.
 
-    Secrets are stored as HMAC-SHA256. The key is in a file next to the database: each is useless without the other.
+    Secrets are stored as HMAC-SHA256. The key is in the settings or in a file: the database is useless without it.
     An attacker cannot predict digests, so the time of a lookup reveals nothing. The users of the last read stay known
     while the database is down; `trouble` says why a later read failed.
     """
 
-    def __init__(self, database: Database, key: bytes, configured: Mapping[str, str]) -> None:
+    def __init__(
+        self, database: Database, key: bytes, configured: Mapping[str, str], limits: Storage | None = None
+    ) -> None:
         self._database = database
-        self._login_limiter = LoginLimiter()
+        self._login_limiter = LoginLimiter(storage=limits)
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # of logins, by address
         self._key = key
         self._sessions = Sessions(key, database)
@@ -68,17 +83,67 @@ class Users:
         self._reads = self._latest_read = 0  # how many reads began, and the number of the read that gave `_known`
         self._on_revoked: Callable[[User], None] | None = None
         self._on_session_ended: Callable[[Session], None] | None = None
+        self.on_changed: Callable[[Logins], None] | None = None
         self.trouble: str | None = None
 
     @classmethod
-    def open(cls, settings: Settings, database: Database) -> Users:
-        """The users of the settings and a database, with the key in the data folder. Raises StartError."""
+    def open(cls, settings: Settings, database: Database, limits: Storage | None = None) -> Self:
+        """The users of the settings and a database, with the key of the settings, else of the data folder.
+
+        `limits` counts failed logins, else the memory does. Raises StartError.
+        """
+        if settings.key is not None:
+            key = hashlib.sha256(settings.key.encode(errors="surrogatepass")).digest()
+            return cls(database, key, settings.users, limits)
         make_data_folder(settings)
         try:
             key = _read_key(settings.data / "key")
         except OSError as error:
             raise DataFolderError(settings.data, error) from error
-        return cls(database, key, settings.users)
+        return cls(database, key, settings.users, limits)
+
+    @property
+    def logins(self) -> Logins:
+        """Who may log in, as of the last read of the database."""
+        return Logins(self._known, tuple(self._sessions.ended))
+
+    def replace(self, logins: Logins) -> None:
+        """Replace who may log in, as another process has read it."""
+        self._known = logins.users
+        self._sessions.learn([*logins.ended])
+
+    async def check_key(self, ownership: Ownership) -> None:
+        """Check that the database belongs to the key; it takes the first one that it sees.
+
+        It takes another one only while it has no users, and no other process runs. `ownership` is that of this process,
+        which need not have taken it. Raises UsersError.
+        """
+        if await self._take_key():
+            return
+        with suppress(DatabaseInUseError):
+            if not await self._has_stored_users():
+                await ownership.wait_alone()
+                if await self._take_key(replace=True):
+                    return
+        raise UsersError(
+            "the secrets in the database belong to another key: set PARLEY_KEY to the same value on all hosts, or copy "
+            "the file data/key of the first one; if the key is lost, stop all hosts, remove all users, and start again"
+        )
+
+    async def _take_key(self, replace: bool = False) -> bool:
+        """Give the database this key, if it has none or it is to be replaced. Returns whether it has this one now."""
+        fingerprint = hmac.digest(self._key, b"fingerprint", "sha256")
+        async with begin_alone(self._database) as connection:
+            stored = (await connection.execute(select(key_fingerprint_table.c.fingerprint))).scalar()
+            if stored is None or replace:
+                await connection.execute(delete(key_fingerprint_table))
+                await connection.execute(insert(key_fingerprint_table).values(place=1, fingerprint=fingerprint))
+                return True
+        return hmac.compare_digest(stored, fingerprint)
+
+    async def _has_stored_users(self) -> bool:
+        async with self._database.connect() as connection:
+            return bool((await connection.execute(select(exists(select(users_table.c.id))))).scalar())
 
     @asynccontextmanager
     async def watched(
@@ -121,14 +186,15 @@ class Users:
             return await self._log_in(secret, guesser)
 
     async def _log_in(self, secret: str, guesser: Guesser) -> User:
-        wanted = self._wanted(guesser)
+        wanted = await self._wanted(guesser)
         try:
             user = await self.find(secret, wanted)
             refusal: APIError = WrongCredentialsError()
         except DatabaseUnavailableError as error:  # counts as a failed login: the secret matched no known user
             user, refusal = None, error
         if user is None:
-            self._login_limiter.count_failure(guesser)
+            if not await self._login_limiter.count_failure(guesser):
+                refusal = TooManyLoginsError()
             raise refusal
         return user
 
@@ -152,7 +218,9 @@ class Users:
         """End a session: its token is no longer valid, in any process."""
         if self._on_session_ended:
             self._on_session_ended(session)
-        await self._sessions.end(session)
+        self._sessions.end(session)
+        self._tell_changed()
+        await self._sessions.save()
 
     async def create(self, user_id: str, secret: str | None = None) -> str:
         """Add a user and return the secret; it is random if none is given. Raises UsersError."""
@@ -209,18 +277,18 @@ class Users:
         found = self._devices.read(token)
         return self._find_by_fingerprint(*found) if found else None
 
-    def _wanted(self, guesser: Guesser) -> str | None:
+    async def _wanted(self, guesser: Guesser) -> str | None:
         """The id of the only user that a secret may belong to; None for any. Raises TooManyLoginsError.
 
         From a blocked address, it is the user whose device this is: a secret of anybody else is like a wrong one.
         """
         try:
-            self._login_limiter.check(guesser)
+            await self._login_limiter.check(guesser)
             return guesser.user_id
         except TooManyLoginsError:
             if guesser.user_id not in (None, guesser.device_of):
                 raise
-            self._login_limiter.check_device(guesser)
+            await self._login_limiter.check_device(guesser)
             return guesser.device_of
 
     def _digest(self, secret: str) -> bytes:
@@ -241,13 +309,20 @@ class Users:
         if read < self._latest_read:  # a late read would bring back removed users, and revoke new ones
             return
         self._latest_read = read
-        gone, self._known = {*self._known} - {*known}, known
+        before, self._known = self._known, known
+        gone, sessions = {*before} - {*known}, self._sessions.learn(ended)
         if on_revoked := self._on_revoked:
             for user in gone:
                 on_revoked(user)
-        for session in self._sessions.learn(ended):
+        for session in sessions:
             if self._on_session_ended:
                 self._on_session_ended(session)
+        if sessions or {*before} != {*known}:
+            self._tell_changed()
+
+    def _tell_changed(self) -> None:
+        if self.on_changed:
+            self.on_changed(self.logins)
 
     async def _watch(self, seconds: float) -> None:
         while True:
@@ -276,5 +351,7 @@ def _read_key(path: Path) -> bytes:
             os.unlink(temporary)
     make_private_file(path)
     if len(key := path.read_bytes()) != 32:
-        raise UsersError(f"{path} is not a key of 32 bytes: restore it, or delete it and add the users again")
+        raise UsersError(
+            f"{path} is not a key of 32 bytes: restore it; or delete it, remove the users and add them again"
+        )
     return key

@@ -55,12 +55,10 @@ from models.generation.response import BATCH
 from models.language.events import Event
 from models.messages import Message
 from models.options import Options
-from models.output_item import OutputItem
 from models.settings import Settings
 from models.store.conversations import Conversations, Listing
 from models.store.database import open_database
 from models.store.item import Edge, Item, Status, part_id
-from models.store.place import Place
 from tests.support.fake_client import FakeListener
 from tests.support.scripted import ScriptedChat, ScriptedReply, running
 from tests.support.stores import AwayConversations, SlowConversations
@@ -195,7 +193,7 @@ async def nothing(responses: ResponseManager, listener: FakeListener, id: str) -
 
 
 async def cancel(responses: ResponseManager, listener: FakeListener, id: str) -> None:
-    responses.cancel("ann", id)
+    await responses.cancel("ann", id)
 
 
 async def cancel_all(responses: ResponseManager, listener: FakeListener, id: str) -> None:
@@ -331,7 +329,7 @@ async def test_a_reply_whose_prompt_is_being_made_can_be_cancelled(
     async with running(chat, conversations, settings) as responses:
         id = responses.create(request("say one", target), listener)
         await chat.preparing.wait()
-        responses.cancel("ann", id)
+        await responses.cancel("ann", id)
         created, finished = await listener.until(Finished)
         assert isinstance(created, Created)
         assert isinstance(finished, Finished)
@@ -408,7 +406,7 @@ async def test_a_cancelled_reply_closes_the_events_of_its_chat(
     async with running(chat, conversations, settings) as responses:
         id = await start(responses, listener, request("wait here"))
         assert not chat.closed.is_set()
-        responses.cancel("ann", id)
+        await responses.cancel("ann", id)
         await listener.next(Finished)
         assert chat.closed.is_set()
 
@@ -627,8 +625,7 @@ async def test_a_conversation_is_busy_until_its_reply_has_ended(
     responses: ResponseManager, listener: FakeListener, scripted: ScriptedChat
 ) -> None:
     await start(responses, listener, request("wait one"))
-    with pytest.raises(ConversationLockedError):
-        responses.create(request("say two"), listener)
+    assert isinstance(await run_rejected(responses, request("say two")), ConversationLockedError)
     error = await run_rejected(responses, request("say three", StoredConversation("conv_1"), user="bob"))
     assert isinstance(error, ConversationNotFoundError)  # for bob it is not busy
     scripted.release()
@@ -734,7 +731,7 @@ async def test_a_reply_whose_end_cannot_be_stored_is_told_and_stored_later(
     id = (await listener.next(Created)).response_id
     conversations.broken = True
     await listener.next(OutputDelta)
-    responses.cancel("ann", id)
+    await responses.cancel("ann", id)
     finished = await listener.next(Finished)
     assert (finished.reply.status, finished.reply.content) == (Status.CANCELLED, "here")
     assert "messages cannot be stored, and wait in memory: OSError: the disk is full" in caplog.text
@@ -809,18 +806,6 @@ async def test_a_reply_that_the_server_ends_is_stored_as_failed(
     _, reply = await items(conversations)
     assert (reply.content, reply.status, reply.reason) == ("half", Status.FAILED, "server_shutdown")
     assert scripted.running == 0
-
-
-async def test_a_reply_that_a_crash_cut_off_has_failed_at_the_next_start(
-    scripted: ScriptedChat, conversations: SlowConversations, settings: Settings, caplog: pytest.LogCaptureFixture
-) -> None:
-    cut_off = Item.of_reply("resp_1", 1.0, [OutputItem("message", ["hal"])], status=Status.IN_PROGRESS)
-    before = Conversations(conversations._database, "crashed")
-    await before.begin_turn("ann", "conv_1", Place(new=True), [], cut_off)
-    async with running(scripted, conversations, settings):
-        (reply,) = await items(conversations)
-    assert (reply.content, reply.status, reply.reason) == ("hal", Status.FAILED, "server_error")
-    assert "1 replies were cut off" in caplog.text
 
 
 async def test_a_rejected_request_changes_no_conversation(
@@ -907,7 +892,7 @@ async def test_a_reply_of_another_user_is_not_found(responses: ResponseManager, 
         with pytest.raises(ResponseNotFoundError):
             await responses.follow("bob", id, listener)
         with pytest.raises(ResponseNotFoundError):
-            responses.cancel("bob", id)
+            await responses.cancel("bob", id)
         responses.abandon("bob", id)
     assert listener.heard.empty()
     assert scripted.running == 1
@@ -916,7 +901,7 @@ async def test_a_reply_of_another_user_is_not_found(responses: ResponseManager, 
 async def test_a_finished_reply_cannot_be_cancelled(responses: ResponseManager) -> None:
     reply = await run(responses, request("say one"))
     with pytest.raises(ResponseNotFoundError, match="no such reply is running"):
-        responses.cancel("ann", reply.id)
+        await responses.cancel("ann", reply.id)
 
 
 async def test_a_finished_or_unknown_reply_can_be_abandoned(

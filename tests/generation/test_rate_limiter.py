@@ -9,13 +9,15 @@ from models.generation.admission import Admission
 from models.generation.rate_limiter import RateLimiter
 from models.messages import Usage
 
+pytestmark = pytest.mark.anyio
 
-def count_allowed(limiter: RateLimiter, user: str, requests: int) -> int:
+
+async def count_allowed(limiter: RateLimiter, user: str, requests: int) -> int:
     """How many of some requests in a row are allowed."""
     allowed = 0
     for _ in range(requests):
         try:
-            limiter.count_request(user)
+            await limiter.count_request(user)
             allowed += 1
         except RateLimitExceededError:
             pass
@@ -26,21 +28,21 @@ def count_allowed(limiter: RateLimiter, user: str, requests: int) -> int:
 
 
 @pytest.mark.parametrize(("limit", "requests"), [("3/day", 3), ("1/hour", 1), ("2 per 30 days", 2)])
-def test_requests_are_allowed_up_to_the_limit(limit: str, requests: int) -> None:
-    assert count_allowed(RateLimiter(limit), "ann", 9) == requests
+async def test_requests_are_allowed_up_to_the_limit(limit: str, requests: int) -> None:
+    assert await count_allowed(RateLimiter(limit), "ann", 9) == requests
 
 
-def test_each_user_has_their_own_limit() -> None:
+async def test_each_user_has_their_own_limit() -> None:
     limiter = RateLimiter("2/day", "10/day")
-    assert count_allowed(limiter, "ann", 3) == 2
-    limiter.count_tokens("ann", 10)
-    assert count_allowed(limiter, "bob", 3) == 2
+    assert await count_allowed(limiter, "ann", 3) == 2
+    await limiter.count_tokens("ann", 10)
+    assert await count_allowed(limiter, "bob", 3) == 2
 
 
-def test_without_limits_everything_is_allowed() -> None:
+async def test_without_limits_everything_is_allowed() -> None:
     limiter = RateLimiter()
-    limiter.count_tokens("ann", 10**12)
-    assert count_allowed(limiter, "ann", 1000) == 1000
+    await limiter.count_tokens("ann", 10**12)
+    assert await count_allowed(limiter, "ann", 1000) == 1000
 
 
 @pytest.mark.parametrize(
@@ -55,42 +57,40 @@ def test_without_limits_everything_is_allowed() -> None:
         pytest.param([9, 500], False, id="more"),
     ],
 )
-def test_a_request_is_refused_once_all_tokens_are_spent(spent: list[int], allowed: bool) -> None:
+async def test_a_request_is_refused_once_all_tokens_are_spent(spent: list[int], allowed: bool) -> None:
     limiter = RateLimiter(tokens="10/day")
     for tokens in spent:
-        limiter.count_tokens("ann", tokens)
-    assert count_allowed(limiter, "ann", 5) == (5 if allowed else 0)
+        await limiter.count_tokens("ann", tokens)
+    assert await count_allowed(limiter, "ann", 5) == (5 if allowed else 0)
 
 
-@pytest.mark.anyio
 async def test_a_request_that_the_token_limit_refuses_is_not_counted() -> None:
     limiter = RateLimiter("2/day", "10/second")
-    limiter.count_request("ann")
-    limiter.count_tokens("ann", 10)
+    await limiter.count_request("ann")
+    await limiter.count_tokens("ann", 10)
     with pytest.raises(RateLimitExceededError, match="tokens"):
-        limiter.count_request("ann")
+        await limiter.count_request("ann")
     async with asyncio.timeout(10):
-        while not count_allowed(limiter, "ann", 1):
-            limiter.count_tokens("ann", 1)  # does not prolong the window, which began with the first tokens
+        while not await count_allowed(limiter, "ann", 1):
+            await limiter.count_tokens("ann", 1)  # does not prolong the window, which began with the first tokens
             await asyncio.sleep(0.01)
     with pytest.raises(RateLimitExceededError, match="requests"):
-        limiter.count_request("ann")
+        await limiter.count_request("ann")
 
 
 @pytest.mark.parametrize(
     ("limiter", "kind", "longest"),
     [
-        pytest.param({"requests": "1/minute"}, "requests", 60, id="requests in a minute"),
-        pytest.param({"requests": "1/day"}, "requests", 86_400, id="requests in a day"),
-        pytest.param({"tokens": "1/hour"}, "tokens", 3600, id="tokens in an hour"),
+        pytest.param(RateLimiter(requests="1/minute"), "requests", 60, id="requests in a minute"),
+        pytest.param(RateLimiter(requests="1/day"), "requests", 86_400, id="requests in a day"),
+        pytest.param(RateLimiter(tokens="1/hour"), "tokens", 3600, id="tokens in an hour"),
     ],
 )
-def test_the_error_says_what_is_limited_and_when_to_retry(limiter: dict[str, str], kind: str, longest: int) -> None:
-    rate_limiter = RateLimiter(**limiter)
-    rate_limiter.count_request("ann")
-    rate_limiter.count_tokens("ann", 5)
+async def test_the_error_says_what_is_limited_and_when_to_retry(limiter: RateLimiter, kind: str, longest: int) -> None:
+    await limiter.count_request("ann")
+    await limiter.count_tokens("ann", 5)
     with pytest.raises(RateLimitExceededError, match=rf"{kind} per 1 \w+: try again in \d+ s") as raised:
-        rate_limiter.count_request("ann")
+        await limiter.count_request("ann")
     error = raised.value
     assert (error.status, error.type, error.code, error.param) == (429, "rate_limit_error", "rate_limit_exceeded", None)
     assert error.retry_after is not None
@@ -105,42 +105,41 @@ def make_admission(limiter: RateLimiter, per_user: int = 9) -> Admission:
     return Admission(slots=1, queue=9, per_user=per_user, rate_limiter=limiter)
 
 
-def test_the_tokens_of_a_reply_count_when_it_has_ended() -> None:
+async def test_the_tokens_of_a_reply_count_when_it_has_ended() -> None:
     admission = make_admission(RateLimiter(tokens="10/day"))
-    with admission.ticket("ann") as ticket:
+    async with admission.ticket("ann") as ticket:
         ticket.usage = Usage(6, output_tokens=4)
-        with admission.ticket("ann"):
+        async with admission.ticket("ann"):
             pass
     with pytest.raises(RateLimitExceededError):
-        admission.enter("ann")
-    admission.leave(admission.enter("bob"))
+        await admission.enter("ann")
+    admission.leave(await admission.enter("bob"))
 
 
-def test_a_reply_that_never_had_a_slot_spends_no_tokens() -> None:
+async def test_a_reply_that_never_had_a_slot_spends_no_tokens() -> None:
     admission = make_admission(RateLimiter(tokens="10/day"))
-    first = admission.enter("ann")
-    waiting = admission.enter("ann")
-    waiting.usage = Usage(100)
-    admission.leave(waiting)
+    first = await admission.enter("ann")
+    async with admission.ticket("ann") as waiting:
+        waiting.usage = Usage(100)
     admission.leave(first)
-    admission.leave(admission.enter("ann"))
+    admission.leave(await admission.enter("ann"))
 
 
-def test_a_request_that_is_refused_for_another_reason_is_not_counted() -> None:
+async def test_a_request_that_is_refused_for_another_reason_is_not_counted() -> None:
     admission = Admission(slots=1, queue=0, per_user=1, rate_limiter=RateLimiter("2/day"))
-    first = admission.enter("ann")
+    first = await admission.enter("ann")
     for _ in range(5):
         with pytest.raises(TooManyResponsesError):
-            admission.enter("ann")
+            await admission.enter("ann")
     admission.leave(first)
-    admission.leave(admission.enter("ann"))
+    admission.leave(await admission.enter("ann"))
     with pytest.raises(RateLimitExceededError):
-        admission.enter("ann")
+        await admission.enter("ann")
 
 
-def test_a_rate_limited_request_takes_no_slot() -> None:
+async def test_a_rate_limited_request_takes_no_slot() -> None:
     admission = make_admission(RateLimiter("1/day"))
-    admission.leave(admission.enter("ann"))
+    admission.leave(await admission.enter("ann"))
     with pytest.raises(RateLimitExceededError):
-        admission.enter("ann")
+        await admission.enter("ann")
     assert (admission.free, admission.in_flight.total()) == (1, 0)

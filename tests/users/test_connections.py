@@ -7,6 +7,7 @@ import pytest
 from models.errors import TooManyConnectionsError
 from models.store.conversations import Conversation
 from models.users.connections import CONNECTS, Change, ConnectionRegistry
+from tests.support.held_storage import HeldStorage
 
 Changes = list[tuple[Change, str]]
 
@@ -42,7 +43,7 @@ def registry() -> ConnectionRegistry:
 def join(registry: ConnectionRegistry, user: str) -> FakeConnection:
     """A new connection of a user."""
     connection = FakeConnection()
-    registry.join(user, connection)
+    registry.add(user, connection)
     return connection
 
 
@@ -51,7 +52,7 @@ def test_the_connections_of_a_session_are_closed_and_no_others(registry: Connect
     connections = {user: [FakeConnection(session) for session in sessions] for user, sessions in users.items()}
     for user, own in connections.items():
         for connection in own:
-            registry.join(user, connection)
+            registry.add(user, connection)
     registry.close_session("ann", "one", *REVOKED)
     registry.close_session("eve", "one", *REVOKED)
     assert [bool(connection.closed) for connection in connections["ann"]] == [True, True, False, False]
@@ -71,8 +72,8 @@ def test_all_connections_of_a_user_hear_of_a_conversation_also_behind_one_that_f
 ) -> None:
     first, broken, last, other = FakeConnection(), BrokenConnection(), FakeConnection(), FakeConnection()
     for connection in (first, broken, last):
-        registry.join("ann", connection)
-    registry.join("bob", other)
+        registry.add("ann", connection)
+    registry.add("bob", other)
     conversation = Conversation("conv_1", "Title", 1.0, 2.0)
     registry.conversation_changed("ann", "conv_1", conversation)
     registry.conversation_changed("eve", "conv_1", None)
@@ -123,6 +124,23 @@ def test_without_announcements_nobody_hears_of_others() -> None:
     assert ann.changes == []
 
 
+class TiredConnection(FakeConnection):
+    """Fails when it is told of a user."""
+
+    def presence_changed(self, change: Change, user: str) -> None:
+        raise RuntimeError("a bug")
+
+
+def test_others_hear_of_a_user_also_behind_a_connection_that_fails(
+    registry: ConnectionRegistry, caplog: pytest.LogCaptureFixture
+) -> None:
+    registry.add("bob", TiredConnection())
+    ann = join(registry, "ann")
+    join(registry, "eve")
+    assert ann.changes == [("joined", "eve")]
+    assert "a bug" in caplog.text
+
+
 # The limit
 
 
@@ -135,28 +153,74 @@ def test_the_connections_of_each_user_are_counted(announce: bool) -> None:
     assert registry.count("ann") == 1
 
 
+@pytest.mark.anyio
 @pytest.mark.parametrize("per_user", [1, 3])
-def test_a_user_has_a_limited_number_of_connections(per_user: int) -> None:
+async def test_a_user_has_a_limited_number_of_connections(per_user: int) -> None:
     registry = ConnectionRegistry(announce=True, per_user=per_user)
     for _ in range(per_user):
-        registry.check("ann")
-        last = join(registry, "ann")
+        await registry.join("ann", last := FakeConnection())
     with pytest.raises(TooManyConnectionsError, match="too many open connections") as raised:
-        registry.check("ann")
+        await registry.join("ann", FakeConnection())
     assert (raised.value.type, raised.value.code) == ("rate_limit_error", "too_many_sockets")
-    registry.check("bob")
+    await registry.join("bob", FakeConnection())
     registry.leave("ann", last)
-    registry.check("ann")
+    await registry.join("ann", FakeConnection())
 
 
-def test_a_check_does_not_count_as_a_connection() -> None:
+@pytest.mark.anyio
+async def test_a_refused_connection_does_not_count() -> None:
     registry = ConnectionRegistry(announce=True, per_user=1)
+    await registry.join("ann", first := FakeConnection())
     for _ in range(3):
-        registry.check("ann")
-    assert registry.count("ann") == 0
+        with pytest.raises(TooManyConnectionsError):
+            await registry.join("ann", FakeConnection())
+    assert registry.count("ann") == 1
+    registry.leave("ann", first)
+    await registry.join("ann", FakeConnection())
+
+
+@pytest.mark.anyio
+async def test_connections_that_are_opened_at_once_do_not_exceed_the_limit() -> None:
+    storage = HeldStorage()
+    registry = ConnectionRegistry(announce=True, per_user=2, limits=storage)
+    joining = asyncio.gather(*[registry.join("ann", FakeConnection()) for _ in range(9)], return_exceptions=True)
+    await storage.asked.wait()
+    storage.may_count.set()
+    refused = [error for error in await joining if error]
+    assert [type(error) for error in refused] == [TooManyConnectionsError] * 7
+    assert registry.count("ann") == 2
+
+
+@pytest.mark.anyio
+async def test_a_connection_that_is_given_up_while_it_is_counted_leaves_room() -> None:
+    storage = HeldStorage()
+    registry = ConnectionRegistry(announce=True, per_user=1, limits=storage)
+    joining = asyncio.create_task(registry.join("ann", FakeConnection()))
+    await storage.asked.wait()
+    joining.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await joining
+    storage.may_count.set()
+    await registry.join("ann", FakeConnection())
+    assert registry.count("ann") == 1
 
 
 # Closing
+
+
+@pytest.mark.anyio
+async def test_a_connection_that_is_being_counted_is_closed_with_the_others_of_its_user_and_session() -> None:
+    storage = HeldStorage()
+    registry = ConnectionRegistry(announce=True, per_user=9, limits=storage)
+    joining = asyncio.create_task(registry.join("ann", connection := FakeConnection("one")))
+    await storage.asked.wait()
+    registry.close_user("bob", *REVOKED)
+    registry.close_user("ann", *REVOKED)
+    registry.close_session("ann", "two", *RESTART)
+    registry.close_session("ann", "one", *RESTART)
+    storage.may_count.set()
+    await joining
+    assert connection.closed == [REVOKED, RESTART]
 
 
 def test_only_the_connections_of_one_user_are_closed(registry: ConnectionRegistry) -> None:
@@ -238,11 +302,12 @@ def test_a_flapping_user_who_ends_as_before_is_not_announced() -> None:
     assert changes_of_a_flapping_user(stays=False) == [("joined", "bob"), ("left", "bob")] * 3
 
 
-def test_a_user_may_open_only_some_connections_a_minute() -> None:
+@pytest.mark.anyio
+async def test_a_user_may_open_only_some_connections_a_minute() -> None:
     registry = ConnectionRegistry(announce=False, per_user=2)
     for _ in range(2 + CONNECTS):
-        registry.check("ann")
-        registry.leave("ann", join(registry, "ann"))
+        await registry.join("ann", connection := FakeConnection())
+        registry.leave("ann", connection)
     with pytest.raises(TooManyConnectionsError, match="wait up to a minute"):
-        registry.check("ann")
-    registry.check("bob")
+        await registry.join("ann", FakeConnection())
+    await registry.join("bob", FakeConnection())

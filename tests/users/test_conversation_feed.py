@@ -76,7 +76,7 @@ async def feed(reader: Reader, registry: ConnectionRegistry) -> AsyncIterator[Co
 def join(registry: ConnectionRegistry, user: str = "ann") -> Window:
     """A new connection of a user."""
     window = Window()
-    registry.join(user, window)
+    registry.add(user, window)
     return window
 
 

@@ -53,6 +53,12 @@ async def refresh(sessions: Sessions, database: BreakableDatabase) -> list[Sessi
         return sessions.learn(await sessions.fetch_ended(connection))
 
 
+async def end(sessions: Sessions, session: Session) -> None:
+    """End a session, and store that."""
+    sessions.end(session)
+    await sessions.save()
+
+
 async def stored(database: BreakableDatabase) -> set[str]:
     async with database.database.connect() as connection:
         return {row.id for row in await connection.execute(ended_sessions_table.select())}
@@ -78,7 +84,7 @@ async def test_a_token_holds_its_session(here: Sessions) -> None:
 
 async def test_an_ended_session_is_refused_at_once_and_others_are_not(here: Sessions) -> None:
     (ended, session), (other, _) = new_session(here), new_session(here)
-    await here.end(session)
+    await end(here, session)
     assert here.read(ended) is None
     assert here.read(other)
 
@@ -87,7 +93,7 @@ async def test_another_process_learns_of_an_ended_session(
     here: Sessions, elsewhere: Sessions, database: BreakableDatabase
 ) -> None:
     token, session = new_session(here)
-    await here.end(session)
+    await end(here, session)
     assert elsewhere.read(token)
     assert await refresh(elsewhere, database) == [session]
     assert elsewhere.read(token) is None
@@ -100,7 +106,7 @@ async def test_a_read_from_before_the_end_brings_no_session_back(here: Sessions,
     token, session = new_session(here)
     async with database.database.connect() as connection:
         early = await here.fetch_ended(connection)
-    await here.end(session)
+    await end(here, session)
     here.learn(early)
     assert here.read(token) is None
 
@@ -110,7 +116,7 @@ async def test_a_logout_that_cannot_be_stored_is_tried_again(
 ) -> None:
     token, session = new_session(here)
     database.broken = True
-    await here.end(session)
+    await end(here, session)
     await here.save()
     assert here.read(token) is None
     assert await stored(database) == set()
@@ -122,7 +128,7 @@ async def test_a_logout_that_cannot_be_stored_is_tried_again(
 
 async def test_logouts_at_once_are_all_stored(here: Sessions, database: BreakableDatabase) -> None:
     ended = [new_session(here)[1] for _ in range(20)]
-    await asyncio.gather(*(here.end(session) for session in ended))
+    await asyncio.gather(*(end(here, session) for session in ended))
     assert await stored(database) == {session.id for session in ended}
 
 
@@ -130,15 +136,15 @@ async def test_a_session_can_be_ended_in_two_processes(
     here: Sessions, elsewhere: Sessions, database: BreakableDatabase
 ) -> None:
     _, session = new_session(here)
-    await here.end(session)
-    await elsewhere.end(session)
+    await end(here, session)
+    await end(elsewhere, session)
     assert await stored(database) == {session.id}
 
 
 async def test_expired_sessions_are_deleted(here: Sessions, database: BreakableDatabase) -> None:
-    await here.end(Session("old", "ann", time.time() - 1))
+    await end(here, Session("old", "ann", time.time() - 1))
     assert await refresh(here, database) == []
-    await here.end(Session("new", "bob", time.time() + 60))
+    await end(here, Session("new", "bob", time.time() + 60))
     assert await stored(database) == {"new"}
 
 
@@ -146,8 +152,8 @@ async def test_a_user_cannot_fill_the_table(here: Sessions, database: BreakableD
     async with database.database.begin() as connection:
         rows = [{"id": f"s{n}", "user_id": "ann", "expires": time.time() + 60 + n} for n in range(ENDED_PER_USER)]
         await connection.execute(ended_sessions_table.insert(), rows)
-    await here.end(Session("bob's", "bob", time.time() + 1))
-    await here.end(Session("last", "ann", time.time() + 10_000))
+    await end(here, Session("bob's", "bob", time.time() + 1))
+    await end(here, Session("last", "ann", time.time() + 10_000))
     assert len(await stored(database)) == ENDED_PER_USER + 2
     assert {"bob's", "last", "all:ann"} <= await stored(database)
     assert "s0" not in await stored(database)
@@ -158,11 +164,11 @@ async def test_a_session_that_ended_stays_ended_whatever_ends_after_it(
 ) -> None:
     token, bobs = here.token("ann", "print"), here.token("bob", "print")
     session, _ = here.read(token) or pytest.fail("no session")
-    await here.end(session)
+    await end(here, session)
     async with database.database.begin() as connection:
         rows = [{"id": f"s{n}", "user_id": "ann", "expires": session.expires + 1 + n} for n in range(ENDED_PER_USER)]
         await connection.execute(ended_sessions_table.insert(), rows)
-    await here.end(Session("last", "ann", session.expires + 10_000))
+    await end(here, Session("last", "ann", session.expires + 10_000))
     assert session.id not in await stored(database)
     later = Sessions(KEY, database)  # type: ignore[arg-type]
     async with database.database.connect() as connection:
@@ -176,9 +182,9 @@ async def test_a_late_logout_of_an_old_session_brings_no_other_one_back(
     async with database.database.begin() as connection:
         rows = [{"id": f"s{n}", "user_id": "ann", "expires": time.time() + 60 + n} for n in range(ENDED_PER_USER)]
         await connection.execute(ended_sessions_table.insert(), rows)
-    await here.end(Session("last", "ann", time.time() + 10_000))
+    await end(here, Session("last", "ann", time.time() + 10_000))
     async with database.database.connect() as connection:
         (before,) = [one for one in await here.fetch_ended(connection) if one.id == "all:ann"]
-    await here.end(Session("older", "ann", time.time() + 10))
+    await end(here, Session("older", "ann", time.time() + 10))
     async with database.database.connect() as connection:
         assert before in await here.fetch_ended(connection)
