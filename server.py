@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
@@ -14,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 import click
-import uvicorn
 from starlette.applications import Starlette
 from starlette.config import Config
 from starlette.middleware import Middleware
@@ -27,12 +25,18 @@ from models.errors import SettingsError, StartError, WrongCredentialsError
 from models.generation.admission import Admission
 from models.generation.interface import ModelInfo
 from models.generation.manager import ResponseManager
+from models.generation.parts import Status
+from models.hub.launcher import Launcher
+from models.hub.program import run_hub
+from models.hub.worker import Worker
 from models.language.chat import Chat
 from models.ops.file_limit import raise_file_limit
 from models.ops.logs import log, logging_configured
 from models.ops.metrics import Metrics
-from models.ops.shutdown import Shutdown, interruptible, terminable
+from models.ops.shutdown import Broken, Drain, Shutdown, cancelled_by, interruptible, terminable
+from models.ops.waiting import wait_for_any, wait_process_ended
 from models.settings import PREFIX, Settings
+from models.shared.shared_state import open_shared_state
 from models.store.conversations import Conversations
 from models.store.database import open_database
 from models.store.ownership import Ownership
@@ -46,7 +50,6 @@ from models.web import completions, conversations, pages, responses, status
 from models.web.authentication import UserRequired
 from models.web.chat_socket import ChatSocket
 from models.web.error_responses import HANDLERS, authentication_error
-from models.web.http_protocol import HTTPProtocol
 from models.web.middleware import (
     APIMiddleware,
     ProxiesMiddleware,
@@ -55,16 +58,13 @@ from models.web.middleware import (
     StartErrorMiddleware,
 )
 from models.web.open_connections import OpenConnections
-from models.web.paced_listener import PacedListener
 from models.web.responses_socket import ResponsesSocket
-from models.web.session_socket import FRAME_BYTES
+from models.web.serving import is_worker, serve, serve_in_workers
 
 logger = logging.getLogger("parley")
 
 CLOSE_SECONDS = 5  # how long clients may take to answer a close
-KEEP_ALIVE_SECONDS = 75  # longer than clients wait, else the server may close a connection just as a request arrives
-SHUTDOWN_SECONDS = 10  # for uvicorn to close connections; a client that does not read could delay it forever
-UVICORN_FRAME_BYTES = 4 * FRAME_BYTES  # uvicorn's own limit closes without our 1009, so it must be higher than ours
+ECHO_SECONDS = 1.5  # within which a supervisor passes on a signal that its workers have got too
 
 OpenChat = Callable[[Starlette], AbstractAsyncContextManager[Chat]]
 
@@ -85,33 +85,64 @@ async def lifespan(app: Starlette) -> AsyncIterator[dict[str, object]]:
             stack.enter_context(logging_configured(settings.log))
             stack.enter_context(terminable())
             state.open_connections = OpenConnections.within(raise_file_limit(), settings.proxies)
-            database = await stack.enter_async_context(open_database(settings))
-            state.users = Users.open(settings, database)
-            ownership = await stack.enter_async_context(Ownership.taken(database))
-            state.conversations = Conversations(database, ownership.owner.id, StorageLimits.of(settings))
-            state.connections = ConnectionRegistry(settings.presence, settings.sockets_per_user)
-            state.metrics, state.started = Metrics(), int(time.time())
-            state.admission = Admission.of(settings)
-            state.chat = await stack.enter_async_context(state.open_chat(app))
-            state.model_info = model_info(state.chat, settings)
-            state.feed = await stack.enter_async_context(
-                ConversationFeed.opened(state.conversations, state.connections)
-            )
-            state.responses = await stack.enter_async_context(
-                ResponseManager.opened(
-                    state.chat, state.admission, state.conversations, state.feed, settings, state.metrics
-                )
-            )
-            register_gauges(app)
-            print_login_help(state.url, await state.users.create_first())
-            await stack.enter_async_context(state.users.watched(partial(revoke, app), partial(end_session, app)))
-            broken = partial(wait_for_any, state.chat.died, ownership.lost)
-            shutdown = Shutdown.installed(partial(drain, app), settings.drain, broken)
-            await stack.enter_async_context(shutdown)
+            if is_worker():
+                state.launcher = Launcher.of(settings, state.hub_command, supervisor=os.getppid())
+            parts = remote_parts(app) if state.launcher else local_parts(app)
+            drain, broken = await stack.enter_async_context(parts)
+            echo = ECHO_SECONDS if state.launcher or state.is_hub else 0
+            shutdown = Shutdown.installed(drain, settings.drain, broken, echo)
+            state.shutdown = await stack.enter_async_context(shutdown)
             yield {"open_connections": state.open_connections}
     except (StartError, KeyboardInterrupt, asyncio.CancelledError) as error:
         state.start_error = str(error) or "interrupted"
         raise
+
+
+@asynccontextmanager
+async def local_parts(app: Starlette) -> AsyncIterator[tuple[Drain, Broken]]:
+    """Run the replies in this process."""
+    state = app.state
+    settings: Settings = state.settings
+    async with AsyncExitStack() as stack:
+        database = await stack.enter_async_context(open_database(settings))
+        state.shared = await stack.enter_async_context(open_shared_state(settings.redis_url))
+        state.users = Users.open(settings, database, state.shared.limits)
+        ownership = await stack.enter_async_context(Ownership.taken(database))
+        await state.users.check_key(ownership)
+        state.conversations = Conversations(database, ownership.owner.id, StorageLimits.of(settings))
+        state.connections = ConnectionRegistry(
+            settings.presence, settings.sockets_per_user, state.shared.limits, state.shared.presence
+        )
+        state.metrics, state.started = Metrics(), int(time.time())
+        state.admission = Admission.of(settings, state.shared.limits)
+        state.chat = await stack.enter_async_context(state.open_chat(app))
+        state.model_info = model_info(state.chat, settings)
+        state.feed = await stack.enter_async_context(
+            ConversationFeed.opened(state.conversations, state.connections, state.shared.news)
+        )
+        await stack.enter_async_context(ownership.watched(state.conversations, state.feed.changed))
+        state.responses = await stack.enter_async_context(
+            ResponseManager.opened(
+                state.chat, state.admission, state.conversations, state.feed, settings, state.metrics
+            )
+        )
+        state.status = Status(state)
+        register_gauges(app)
+        print_login_help(state.url, await state.users.create_first())
+        await stack.enter_async_context(state.users.watched(partial(revoke, app), partial(end_session, app)))
+        broken = partial(wait_for_any, state.chat.died.wait, ownership.lost.wait)
+        yield partial(drain, app, state.responses.drain), broken
+
+
+@asynccontextmanager
+async def remote_parts(app: Starlette) -> AsyncIterator[tuple[Drain, Broken]]:
+    """Leave the replies to the hub, which several workers have together."""
+    state, supervisor_ended = app.state, partial(wait_process_ended, app.state.launcher.supervisor)
+    async with AsyncExitStack() as stack:
+        async with cancelled_by(supervisor_ended):
+            opening = Worker.opened(state, state.settings, state.launcher)
+            worker = await stack.enter_async_context(opening)
+        yield partial(drain, app, worker.drain), supervisor_ended
 
 
 def model_info(chat: Chat, settings: Settings) -> ModelInfo:
@@ -154,22 +185,12 @@ def register_gauges(app: Starlette) -> None:
     )
 
 
-async def drain(app: Starlette, seconds: float) -> None:
+async def drain(app: Starlette, end_responses: Drain, seconds: float) -> None:
     """Let running responses finish for up to `seconds`, then close all connections."""
-    await app.state.responses.drain(seconds)
+    await end_responses(seconds)
     with suppress(TimeoutError):
         async with asyncio.timeout(min(seconds + 1, CLOSE_SECONDS)):
             await app.state.connections.close_all(1012, "the server restarts")
-
-
-async def wait_for_any(*events: asyncio.Event) -> None:
-    """Wait until one of the events is set."""
-    waiting = [asyncio.create_task(event.wait()) for event in events]
-    try:
-        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in waiting:
-            task.cancel()
 
 
 def revoke(app: Starlette, user: User) -> None:
@@ -240,6 +261,9 @@ def create_app(settings: Settings | None = None, open_chat: OpenChat = open_chat
     app = Starlette(routes=routes, lifespan=lifespan, middleware=middleware, exception_handlers=HANDLERS)
     app.state.settings = settings
     app.state.open_chat = open_chat
+    app.state.hub_command = [sys.executable, __file__, "hub"]  # starts the process that runs replies for workers
+    app.state.is_hub = False  # whether this is that process
+    app.state.launcher = None  # of that process, in a worker; None: this process runs the replies itself
     app.state.url = None  # where to open the page, if known
     app.state.start_error = None  # why the start failed, in one line
     return app
@@ -266,49 +290,36 @@ except SettingsError as error:
 @click.group(invoke_without_command=True, commands=[users])
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=7777, show_default=True, type=click.IntRange(0, 65535), help="Port to listen on.")
+@click.option("--workers", default=1, show_default=True, type=click.IntRange(1, 256), help="Processes for clients.")
 @click.pass_context
-def main(context: click.Context, host: str, port: int) -> None:
+def main(context: click.Context, host: str, port: int, workers: int) -> None:
     """Serve a streaming chat with a language model."""
     context.obj = app.state.settings
-    if context.invoked_subcommand is None:
-        serve(host, port, app)
+    if context.invoked_subcommand is not None:
+        return
+    if workers == 1:
+        serve(app, host, port)
+    else:
+        serve_in_workers(host, port, workers, launch_hub)
 
 
-def serve(host: str, port: int, app: Starlette) -> None:
-    """Serve an app until a signal; exit with 1 if it cannot start."""
-    listener = listen(host, port)
-    app.state.url = page_url(host, *listener.getsockname()[:2])
-    config = uvicorn.Config(app, ws_max_size=UVICORN_FRAME_BYTES, ws_per_message_deflate=False, access_log=False)
-    config.timeout_graceful_shutdown = SHUTDOWN_SECONDS
-    config.timeout_keep_alive = KEEP_ALIVE_SECONDS
-    config.http = HTTPProtocol
-    config.proxy_headers = False  # PARLEY_PROXIES names the proxies that are believed
-    server = uvicorn.Server(config)
+def launch_hub(url: str) -> None:
+    """Start the process that runs the replies, for workers of this one."""
     try:
-        server.run([listener])
-    except KeyboardInterrupt:  # how uvicorn ends at a signal
-        sys.exit(0 if server.started and not server.force_exit else 130)
-    except SystemExit:  # uvicorn's own code for a failed start is 3
-        sys.exit(1)
+        Launcher.of(app.state.settings, app.state.hub_command, os.getpid(), url).launch()
+    except StartError as error:
+        raise click.ClickException(str(error)) from error
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. It is opened before the model is loaded, so that a port in use is reported at once."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    both = host == "::" and socket.has_dualstack_ipv6()  # then it answers IPv4 too
-    try:
-        listener = socket.create_server((host, port), family=family, dualstack_ipv6=both)
-    except OSError as error:
-        raise click.ClickException(f"cannot listen on {host}, port {port}: {error.strerror}") from error
-    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux drops a client that takes no bytes for a minute; ASGI cannot
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 60_000)
-    return PacedListener.of(listener)
-
-
-def page_url(host: str, address: str, port: int) -> str:
-    """Where a browser on this machine opens the page of a listener; no browser opens the address that means all."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, host)
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+@main.command(hidden=True)
+@click.option("--supervisor", type=int, required=True, help="The process that starts and stops the workers.")
+@click.option("--url", help="Where the page is.")
+@click.argument("lock", type=int)
+def hub(supervisor: int, url: str | None, lock: int) -> None:
+    """Run the replies for workers, which start this themselves; `lock` is a descriptor that stays open."""
+    app.state.url = url
+    os.set_inheritable(lock, False)  # a program that the hub starts must not hold the lock after its end
+    asyncio.run(run_hub(app.state, lifespan(app), supervisor))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ ParleyError
 │   │   └── DatabaseInUseError     another process uses the database
 │   ├── DataFolderError            the data folder cannot be used
 │   ├── UntrustedPathError         other users could have written a program, or can read a secret
-│   └── UsersError                 a user cannot be added or removed
+│   └── UsersError                 a user cannot be added or removed, or the key is a wrong one
 ├── APIError                       a request is refused, with an HTTP status, a type, a code and a message
 │   ├── InvalidRequestError   400  InvalidJSON, InvalidValue, MissingField, UnknownField, UnknownEvent,
 │   │                              UnsupportedParameter, MessagesRejected, ContextLengthExceeded,
@@ -24,7 +24,7 @@ ParleyError
 │   ├── RateLimitError        429  RateLimitExceeded, TooManyResponses, TooManyConnections, TooManyLogins
 │   │                         503  QueueFull
 │   └── ServerError           500  itself, NotStored
-│                             503  ServerStopping, DatabaseUnavailable
+│                             503  ServerStopping, ServerUnavailable, DatabaseUnavailable
 └── EngineError                    the engine cannot do a task
     ├── KernelsUnavailableError    the C++ kernels cannot be compiled or loaded
     └── CompilationError           the model cannot be compiled
@@ -105,7 +105,7 @@ class UntrustedPathError(StartError):
 
 
 class UsersError(StartError):
-    """A user cannot be added or removed, or the key file is broken; the message says what to do."""
+    """A user cannot be added or removed, or the key is broken or a wrong one; the message says what to do."""
 
 
 # A request is refused
@@ -375,6 +375,15 @@ class ServerStoppingError(ServerError):
     status = 503
     code = "server_shutdown"
     message = "the server is stopping: try again in a moment"
+    retry_after = 5
+
+
+class ServerUnavailableError(ServerError):
+    """The process that runs replies is starting, or has just ended."""
+
+    status = 503
+    code = "server_unavailable"
+    message = "the server is starting: try again in a moment"
     retry_after = 5
 
 

@@ -26,8 +26,9 @@ from tests.support.client import ANN, BOB
 from tests.support.scripted import ScriptedChat, running
 from tests.support.serving import Served, serve
 from tests.support.tiny import opens_tiny, tiny_llama, tiny_tokenizer
+from tests.support.workers import serve_by_workers
 
-pytest_plugins = ["tests.support.databases"]
+pytest_plugins = ["tests.support.databases", "tests.support.redis_server"]
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -53,12 +54,14 @@ def compiled_kernels(request: pytest.FixtureRequest) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what needs a browser or a PostgreSQL server, so that it can be left out."""
+    """Mark what needs a browser, a PostgreSQL or a Redis server, so that it can be left out."""
     for item in items:
         if "browser" in item.path.parts:
             item.add_marker("browser")
         if "postgresql" in getattr(item, "fixturenames", ()):
             item.add_marker("postgresql")
+        if "stopped_redis" in getattr(item, "fixturenames", ()):
+            item.add_marker("redis")
 
 
 @pytest.fixture
@@ -115,8 +118,11 @@ async def responses(
         yield responses
 
 
-@pytest.fixture
-def scripted_server(settings: Settings, scripted: ScriptedChat) -> Iterator[Served]:
-    """A real uvicorn whose model says what the test wants."""
-    with serve(create_app(settings, scripted.opened)) as served:
+SERVES = {"one process": serve, "two workers": serve_by_workers}
+
+
+@pytest.fixture(params=SERVES)
+def scripted_server(request: pytest.FixtureRequest, settings: Settings, scripted: ScriptedChat) -> Iterator[Served]:
+    """A real server whose model says what the test wants."""
+    with SERVES[request.param](create_app(settings, scripted.opened)) as served:
         yield served

@@ -31,10 +31,10 @@ GROUND = {
 FLOORS = [  # a package imports only from floors below its own
     {"server"},
     {"web"},
-    {"protocols"},
+    {"hub", "protocols"},
     {"generation"},
     {"language", "users"},
-    {"engine", "ops", "store"},
+    {"engine", "ops", "shared", "store"},
     GROUND,
 ]
 ASK_FOR_REPLIES = {"models.generation.interface", "models.generation.events"}  # all that protocols and web may know
@@ -118,8 +118,20 @@ def test_web_protocols_users_and_store_load_no_torch() -> None:
     assert not {"torch", "transformers", "models.language", "models.engine"} & loaded
 
 
+def test_a_worker_loads_no_torch() -> None:
+    loaded = loaded_by(*modules_in("hub"))
+    assert "models.hub.worker" in loaded
+    assert not {"torch", "transformers", "models.engine"} & loaded
+
+
 def test_the_server_imports_torch_only_to_open_the_model() -> None:
     assert not {"torch", "transformers", "models.engine"} & loaded_by("server")
+
+
+def test_the_server_imports_redis_only_to_open_it() -> None:
+    loaded = loaded_by("server")
+    assert "models.shared.shared_state" in loaded
+    assert not {"redis", "models.shared.redis_state"} & loaded
 
 
 def test_the_interface_of_generation_knows_nothing_of_language_models() -> None:

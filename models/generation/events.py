@@ -16,7 +16,7 @@ from models.output_item import OutputItem, TokenLogprob
 from models.store.item import Item
 
 
-class Created(Struct, frozen=True):
+class Created(Struct, frozen=True, tag=True):
     """The request is accepted; messages that a conversation keeps are stored, or wait to be stored.
 
     A Finished event always follows. `reply` has no output yet. `conversation` is the one that the request names.
@@ -30,21 +30,21 @@ class Created(Struct, frozen=True):
         return self.reply.id
 
 
-class Rejected(Struct, frozen=True):
+class Rejected(Struct, frozen=True, tag=True):
     """There is no reply, and nothing is stored. This is the only event."""
 
     response_id: str
     error: APIError
 
 
-class Queued(Struct, frozen=True):
+class Queued(Struct, frozen=True, tag=True):
     """The response waits for a slot; position 1 is next."""
 
     response_id: str
     position: int
 
 
-class OutputItemAdded(Struct, frozen=True):
+class OutputItemAdded(Struct, frozen=True, tag=True):
     """The reply begins its next part, whose text follows; the parts are numbered from 0."""
 
     response_id: str
@@ -52,7 +52,7 @@ class OutputItemAdded(Struct, frozen=True):
     item: OutputItem
 
 
-class OutputDelta(Struct, frozen=True):
+class OutputDelta(Struct, frozen=True, tag=True):
     """A piece of the text of the part that was added last, never empty."""
 
     response_id: str
@@ -62,7 +62,7 @@ class OutputDelta(Struct, frozen=True):
     usage: Usage | None = None  # the counts so far, which grow; None in a replay
 
 
-class OutputItemDone(Struct, frozen=True):
+class OutputItemDone(Struct, frozen=True, tag=True):
     """A part has ended."""
 
     response_id: str
@@ -70,14 +70,14 @@ class OutputItemDone(Struct, frozen=True):
     item: OutputItem
 
 
-class Warned(Struct, frozen=True):
+class Warned(Struct, frozen=True, tag=True):
     """Something is wrong, but the response goes on."""
 
     response_id: str
     error: APIError
 
 
-class Finished(Struct, frozen=True):
+class Finished(Struct, frozen=True, tag=True):
     """The response has ended. This is the last event."""
 
     conversation: str | None

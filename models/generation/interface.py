@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+from msgspec import Struct
 
 from models.chat_request import ChatRequest
 from models.generation.events import ResponseEvent
@@ -16,20 +19,17 @@ ANY_NAME = "*"
 MAX_MODEL_NAME = 256  # characters of a name that a reply has
 
 
-@dataclass(frozen=True)
-class Stateless:
+class Stateless(Struct, frozen=True, tag=True):
     """Nothing is stored, and the reply is gone after its end."""
 
 
-@dataclass(frozen=True)
-class Unstored:
+class Unstored(Struct, frozen=True, tag=True):
     """The reply is not stored, but can be resumed for a while. It continues the response `after`, if any."""
 
     after: str | None = None
 
 
-@dataclass(frozen=True)
-class NewConversation:
+class NewConversation(Struct, frozen=True, tag=True):
     """The reply begins a conversation. Its id is new, so there are no items to read.
 
     One that is not listed only holds responses for those who know their ids.
@@ -39,8 +39,7 @@ class NewConversation:
     listed: bool = True
 
 
-@dataclass(frozen=True)
-class StoredConversation:
+class StoredConversation(Struct, frozen=True, tag=True):
     """The reply continues a conversation after its current item, or after another one, as a new branch.
 
     A conversation that does not exist is an error, unless `create` is set: then this reply begins it.
@@ -51,8 +50,7 @@ class StoredConversation:
     create: bool = False
 
 
-@dataclass(frozen=True)
-class Branch:
+class Branch(Struct, frozen=True, tag=True):
     """The reply continues a stored response, as a branch of its conversation, whose current item stays."""
 
     after: str
@@ -61,9 +59,17 @@ class Branch:
 Target = Stateless | Unstored | NewConversation | StoredConversation | Branch
 
 
+def new_response_id() -> str:
+    """An id for a new response."""
+    return f"resp_{uuid.uuid4().hex}"
+
+
 @dataclass(frozen=True)
 class ResponseRequest:
-    """A request for a reply. `chat` has the new messages only: the earlier ones are read from the target."""
+    """A request for a reply. `chat` has the new messages only: the earlier ones are read from the target.
+
+    `id` is the id of the response.
+    """
 
     chat: ChatRequest
     target: Target
@@ -71,6 +77,7 @@ class ResponseRequest:
     generate: bool = True  # else there is a response without output, which later ones can continue
     previous: str | None = None  # the response that it continues, as the client knows it
     details: Mapping[str, Any] = field(default_factory=dict)  # what the protocol wants back with the reply; JSON
+    id: str = field(default_factory=new_response_id, compare=False)
 
     @property
     def user(self) -> str:
@@ -95,7 +102,7 @@ class ResponseService(Protocol):
     """Runs responses. A user cannot find the responses of other users."""
 
     def create(self, request: ResponseRequest, listener: Listener) -> str:
-        """Start a response, send its events to a listener, and return its id. Raises ConversationLockedError."""
+        """Start a response, send its events to a listener, the first one perhaps at once, and return its id."""
 
     async def follow(self, user: str, id: str, follower: Follower) -> None:
         """Send a follower all events of a response, past and future ones. Raises ResponseNotFoundError."""
@@ -106,7 +113,7 @@ class ResponseService(Protocol):
     def leave(self, listener: Listener) -> None:
         """Stop sending events to a listener. A response that nobody follows ends after a while."""
 
-    def cancel(self, user: str, id: str, steered: bool = False) -> None:
+    async def cancel(self, user: str, id: str, steered: bool = False) -> None:
         """End a response; one that is `steered` is incomplete, not cancelled.
 
         Raises ResponseNotFoundError if it does not run.

@@ -92,8 +92,6 @@ class ResponseManager:
         metrics: Metrics,
     ) -> AsyncIterator[ResponseManager]:
         """A manager that stores growing replies, and ends all responses when the context ends."""
-        if count := await conversations.fail_unfinished():
-            logger.warning("%d replies were cut off when the server ended; their text so far is kept", count)
         write_buffer = WriteBuffer(conversations, settings.replay_bytes, on_stored=feed.changed)
         manager = cls(chat, admission, conversations, write_buffer, feed, metrics, settings.linger)
         tasks = [asyncio.create_task(manager._write_growing()), asyncio.create_task(manager._delete_expired())]
@@ -115,13 +113,14 @@ class ResponseManager:
     # Requests of clients
 
     def create(self, request: ResponseRequest, listener: Listener) -> str:
-        """Start a response, send its events to a listener, and return its id. Raises ConversationLockedError."""
+        """Start a response, send its events to a listener, the first one perhaps at once, and return its id."""
         response = ActiveResponse(request, self._chat.defaults)
-        if response.conversation is not None and self._active_in(request.user, response.conversation):
-            raise ConversationLockedError
         response.add_listener(listener)
-        response.start(self._generate(response), self._conclude(response))
-        self._active[response.id] = response
+        if response.conversation is not None and self._active_in(request.user, response.conversation):
+            response.reject(ConversationLockedError())
+        else:
+            response.start(self._generate(response), self._conclude(response))
+            self._active[response.id] = response
         return response.id
 
     async def follow(self, user: str, id: str, follower: Follower) -> None:
@@ -156,7 +155,7 @@ class ResponseManager:
         for response in self._active.values():
             response.remove_listener(listener, self._linger)
 
-    def cancel(self, user: str, id: str, steered: bool = False) -> None:
+    async def cancel(self, user: str, id: str, steered: bool = False) -> None:
         """End a response; one that is `steered` is incomplete, not cancelled. Raises ResponseNotFoundError."""
         response = self._active_of(user, id)
         if response is None:
@@ -237,7 +236,7 @@ class ResponseManager:
     async def _generate(self, response: ActiveResponse) -> None:
         """Generate the reply: prompt, storage, slot, text."""
         timer = self._metrics.time_response()
-        with self._admission.ticket(response.user) as ticket:
+        async with self._admission.ticket(response.user) as ticket:
             before = await self._read(response)
             if not response.request.generate:
                 await self._announce(response)
@@ -295,7 +294,7 @@ class ResponseManager:
             await asyncio.sleep(0)  # a cancellation that waited for this phase takes effect here
             reply = await self._chat.prepare(asked)
         except ContextLengthExceededError as error:
-            self._admission.count_tokens(response.user, error.tokens)  # it was work all the same
+            await self._admission.count_tokens(response.user, error.tokens)  # it was work all the same
             raise
         except asyncio.CancelledError:
             if response.cancelled:

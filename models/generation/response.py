@@ -54,7 +54,7 @@ class ActiveResponse:
     """
 
     def __init__(self, request: ResponseRequest, defaults: Options) -> None:
-        self.id = f"resp_{uuid.uuid4().hex}"
+        self.id = request.id
         self.request = request
         self.created = time.time()
         self.phase = Phase.READING

@@ -9,11 +9,13 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from math import inf
 from types import FrameType
 
 logger = logging.getLogger("parley")
 
 Drain = Callable[[float], Awaitable[None]]  # its argument: the seconds it may take
+Broken = Callable[[], Awaitable[object]]  # returns when the process cannot go on
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -28,6 +30,25 @@ def interruptible() -> Iterator[None]:
     try:
         yield
     finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@asynccontextmanager
+async def cancelled_by(broken: Broken) -> AsyncIterator[None]:
+    """While the context lasts, a signal, or the end of `broken`, cancels the task that waits in it."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task
+    watching = asyncio.ensure_future(broken())
+    watching.add_done_callback(lambda ended: ended.cancelled() or task.cancel())
+    is_main = threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.getsignal(number) for number in SIGNALS} if is_main else {}
+    for number in handlers:
+        signal.signal(number, lambda *_: loop.call_soon_threadsafe(task.cancel))
+    try:
+        yield
+    finally:
+        watching.cancel()
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
@@ -55,33 +76,37 @@ class Shutdown:
     them later.
     """
 
-    def __init__(self, drain: Drain, seconds: float) -> None:
+    def __init__(self, drain: Drain, seconds: float, echo: float = 0.0) -> None:
         self._drain = drain
         self._seconds = seconds
         self._loop = asyncio.get_running_loop()
         self._handlers = {number: signal.getsignal(number) for number in SIGNALS}
         self._draining: asyncio.Task[None] | None = None
+        self._echo = echo
         self._signals = 0
+        self._signalled = -inf  # when the first one came
         self._failed = False
 
     @classmethod
     @asynccontextmanager
     async def installed(
-        cls, drain: Drain, seconds: float, broken: Callable[[], Awaitable[object]]
-    ) -> AsyncIterator[None]:
+        cls, drain: Drain, seconds: float, broken: Broken, echo: float = 0.0
+    ) -> AsyncIterator[Shutdown]:
         """While the context lasts, a signal drains first. The process exits with 1 once `broken` returns.
 
-        Does nothing if there are no handlers to call, or outside of the main thread, since only that gets signals.
+        Signals within `echo` seconds of the first one count as one: if a whole group of processes gets a signal, its
+        supervisor passes on another one. Does nothing if there are no handlers to call, or outside of the main thread,
+        since only that gets signals.
         """
-        shutdown = cls(drain, seconds)
+        shutdown = cls(drain, seconds, echo)
         if threading.current_thread() is not threading.main_thread() or not shutdown._has_handlers:
-            yield
+            yield shutdown
             return
         watching = asyncio.create_task(shutdown._watch(broken))
         for number in SIGNALS:
             signal.signal(number, shutdown._on_signal)
         try:
-            yield
+            yield shutdown
         finally:
             watching.cancel()
             for number, handler in shutdown._handlers.items():
@@ -96,8 +121,19 @@ class Shutdown:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._loop.call_soon_threadsafe(self._stop)  # only this: the signal may have interrupted any code
 
+    def stop(self, at_once: bool = False) -> None:
+        """Stop the process, as the first signal does, or the second one. Later signals count from there."""
+        while self._signals < 1 + at_once:
+            self._count()
+
     def _stop(self) -> None:
+        if self._loop.time() > self._signalled + self._echo:
+            self._count()
+
+    def _count(self) -> None:
         self._signals += 1
+        if self._signals == 1:
+            self._signalled = self._loop.time()
         match self._signals:
             case 1:
                 logger.warning("stopping; another signal stops at once")
@@ -121,7 +157,7 @@ class Shutdown:
             logger.exception("unexpected error in the shutdown")
         self._end()
 
-    async def _watch(self, broken: Callable[[], Awaitable[object]]) -> None:
+    async def _watch(self, broken: Broken) -> None:
         await broken()
         self._failed = True
         self._begin(0)

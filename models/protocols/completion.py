@@ -89,10 +89,10 @@ class Completion:
         self._choices = [choice(index, request.chat.top_logprobs is not None) for index in range(request.choices)]
         self._events: asyncio.Queue[tuple[int, ResponseEvent]] = asyncio.Queue()
         self._early: deque[tuple[int, ResponseEvent]] = deque()  # came while `wait_started` waited
-        self.response_ids = [
-            responses.create(ResponseRequest(chat, Stateless()), _Listener(index, self._events, request.stream))
-            for index, chat in enumerate(request.chats)
-        ]
+        asked = [ResponseRequest(chat, Stateless()) for chat in request.chats]
+        self.response_ids = [one.id for one in asked]
+        for index, one in enumerate(asked):
+            responses.create(one, _Listener(index, self._events, request.stream))
 
     def cancel(self) -> None:
         """End all responses that are still running, for example since the client has disconnected."""

@@ -99,10 +99,7 @@ class PlainTextSession:
         if isinstance(self._target, NewConversation):
             self._target = StoredConversation(self._target.id, create=True)  # from the next message on
         self._answered.clear()
-        try:
-            self._responses.create(request, self)
-        except APIError as error:
-            return self._send_error(error)
+        self._responses.create(request, self)
         await self._answered.wait()
 
     def _send_notices(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from starlette.websockets import WebSocket
 
 from models.errors import APIError
@@ -15,14 +17,13 @@ from models.web.session_socket import FRAME_BYTES, Session, SessionSocket
 class ChatSocket(SessionSocket):
     """`/ws`: chat.v2 if the client offers it, else plain text."""
 
-    async def on_connect(self, websocket: WebSocket) -> None:
+    async def open(self, websocket: WebSocket) -> None:
         """Accept the connection, then authenticate: errors can be sent only on an accepted connection."""
         self.is_plain_text = SUBPROTOCOL not in websocket.scope["subprotocols"]
         await self.accept(websocket, None if self.is_plain_text else SUBPROTOCOL)
         try:
             login = await authenticate(websocket, by_query=True)
-            self.state.connections.check(login.user.id)
-            self.join(login, self._session(login.user.id))
+            await self.join(login, partial(self._session, login.user.id))
         except APIError as error:
             self._refuse(error)
         except Exception:

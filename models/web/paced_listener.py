@@ -33,6 +33,11 @@ class PacedListener(socket.socket):
         self._accepted += 1
         return accepted
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """How multiprocessing passes it to a worker: as a plain socket. That stays open here meanwhile."""
+        self._passed_on = socket.fromfd(self.fileno(), self.family, self.type, self.proto)
+        return PacedListener.of, (self._passed_on,)
+
     def _wait(self, turns: int) -> None:
         if turns == 0:
             self._accepted = 0

@@ -32,10 +32,11 @@ async def create(request: Request) -> Response:
     asked = ResponsesRequest.parse(parse_object(body, "the body"), state.model_info)
     messages = await resolve(asked.input, partial(state.responses.find_message, user))
     listener = ResponseStream(state.model_info) if asked.stream else ResponseResult(state.model_info)
-    id = state.responses.create(asked.response_request(user, state.model_info, messages), listener)
+    wanted = asked.response_request(user, state.model_info, messages)
+    state.responses.create(wanted, listener)
     end_user = {"end_user": asked.end_user} if asked.end_user else {}
-    log("response", response=id, user=user, request=request.state.request_id, **end_user)
-    abandon = partial(state.responses.abandon, user, id)
+    log("response", response=wanted.id, user=user, request=request.state.request_id, **end_user)
+    abandon = partial(state.responses.abandon, user, wanted.id)
     if isinstance(listener, ResponseStream):
         await listener.wait_accepted()
         leave = partial(_leave, request, listener)
@@ -77,7 +78,7 @@ async def cancel(request: Request) -> Response:
     """`POST /v1/responses/{id}/cancel`: end a response, and return it."""
     state, user, id = request.app.state, request.user.username, request.path_params["id"]
     with suppress(ResponseNotFoundError):  # it may have ended already
-        state.responses.cancel(user, id)
+        await state.responses.cancel(user, id)
     await state.responses.wait_ended(user, id)
     return JSONResponse(render_response(state.model_info, *await state.responses.find(user, id)))
 

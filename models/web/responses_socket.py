@@ -14,14 +14,14 @@ from models.web.session_socket import SessionSocket
 class ResponsesSocket(SessionSocket):
     """`WS /v1/responses`: OpenAI's protocol, to the letter."""
 
-    async def on_connect(self, websocket: WebSocket) -> None:
+    async def open(self, websocket: WebSocket) -> None:
         """Authenticate, then accept the connection: a client of OpenAI's API expects an HTTP error."""
+        state = self.state
         try:
             login = await authenticate(websocket)
-            self.state.connections.check(login.user.id)
+            user = login.user.id
+            await self.join(login, lambda: ResponsesSession(state.responses, state.model_info, user, self.outbox))
         except APIError as error:
             return await websocket.send_denial_response(rendered(error))
         offered = websocket.scope["subprotocols"]
         await self.accept(websocket, next((one for one in offered if not one.startswith("bearer.")), None))
-        state, user = self.state, login.user.id
-        self.join(login, ResponsesSession(state.responses, state.model_info, user, self.outbox))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from typing import Protocol
 
 from starlette.endpoints import WebSocketEndpoint
@@ -38,7 +39,7 @@ class Session(Protocol):
 
 
 class SessionSocket(WebSocketEndpoint):
-    """A socket of a user. A subclass accepts the connection, authenticates it, and opens its session.
+    """A socket of a user. A subclass accepts the connection, authenticates it, and joins with a session.
 
     Starlette awaits `on_receive` in its receive loop, so nothing here waits for a reply. Responses run in their own
     tasks, and one more task sends.
@@ -62,21 +63,36 @@ class SessionSocket(WebSocketEndpoint):
                 raise
 
     async def on_connect(self, websocket: WebSocket) -> None:
-        """Accept the connection, and open its session."""
+        """Open the connection."""
+        self.outbox = Outbox(websocket, seconds=self.unsent_seconds)
+        try:
+            await self.open(websocket)
+        except BaseException:  # Starlette calls `on_disconnect` only after this
+            self.leave()
+            raise
+
+    async def open(self, websocket: WebSocket) -> None:
+        """Accept the connection, and begin its session."""
         raise NotImplementedError
 
     async def accept(self, websocket: WebSocket, subprotocol: str | None) -> None:
         """Accept the connection, and begin to send."""
         await websocket.accept(subprotocol)
-        self.outbox = Outbox(websocket, seconds=self.unsent_seconds)
         self.sending = asyncio.create_task(self.outbox.deliver())
         self.sending.add_done_callback(self._on_sending_ended)
 
-    def join(self, login: Login, session: Session) -> None:
-        """Begin the session of a user."""
-        self.session, self.user = session, login.user.id
-        self.login_session = login.session.id if login.session else None
-        self.state.connections.join(self.user, self)
+    async def join(self, login: Login, session: Callable[[], Session]) -> None:
+        """Begin the session of a user. Raises APIError."""
+        self.user, self.login_session = login.user.id, login.session.id if login.session else None
+        await self.state.connections.join(self.user, self)
+        self.session = session()
+
+    def leave(self) -> None:
+        """End the session, if it has begun; its responses go on for a while."""
+        if session := self.session:
+            self.session = None
+            self.state.connections.leave(self.user, self)
+            session.close()
 
     async def on_receive(self, websocket: WebSocket, data: str | bytes) -> None:
         """Pass a frame on to the session."""
@@ -92,22 +108,20 @@ class SessionSocket(WebSocketEndpoint):
         await asyncio.sleep(0)  # frames that came together arrive without a pause: let others run
 
     async def on_disconnect(self, websocket: WebSocket, close_code: int) -> None:
-        """The client has disconnected: leave its responses, which go on for a while."""
-        if self.session and self.user:
-            self.state.connections.leave(self.user, self)
-            self.session.close()
+        """The client has disconnected."""
+        self.leave()
         if self.sending:
             self.sending.cancel()
 
     def presence_changed(self, change: Change, user: str) -> None:
         """Tell the client that another user has joined or left."""
-        assert self.session
-        self.session.presence_changed(change, user)
+        if self.session:
+            self.session.presence_changed(change, user)
 
     def conversation_changed(self, id: str, conversation: Conversation | None) -> None:
         """Tell the client that a conversation of its user has changed; None: that it is deleted."""
-        assert self.session
-        self.session.conversation_changed(id, conversation)
+        if self.session:
+            self.session.conversation_changed(id, conversation)
 
     def close(self, code: int, reason: str) -> None:
         """Close the connection, after all earlier frames."""

@@ -15,8 +15,8 @@ from websockets.exceptions import ConnectionClosed
 from websockets.typing import Subprotocol
 
 from models.validation import Json
+from models.web.serving import UVICORN_FRAME_BYTES
 from models.web.session_socket import FRAME_BYTES
-from server import UVICORN_FRAME_BYTES
 from tests.bench.clients import (
     FLOOD,
     REFUSALS,

@@ -47,7 +47,8 @@ from starlette.routing import Route
 from models.engine.native import build
 from models.settings import Settings
 from models.web.http_protocol import HTTPProtocol
-from server import SHUTDOWN_SECONDS, UVICORN_FRAME_BYTES, create_app, listen
+from models.web.serving import SHUTDOWN_SECONDS, UVICORN_FRAME_BYTES, listen
+from server import create_app
 from tests.bench.actions import GOOD, deck
 from tests.bench.clients import DEADLINE, Action, Tally, User
 from tests.bench.hostile import ATTACKS, Attacker, repeat

@@ -17,6 +17,21 @@ from tests.support.serving import Served
 NO_CONNECTION = "Firefox can\N{RIGHT SINGLE QUOTATION MARK}t establish a connection"
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of a test for each browser, run Chromium at one process and Firefox at two workers: all four take too long."""
+    doubled = [item for item in items if is_doubled(item)]
+    items[:] = [item for item in items if not is_doubled(item)]
+    config.hook.pytest_deselected(items=doubled)
+
+
+def is_doubled(item: pytest.Item) -> bool:
+    """Whether the test runs in this browser at another server."""
+    chosen = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    if not {"browser", "scripted_server"} <= chosen.keys():
+        return False
+    return (chosen["browser"] == "firefox") is (chosen["scripted_server"] == "one process")
+
+
 class OpenPage(Protocol):
     def __call__(self, **options: Any) -> Page: ...
 

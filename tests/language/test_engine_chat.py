@@ -323,7 +323,7 @@ async def replies_in_turn(
     chat: EngineChat, admission: Admission, options: Options, name: str = "ann"
 ) -> AsyncGenerator[int | Event, None]:
     """The positions and then the events of a reply that waits for its slot."""
-    with admission.ticket(name) as ticket:
+    async with admission.ticket(name) as ticket:
         reply = await chat.prepare(asked("ann", user("Hi"), options))
         yield ticket.position
         async for position in ticket.wait():

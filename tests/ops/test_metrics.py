@@ -93,9 +93,10 @@ def test_the_times_of_a_response_are_measured_from_its_request(metrics: Metrics,
     }
 
 
-def test_the_queue_time_ends_with_the_slot(metrics: Metrics, clock: FakeClock) -> None:
+@pytest.mark.anyio
+async def test_the_queue_time_ends_with_the_slot(metrics: Metrics, clock: FakeClock) -> None:
     admission = Admission(slots=1, queue=2, per_user=3, clock=clock)
-    first, second, ticket = (admission.enter(user) for user in ("ann", "bob", "eve"))
+    first, second, ticket = [await admission.enter(user) for user in ("ann", "bob", "eve")]
     timer = metrics.time_response()
     clock.now += 2
     admission.leave(first)
@@ -113,10 +114,11 @@ def test_the_queue_time_ends_with_the_slot(metrics: Metrics, clock: FakeClock) -
     assert samples["e2e_request_latency_seconds_sum"] == 10
 
 
-def test_a_response_that_never_had_a_slot_has_only_a_total_time(metrics: Metrics, clock: FakeClock) -> None:
+@pytest.mark.anyio
+async def test_a_response_that_never_had_a_slot_has_only_a_total_time(metrics: Metrics, clock: FakeClock) -> None:
     admission = Admission(slots=1, queue=1, per_user=3, clock=clock)
-    admission.enter("ann")
-    ticket = admission.enter("bob")
+    await admission.enter("ann")
+    ticket = await admission.enter("bob")
     timer = metrics.time_response()
     clock.now += 3
     timer.end(ticket.waited, Usage(50))

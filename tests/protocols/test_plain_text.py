@@ -143,7 +143,9 @@ async def test_a_refused_message_gets_an_error_line(connection: Connection, fake
 async def test_a_message_that_is_refused_at_once_gets_an_error_line() -> None:
     class Locked(FakeResponses):
         def create(self, request: ResponseRequest, listener: Listener | None) -> str:
-            raise ConversationLockedError
+            id = super().create(request, listener)
+            self._responses[id].reject(ConversationLockedError())
+            return id
 
     connection = Connection(Locked())
     connection.send("one")

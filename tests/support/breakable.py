@@ -25,7 +25,8 @@ from transformers import PreTrainedModel
 from models.engine.native import build
 from models.language.engine_chat import EngineChat
 from models.language.events import Event, TextDelta
-from server import create_app, serve
+from models.web.serving import serve
+from server import create_app
 from tests.support.scripted import ScriptedChat, ScriptedReply
 from tests.support.tiny import opens_tiny, tiny_llama, tiny_tokenizer
 
@@ -203,7 +204,7 @@ def run(app: str, command: str, environment: dict[str, str], stdin: Connection, 
 
 def run_server(app: str) -> None:
     if app != "server":
-        return serve("127.0.0.1", 0, globals()[app]())
+        return serve(globals()[app](), "127.0.0.1", 0)
     sys.argv = [str(SERVER), "--port=0"]
     runpy.run_path(str(SERVER), run_name="__main__")
 

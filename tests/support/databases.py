@@ -22,8 +22,9 @@ from models.settings import Settings
 from models.store.database import (
     conversations_table,
     items_table,
+    key_fingerprint_table,
     open_database,
-    owner_table,
+    owners_table,
     texts_table,
     users_table,
 )
@@ -144,6 +145,13 @@ async def empty_tables(shared_database: Settings) -> AsyncIterator[AsyncEngine]:
     """A database whose tables are empty: SQLite, then PostgreSQL. A test must not change the tables themselves."""
     async with open_database(shared_database) as engine:
         async with engine.begin() as connection:
-            for table in (items_table, texts_table, conversations_table, users_table, owner_table):
+            for table in (
+                items_table,
+                texts_table,
+                conversations_table,
+                users_table,
+                owners_table,
+                key_fingerprint_table,
+            ):
                 await connection.execute(table.delete())
         yield engine

@@ -59,7 +59,10 @@ class FakeResponses:
         for response in self._responses.values():
             response.remove_listener(listener, LINGER)
 
-    def cancel(self, user: str, id: str, steered: bool = False) -> None:
+    async def cancel(self, user: str, id: str, steered: bool = False) -> None:
+        self._cancel(user, id, steered)
+
+    def _cancel(self, user: str, id: str, steered: bool = False) -> None:
         response = self._find(user, id)
         if response.status != Status.IN_PROGRESS:
             raise ResponseNotFoundError("no such reply is running")
@@ -70,10 +73,10 @@ class FakeResponses:
     def cancel_all(self, listener: Listener) -> None:
         for id, response in self._responses.items():
             if response.is_followed_by(listener) and response.status == Status.IN_PROGRESS:
-                self.cancel(response.user, id)
+                self._cancel(response.user, id)
 
     def abandon(self, user: str, id: str) -> None:
-        self.cancel(user, id)
+        self._cancel(user, id)
 
     async def find_message(self, user: str, id: str) -> Message:
         if id not in self.messages:

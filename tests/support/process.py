@@ -16,7 +16,7 @@ from contextlib import chdir, closing, contextmanager
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import httpx2
 import pytest
@@ -67,10 +67,16 @@ def stored(data: Path) -> list[tuple[str, str | None, str | None]]:
         return database.execute("SELECT content, status, reason FROM items ORDER BY created, depth").fetchall()
 
 
+class Pipe(Protocol):
+    """The reading end of a pipe."""
+
+    def fileno(self) -> int: ...
+
+
 class Log:
     """The output of a process, read while it comes."""
 
-    def __init__(self, pipe: Connection) -> None:
+    def __init__(self, pipe: Pipe) -> None:
         self.text = ""
         self._pipe = pipe
         self._ended = False
@@ -144,10 +150,22 @@ class Child:
         return self.process.exitcode
 
 
+class Program(Protocol):
+    """A process that runs a server."""
+
+    log: Log
+
+    @property
+    def pid(self) -> int: ...
+
+    def exit_code(self) -> int:
+        """Wait until the process has ended."""
+
+
 class Server:
     """A server that has started, and its first user."""
 
-    def __init__(self, child: Child) -> None:
+    def __init__(self, child: Program) -> None:
         self.child = child
         self.log = child.log
         self.secret = self.log.find(r"admin\. The secret, shown only this once: (\S+)")[1]
@@ -163,11 +181,16 @@ class Server:
         return f"http://127.0.0.1:{self.port}"
 
     @property
+    def ws(self) -> str:
+        return f"ws://127.0.0.1:{self.port}/ws"
+
+    @property
     def headers(self) -> dict[str, str]:
         return {"Authorization": f"Bearer {self.secret}"}
 
     def release(self) -> None:
         """Let the replies go on that wait for this."""
+        assert isinstance(self.child, Child)
         os.write(self.child.commands.fileno(), b".")
 
     def signal(self, number: int) -> None:
@@ -209,8 +232,8 @@ class Server:
 
     def connection(self, protocols: list[Subprotocol] | None = None) -> ClientConnection:
         """A connection; plain text without protocols."""
-        url = f"ws://127.0.0.1:{self.port}/ws"
-        return connect(url, subprotocols=protocols, additional_headers=self.headers, max_queue=None, close_timeout=1)
+        options = {"additional_headers": self.headers, "max_queue": None, "close_timeout": 1}
+        return connect(self.ws, subprotocols=protocols, **options)  # type: ignore[arg-type]
 
     def _request(self, method: str, path: str, **options: Any) -> httpx2.Response:
         options = options | {"headers": self.headers, "timeout": PATIENCE}

@@ -24,9 +24,13 @@ class RunningApp:
 
     def client(self, url: str = "http://testserver", raise_server_exceptions: bool = True) -> TestClient:
         """A new client: it has no cookies, and no login from its address has failed."""
+        return self.client_of(self.app, self._portal, url, raise_server_exceptions)
+
+    def client_of(self, app: Starlette, portal: BlockingPortal, url: str, raise_server_exceptions: bool) -> TestClient:
+        """A new client of an app that runs in the event loop of a portal."""
         address = (f"client-{next(self._numbers)}", 50000)
-        client = TestClient(self.app, url, raise_server_exceptions, client=address)
-        client.portal = self._portal
+        client = TestClient(app, url, raise_server_exceptions, client=address)
+        client.portal = portal
         return client
 
     def call(self, function: Callable[..., Awaitable[T]], *arguments: Any) -> T:

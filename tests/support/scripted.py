@@ -144,8 +144,8 @@ class ScriptedAdmission(Admission):
         super().__init__(slots=100, queue=0, per_user=100)
         self._chat = chat
 
-    def enter(self, user: str) -> Ticket:
-        ticket = super().enter(user)
+    async def enter(self, user: str) -> Ticket:
+        ticket = await super().enter(user)
         ticket.wait = self._wait(ticket.wait)  # type: ignore[method-assign]
         return ticket
 
@@ -165,7 +165,7 @@ def keeping_in(kind: type[Conversations], open_chat: Any) -> Any:
     @asynccontextmanager
     async def opened(app: Starlette) -> AsyncIterator[Any]:
         own = kind(app.state.conversations._database)
-        own._owner = app.state.conversations._owner
+        own.owner = app.state.conversations.owner
         app.state.conversations = own
         async with open_chat(app) as chat:
             yield chat

@@ -14,7 +14,16 @@ import uvicorn
 from starlette.applications import Starlette
 
 from models.web.http_protocol import HTTPProtocol
-from server import UVICORN_FRAME_BYTES
+from models.web.serving import UVICORN_FRAME_BYTES
+
+OPTIONS: dict[str, Any] = {
+    "port": 0,
+    "ws_max_size": UVICORN_FRAME_BYTES,
+    "ws_per_message_deflate": False,
+    "log_config": None,
+    "http": HTTPProtocol,
+    "proxy_headers": False,
+}
 
 
 class EventfulServer(uvicorn.Server):
@@ -93,15 +102,7 @@ class Served:
 @contextmanager
 def serve(app: Starlette, **options: Any) -> Iterator[Served]:
     """Run an app as `python server.py` does, on a free port of the loopback address unless `port` is given."""
-    options = {
-        "port": 0,
-        "ws_max_size": UVICORN_FRAME_BYTES,
-        "ws_per_message_deflate": False,
-        "log_config": None,
-        "http": HTTPProtocol,
-        "proxy_headers": False,
-    } | options
-    server = EventfulServer(uvicorn.Config(app, "127.0.0.1", **options))
+    server = EventfulServer(uvicorn.Config(app, "127.0.0.1", **OPTIONS | options))
     thread = threading.Thread(target=server.run)
     thread.start()
     server.started_or_failed.wait()

@@ -12,7 +12,8 @@ import uvicorn
 
 from models.language.events import Event, TextDelta
 from models.settings import Settings
-from server import create_app, listen
+from models.web.serving import listen
+from server import create_app
 from tests.support.scripted import ScriptedChat, ScriptedReply
 
 DELTAS_PER_SECOND = 100

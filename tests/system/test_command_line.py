@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import pytest
 from click.testing import CliRunner, Result
 
-from server import listen, page_url
+from models.web.serving import listen, page_url
 from tests.support.breakable import SERVER
 from tests.support.process import COMMANDS, Child
 

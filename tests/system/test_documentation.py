@@ -166,6 +166,7 @@ def serve_with_uvicorn(command: str, environment: dict[str, str], home: Path) ->
 SERVE = (
     ".venv/bin/python server.py",
     ".venv/bin/python server.py --host 0.0.0.0",
+    ".venv/bin/python server.py --workers 4",
     "PARLEY_MODEL=~/models/my-model .venv/bin/python server.py",
     "PARLEY_MODEL=~/models/model.Q4_K_M.gguf .venv/bin/python server.py",
 )

@@ -27,6 +27,7 @@ FAILED = "The server could not finish the reply; try again."
 STOPPED = "The server stopped before the reply ended."
 FORM = b"Content-Type: application/x-www-form-urlencoded"
 UNFINISHED = b"POST /login HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n%s\r\n\r\nsecre" % FORM
+KEY = "a key of all hosts, which is long enough"
 HTTP = "models.web.http_protocol:HTTPProtocol"
 
 
@@ -190,13 +191,31 @@ def test_a_server_whose_database_was_taken_over_ends(tmp_path: Path) -> None:
     with launched(tmp_path) as server, server.connected() as client:
         running = client.start("wait here")
         with closing(sqlite3.connect(tmp_path / "parley.db")) as other:
-            other.execute("UPDATE owner SET id = 'other'")
+            other.execute("UPDATE owners SET id = 'other'")
             other.execute("UPDATE items SET status = 'failed', owner = NULL WHERE status = 'in_progress'")
             other.commit()
         assert client.outcome(running["id"])[:2] == ("failed", STOPPED)
         assert server.exit_code() == 1
-        server.log.find("another process has taken this database")
+        server.log.find("another process has taken over from this one")
     assert stored(tmp_path) == [("wait here", None, None), ("", "failed", None)]
+
+
+@pytest.mark.postgresql
+def test_a_host_fails_the_replies_of_another_one_that_was_killed(tmp_path: Path) -> None:
+    with PostgreSQL.running() as postgresql:
+        url = f"postgresql://postgres@/postgres?host={postgresql.folder}"
+        with launched(tmp_path / "first", database_url=url, key=KEY) as server, server.connected() as client:
+            client.start("wait here")
+            settings = {"database_url": url, "compile": False}
+            with Child.running("scripted", COMMANDS[0], data=tmp_path / "third", **settings) as third:
+                assert third.exit_code() == 1
+                third.log.find("belong to another key: set PARLEY_KEY to the same value on all hosts")
+            with Child.running("scripted", COMMANDS[0], data=tmp_path / "second", key=KEY, **settings) as second:
+                server.port = int(second.log.find(r"http://127\.0\.0\.1:(\d+)")[1])  # from now on, it asks this one
+                assert [status for _, status in server.items(client.conversation)] == [None, "in_progress"]
+                server.signal(signal.SIGKILL)
+                second.log.find("1 replies were cut off when their server ended")
+                assert [status for _, status in server.items(client.conversation)] == [None, "failed"]
 
 
 @pytest.mark.postgresql

@@ -783,9 +783,12 @@ def test_a_stream_ends_with_an_error_when_the_server_stops(client: OpenAI, scrip
 def test_the_package_tries_again_when_the_server_says_so(
     scripted_server: Served, scripted: ScriptedChat, stream: bool
 ) -> None:
+    async def enter_and_leave() -> None:
+        scripted.admission.leave(await scripted.admission.enter("bob"))
+
     scripted.admission.per_user = 1
     for _ in range(16):  # then a reply is known to end soon
-        call(scripted_server, called(lambda: scripted.admission.leave(scripted.admission.enter("bob"))))
+        call(scripted_server, enter_and_leave())
     refused: list[str] = []
 
     def end_the_other_reply(response: httpx2.Response) -> None:
@@ -851,7 +854,7 @@ async def test_a_client_that_hangs_up_in_the_wait_queue_leaves_it(
 ) -> None:
     with tiny(settings, slots=1) as (served, client):
         admission = served.app.state.admission
-        ticket = await in_server(served, called(lambda: admission.enter("bob")))  # takes the only slot
+        ticket = await in_server(served, admission.enter("bob"))  # takes the only slot
         waits = in_server(served, condition(lambda: admission.waiting))
         await ask_and_hang_up(served, stream, waits, messages=[user("Hello")], **GREEDY)
         assert (admission.waiting, dict(admission.in_flight)) == ([], {"bob": 1})

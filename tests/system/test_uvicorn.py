@@ -26,8 +26,9 @@ from models.protocols.client import Client
 from models.protocols.responses.chat_session import ChatSession
 from models.settings import Settings
 from models.validation import Json
+from models.web.serving import UVICORN_FRAME_BYTES
 from models.web.session_socket import FRAME_BYTES
-from server import UVICORN_FRAME_BYTES, create_app
+from server import create_app
 from tests.support.client import ANN, BOB, ENDS, bearer, bearer_subprotocol, text_of
 from tests.support.fake_client import FakeClient
 from tests.support.fake_responses import FakeResponses

@@ -27,6 +27,7 @@ from tests.support.client import (
 from tests.support.running_app import RunningApp, start
 from tests.support.scripted import ScriptedChat
 from tests.support.tiny import opens_tiny
+from tests.support.workers import one_process
 
 
 @pytest.fixture(scope="module")
@@ -164,9 +165,10 @@ def test_nobody_is_announced_where_presence_is_off(settings: Settings, scripted:
             assert not [event for event in events_until(ann, "response.created") if "presence" in event["type"]]
 
 
+@one_process
 def test_a_bug_closes_with_1011(own_app: RunningApp, caplog: pytest.LogCaptureFixture) -> None:
     class BrokenConnections:
-        def check(self, user: str) -> None:
+        async def join(self, user: str, connection: object) -> None:
             raise RuntimeError("a bug")
 
     own_app.app.state.connections = BrokenConnections()

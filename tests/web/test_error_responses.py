@@ -12,6 +12,7 @@ from models import errors
 from models.errors import APIError
 from tests.support.client import assert_security_headers, bearer
 from tests.support.running_app import RunningApp
+from tests.support.workers import one_process
 
 
 def failing(error: Exception) -> Any:
@@ -23,6 +24,7 @@ def failing(error: Exception) -> Any:
     return fail
 
 
+@one_process
 def test_a_bug_is_a_server_error_without_details(own_app: RunningApp) -> None:
     fail = failing(RuntimeError("a bug"))
     own_app.app.state.metrics = SimpleNamespace(text=fail)
@@ -35,6 +37,7 @@ def test_a_bug_is_a_server_error_without_details(own_app: RunningApp) -> None:
         assert_security_headers(response)
 
 
+@one_process
 @pytest.mark.parametrize(
     "error",
     [OSError("no route to host"), OperationalError("SELECT", {}, OSError("away"))],
@@ -149,6 +152,7 @@ SENT = {  # status, type, code, param, retry_after: programs depend on these
     "QueueFullError": (503, "rate_limit_error", "queue_full", None, 5),
     "ServerError": (500, "server_error", "server_error", None, None),
     "ServerStoppingError": (503, "server_error", "server_shutdown", None, 5),
+    "ServerUnavailableError": (503, "server_error", "server_unavailable", None, 5),
     "DatabaseUnavailableError": (503, "server_error", "database_unavailable", None, 5),
     "NotStoredError": (500, "server_error", "not_kept", None, None),
 }

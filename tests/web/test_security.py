@@ -33,6 +33,7 @@ from tests.support.client import (
     log_in,
     text_of,
 )
+from tests.support.process import until
 from tests.support.running_app import RunningApp, start
 from tests.support.scripted import ScriptedChat
 
@@ -273,7 +274,7 @@ def test_a_session_ends_when_its_user_is_removed(shared_app: RunningApp) -> None
     log_in(client, shared_app.call(users.create, "carol"))
     assert 'id="composer"' in client.get("/").text
     shared_app.call(users.remove, "carol")
-    assert 'name="secret"' in client.get("/").text
+    until(lambda: 'name="secret"' in client.get("/").text, "the session has ended")
 
 
 # Users who are added or removed by another process, such as `python server.py users remove`

@@ -78,17 +78,23 @@ class ChatSession(ResponsesSession):
     def _act(self, kind: str, fields: Json, stream_id: str | None, size: int) -> None:
         match kind:
             case "parley.response.cancel":
-                self._cancel(convert(fields, _Cancel))
+                self._cancel(convert(fields, _Cancel), stream_id)
             case "parley.response.resume":
                 self._resume(convert(fields, _Resume), stream_id)
             case _:
                 super()._act(kind, fields, stream_id, size)
 
-    def _cancel(self, event: _Cancel) -> None:
+    def _cancel(self, event: _Cancel, stream_id: str | None) -> None:
         if event.response_id is None:
             self._responses.cancel_all(self)
         else:
-            self._responses.cancel(self._user, event.response_id)
+            self._start(self._cancel_one(event.response_id, stream_id))
+
+    async def _cancel_one(self, id: str, stream_id: str | None) -> None:
+        try:
+            await self._responses.cancel(self._user, id)
+        except APIError as error:
+            self._client.send_json(render_error_event(error, stream_id))
 
     def _resume(self, event: _Resume, stream_id: str | None) -> None:
         if self._resuming == RESUMES:

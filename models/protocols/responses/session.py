@@ -215,7 +215,8 @@ class ResponsesSession:
         after = target.after if isinstance(target, Unstored) else None
         stream = Stream(self._renderer(), turn.lane, turn=turn)
         stream.kept = None if request.store else KeptResponse(after, messages)
-        self._streams[self._responses.create(asked, self)] = stream
+        self._streams[asked.id] = stream
+        self._responses.create(asked, self)
         await stream.ended.wait()
 
     def _refuse(self, error: APIError, turn: Turn) -> None:
@@ -241,8 +242,11 @@ class ResponsesSession:
         stream.steers.append(steer)
         self._send_steer(steer.render_accepted(), stream.stream_id, stream)
         if not stream.calls_tools:  # a reply with half a call is of no use
-            with suppress(ResponseNotFoundError):  # it is about to end
-                self._responses.cancel(self._user, steer.response_id, steered=True)
+            self._start(self._end_steered(steer.response_id))
+
+    async def _end_steered(self, id: str) -> None:
+        with suppress(ResponseNotFoundError):  # it is about to end
+            await self._responses.cancel(self._user, id, steered=True)
 
     def _check_steerable(self, stream: Stream | None) -> None:
         """Raise SteeringError if the next reply cannot answer more input."""

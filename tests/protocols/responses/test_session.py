@@ -477,7 +477,7 @@ async def test_input_for_a_reply_that_is_cancelled_or_fails_comes_back(
     connection: Connection, fake: FakeResponses
 ) -> None:
     response = await steered(connection, fake, "call f {}")
-    fake.cancel("ann", response.id)
+    await fake.cancel("ann", response.id)
     accepted, *_ = await connection.events()
     failed = await connection.client.sent.get()
     SOCKET_EVENT.validate_python(failed)
