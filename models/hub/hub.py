@@ -51,10 +51,10 @@ class Hub:
             try:
                 yield hub
             finally:
-                hub.close()
+                hub.refuse_workers()
                 with suppress(FileNotFoundError):  # later Pythons remove it themselves
                     os.unlink(path)
-                await hub._close()
+                await hub._end_links()
 
     def open(self, parts: Parts) -> None:
         """Begin to run replies."""
@@ -70,7 +70,7 @@ class Hub:
         """Wait until a worker knows that the server cannot start."""
         await self._told_failure.wait()
 
-    def close(self) -> None:
+    def refuse_workers(self) -> None:
         """Accept no more workers: new ones wait for the next hub."""
         self._server.close()
 
@@ -96,7 +96,7 @@ class Hub:
     def _on_stopping(self, stopping: HubService) -> bool:
         """A worker is stopping, or has left. Returns whether the hub ends too."""
         if all(service.is_stopping for service in self._workers.values()):
-            self.close()
+            self.refuse_workers()
             self.unused.set()
             if any(service.at_once for service in [stopping, *self._workers.values()]):
                 self.hurried.set()
@@ -112,7 +112,7 @@ class Hub:
         for link in self._workers:
             link.try_tell(WorkerCalls.logins_changed, logins)
 
-    async def _close(self) -> None:
+    async def _end_links(self) -> None:
         with suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_SECONDS):
                 for link in [*self._workers]:

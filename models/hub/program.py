@@ -45,7 +45,7 @@ async def _stop_with_workers(state: Any, hub: Hub, supervisor: int) -> None:
     """Drain when all workers do, and end all replies at once if they do not wait either."""
     supervisor_ended = partial(wait_process_ended, supervisor)
     await wait_for_any(hub.unused.wait, supervisor_ended)
-    hub.close()
+    hub.refuse_workers()
     state.shutdown.stop()
     await wait_for_any(hub.hurried.wait, supervisor_ended)
     state.shutdown.stop(at_once=True)

@@ -132,10 +132,9 @@ class Shutdown:
 
     def _count(self) -> None:
         self._signals += 1
-        if self._signals == 1:
-            self._signalled = self._loop.time()
         match self._signals:
             case 1:
+                self._signalled = self._loop.time()
                 logger.warning("stopping; another signal stops at once")
                 self._begin(self._seconds)
             case 2:
