@@ -26,6 +26,8 @@ from models.generation.admission import Admission
 from models.generation.interface import ModelInfo
 from models.generation.manager import ResponseManager
 from models.generation.parts import Status
+from models.hosts.host_responses import HostResponses
+from models.hosts.peers import Peers
 from models.hub.launcher import Launcher
 from models.hub.program import run_hub
 from models.hub.worker import Worker
@@ -107,7 +109,8 @@ async def local_parts(app: Starlette) -> AsyncIterator[tuple[Drain, Broken]]:
         database = await stack.enter_async_context(open_database(settings))
         state.shared = await stack.enter_async_context(open_shared_state(settings.redis_url))
         state.users = Users.open(settings, database, state.shared.limits)
-        ownership = await stack.enter_async_context(Ownership.taken(database))
+        peers = await stack.enter_async_context(Peers.opened(settings.peer_address, state.users.key_for(b"hosts")))
+        ownership = await stack.enter_async_context(Ownership.taken(database, address=peers.address))
         await state.users.check_key(ownership)
         state.conversations = Conversations(database, ownership.owner.id, StorageLimits.of(settings))
         state.connections = ConnectionRegistry(
@@ -121,17 +124,19 @@ async def local_parts(app: Starlette) -> AsyncIterator[tuple[Drain, Broken]]:
             ConversationFeed.opened(state.conversations, state.connections, state.shared.news)
         )
         await stack.enter_async_context(ownership.watched(state.conversations, state.feed.changed))
-        state.responses = await stack.enter_async_context(
-            ResponseManager.opened(
-                state.chat, state.admission, state.conversations, state.feed, settings, state.metrics
-            )
+        manager = ResponseManager.opened(
+            state.chat, state.admission, state.conversations, state.feed, settings, state.metrics
         )
+        state.manager = state.responses = await stack.enter_async_context(manager)
+        if not ownership.alone:
+            responses = HostResponses.opened(state.manager, state.conversations, peers)
+            state.responses = await stack.enter_async_context(responses)
         state.status = Status(state)
         register_gauges(app)
         print_login_help(state.url, await state.users.create_first())
         await stack.enter_async_context(state.users.watched(partial(revoke, app), partial(end_session, app)))
         broken = partial(wait_for_any, state.chat.died.wait, ownership.lost.wait)
-        yield partial(drain, app, state.responses.drain), broken
+        yield partial(drain, app, state.manager.drain), broken
 
 
 @asynccontextmanager
@@ -196,7 +201,7 @@ async def drain(app: Starlette, end_responses: Drain, seconds: float) -> None:
 def revoke(app: Starlette, user: User) -> None:
     """End the replies of a user whose secret is no longer valid, and close the user's connections."""
     log("revoked", user=user.id)
-    app.state.responses.revoke(user.id)
+    app.state.manager.revoke(user.id)
     app.state.connections.close_user(user.id, 4401, WrongCredentialsError.code)
 
 

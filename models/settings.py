@@ -50,6 +50,7 @@ class Settings:
     key: str | None = field(default=None, repr=False)
     database_url: str | None = field(default=None, repr=False)
     redis_url: str | None = field(default=None, repr=False)
+    peer_address: str | None = None
     linger: int = 60
     replay_bytes: int = 2**24
     drain: int = 30
@@ -156,6 +157,13 @@ def _redis_url(value: str) -> str:
     return _choice(r"(rediss?|unix)://.+")(value)
 
 
+def _address(value: str) -> str:
+    host, _, port = _choice(r"([\w.-]+|\[[\da-fA-F:.]+\]):\d{1,5}")(value).rpartition(":")
+    if not 0 < int(port) < 2**16:
+        raise ValueError(port)
+    return f"{host}:{int(port)}"
+
+
 def _origins(value: str) -> tuple[str, ...]:
     return tuple(_choice("https?://[^/?#]+")(origin.strip().rstrip("/")) for origin in value.split(","))
 
@@ -212,6 +220,7 @@ RULES: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "key": ("a secret of 32 characters or more", _key),
     "database_url": ("postgresql://user:password@host/database, or sqlite:///path", _database_url),
     "redis_url": ("redis://:password@host:6379/0, rediss:// for TLS, or unix:///path", _redis_url),
+    "peer_address": ("a host and a port, such as 10.0.0.1:7778", _address),
     "linger": _integer(0, 86_400),
     "replay_bytes": _integer(0, 2**40),
     "drain": _integer(0, 86_400),

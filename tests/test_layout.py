@@ -31,7 +31,8 @@ GROUND = {
 FLOORS = [  # a package imports only from floors below its own
     {"server"},
     {"web"},
-    {"hub", "protocols"},
+    {"hosts", "protocols"},
+    {"hub"},
     {"generation"},
     {"language", "users"},
     {"engine", "ops", "shared", "store"},

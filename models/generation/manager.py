@@ -20,6 +20,7 @@ from models.errors import (
     PreviousResponseNotFoundError,
     ResponseNotFoundError,
     ServerError,
+    ServerUnavailableError,
     one_line,
 )
 from models.generation.admission import Admission, Ticket
@@ -112,6 +113,10 @@ class ResponseManager:
 
     # Requests of clients
 
+    def runs(self, user: str, id: str) -> bool:
+        """Whether a response of a user runs here."""
+        return self._active_of(user, id) is not None
+
     def create(self, request: ResponseRequest, listener: Listener) -> str:
         """Start a response, send its events to a listener, the first one perhaps at once, and return its id."""
         response = ActiveResponse(request, self._chat.defaults)
@@ -128,6 +133,8 @@ class ResponseManager:
         if response := self._active_of(user, id):
             return await response.catch_up(follower)
         conversation, reply = await self.find(user, id)
+        if reply.status is Status.IN_PROGRESS:
+            raise ServerUnavailableError("another process runs this reply: try again in a moment")
         await replay(follower, Created(conversation, beginning_of(reply)), reply.output)
         follower.on_event(Finished(conversation, reply))
 

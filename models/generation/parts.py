@@ -9,7 +9,7 @@ from msgspec import Struct
 
 from models.errors import ServerStoppingError
 from models.generation.admission import Admission
-from models.generation.interface import ModelInfo
+from models.generation.interface import ModelInfo, ResponseService
 from models.generation.manager import ResponseManager
 from models.language.chat import Chat
 from models.ops.metrics import Metrics
@@ -35,7 +35,8 @@ class Parts(Protocol):
     shared: SharedState
     model_info: ModelInfo
     feed: ConversationFeed
-    responses: ResponseManager
+    manager: ResponseManager  # of the responses that run here
+    responses: ResponseService
 
 
 class Readiness(Struct, frozen=True):
@@ -55,7 +56,7 @@ class Status:
         """Whether the model can answer."""
         parts = self._parts
         trouble = parts.chat.trouble or (ServerStoppingError.message if parts.admission.closed else None)
-        return Readiness(trouble, parts.users.trouble or parts.responses.trouble or parts.shared.trouble)
+        return Readiness(trouble, parts.users.trouble or parts.manager.trouble or parts.shared.trouble)
 
     async def metrics(self) -> bytes:
         """The metrics for Prometheus."""

@@ -70,14 +70,16 @@ class Link(asyncio.Protocol):
         on_lost: Callable[[Link], None] | None = None,
         version: int = VERSION,
         unread: int = UNREAD_BYTES,
+        longest: int = FRAME_BYTES,
     ) -> None:
         self.lost = asyncio.Event()
         self.peer: Hello | None = None  # what the other side has said first
         self._version = version
         self._unread = unread
+        self._longest = longest  # bytes of a frame of the other side
         self._loop = asyncio.get_running_loop()
         self._greeted = asyncio.Event()  # or lost
-        self._service = service(self)
+        self.service = service(self)
         self._on_lost = on_lost
         self._transport: asyncio.Transport | None = None
         self._incoming = bytearray()
@@ -141,11 +143,20 @@ class Link(asyncio.Protocol):
         if tasks := [*self._tasks.values()]:
             await asyncio.wait(tasks)
 
+    def trust(self, service: object) -> None:
+        """Let the other side call this from now on, and send frames of any length."""
+        self.service, self._longest = service, FRAME_BYTES
+
     def close(self) -> None:
         """End the connection, after everything that was sent."""
         if self._transport:
             self._flush()
             self._transport.close()
+
+    def abort(self) -> None:
+        """End the connection at once."""
+        if self._transport:
+            self._transport.abort()
 
     def _start(
         self, method: Callable[..., Any], arguments: tuple[Any, ...], named: dict[str, Any]
@@ -213,7 +224,7 @@ class Link(asyncio.Protocol):
         """Act on all frames that are whole."""
         self._incoming += data
         try:
-            for frame in take_frames(self._incoming):
+            for frame in take_frames(self._incoming, lambda: self._longest):
                 self._act(frame)
         except Exception:
             logger.exception("process %s sends what cannot be read", self.peer and self.peer.pid)
@@ -260,12 +271,12 @@ class Link(asyncio.Protocol):
             answer.set_exception(ServerError())
 
     def _run(self, id: int, name: str, encoded: Raw) -> None:
-        method: Callable[..., Any] | None = None if name.startswith("_") else getattr(type(self._service), name, None)
+        method: Callable[..., Any] | None = None if name.startswith("_") else getattr(type(self.service), name, None)
         if method is None:
             raise ValueError(f"there is no method {name}")
         try:
             signature = signature_of(method)
-            call = partial(method, self._service, *signature.arguments.decode(encoded))
+            call = partial(method, self.service, *signature.arguments.decode(encoded))
             if signature.is_coroutine:
                 task = self._loop.create_task(self._await(id, call))
                 self._tasks[id] = task

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from msgspec import Struct
 
-from models.generation.events import ResponseEvent
 from models.generation.interface import ModelInfo, ResponseRequest, Stateless
 from models.generation.parts import Parts, Readiness, Status
 from models.hub.link import Link
+from models.hub.remote_listener import RemoteListener
 from models.hub.wire import OnceEncoder
 from models.hub.worker_calls import WorkerCalls
 from models.messages import Message
@@ -27,23 +27,6 @@ class Opened(Struct, frozen=True):
 
     model: ModelInfo
     started: int  # Unix seconds
-
-
-@dataclass(frozen=True)
-class RemoteListener:
-    """A listener of a worker, by its number."""
-
-    link: Link
-    number: int
-    encoder: OnceEncoder
-
-    def on_event(self, event: ResponseEvent) -> None:
-        """Send the listener an event."""
-        self.link.tell_numbered(WorkerCalls.on_event, self.number, event, self.encoder.encode)
-
-    async def wait_sent(self) -> None:
-        """Wait until the listener has passed on all events."""
-        await self.link.call(WorkerCalls.wait_sent, self.number)
 
 
 @dataclass(frozen=True, eq=False)

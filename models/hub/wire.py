@@ -123,13 +123,16 @@ def frame_of(body: bytes) -> bytes:
     return _LENGTH.pack(len(body)) + body
 
 
-def take_frames(data: bytearray) -> Iterator[Frame]:
-    """Take all whole frames from the beginning of `data`. Raises ValueError or msgspec's errors if they are none."""
+def take_frames(data: bytearray, longest: Callable[[], int] = lambda: FRAME_BYTES) -> Iterator[Frame]:
+    """Take all whole frames from the beginning of `data`; `longest` is how many bytes one may have.
+
+    Raises ValueError or msgspec's errors if they are none.
+    """
     start = 0
     try:
         while len(data) - start >= _LENGTH.size:
             (length,) = _LENGTH.unpack_from(data, start)
-            if length > FRAME_BYTES:
+            if length > longest():
                 raise ValueError(f"a frame of {length} bytes is too long")
             end = start + _LENGTH.size + length
             if len(data) < end:

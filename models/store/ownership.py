@@ -31,11 +31,11 @@ class Ownership:
     def __init__(self, database: Database, seconds: float = BEAT_SECONDS, address: str | None = None) -> None:
         self.owner = Owner.of_this_process(address)
         self.lost = asyncio.Event()
+        self.alone = database.dialect.name == "sqlite"  # no other process has replies in this database
         self._beats = 0
         self._runs_replies = False
         self._leaving = asyncio.Event()
         self._database = database
-        self._alone = database.dialect.name == "sqlite"
         self._seconds = seconds
         self._due = asyncio.get_running_loop().time() + seconds  # when the next beat is
 
@@ -98,7 +98,7 @@ class Ownership:
         return others
 
     async def _take(self) -> None:
-        ended = await self.wait_alone() if self._alone else ()
+        ended = await self.wait_alone() if self.alone else ()
         async with self._database.begin() as connection:
             await remove_owners(connection, ended)
             entered = await self._enter(connection)
@@ -118,7 +118,7 @@ class Ownership:
         """Write this process, unless it is there, or, on SQLite, another one is. Returns whether it was written."""
         present = self.owner._replace(beats=self._beats)._asdict()
         values = [literal(value, OWNER[name].type) for name, value in present.items()]
-        rivals = select(OWNER.id) if self._alone else select(OWNER.id).where(OWNER.id == self.owner.id)
+        rivals = select(OWNER.id) if self.alone else select(OWNER.id).where(OWNER.id == self.owner.id)
         entered = insert(owners_table).from_select(Owner._fields, select(*values).where(~exists(rivals)))
         return (await connection.execute(entered)).rowcount == 1
 

@@ -16,7 +16,7 @@ from models.errors import (
     ItemNotFoundError,
     ResponseNotFoundError,
 )
-from models.store.database import conversations_table, items_table
+from models.store.database import conversations_table, items_table, owners_table
 from models.store.item import Item, Status, is_response
 from models.store.owner import OWNER, Owner, remove_owners
 from models.store.place import Place
@@ -52,6 +52,13 @@ class FoundPath(NamedTuple):
     conversation: str | None
     listed: bool
     items: Sequence[Item]
+
+
+class RunningReply(NamedTuple):
+    """A reply that another process runs, which other hosts reach at `address`, if it has one."""
+
+    id: str
+    address: str | None
 
 
 class Responses(Transactions):
@@ -116,6 +123,17 @@ class Responses(Transactions):
         if not home or not items:
             raise ResponseNotFoundError("there is no such response")
         return Found(*home, items[0])
+
+    async def replies_elsewhere(
+        self, user: str, *, id: str | None = None, conversation: str | None = None
+    ) -> Sequence[RunningReply]:
+        """The replies with an id, or in a conversation, that other processes run."""
+        wanted = ITEM.id == id if id else ITEM.conversation_id == conversation
+        chosen = select(ITEM.id, OWNER.address).join(conversations_table, ITEM.conversation_id == CONVERSATION.id)
+        chosen = chosen.outerjoin(owners_table, ITEM.owner == OWNER.id)
+        chosen = chosen.where(wanted, CONVERSATION.user_id == user, IN_PROGRESS, ITEM.owner != self.owner)
+        async with self._database.connect() as connection:
+            return [RunningReply(*row) for row in await connection.execute(chosen)]
 
     async def path_of_response(self, user: str, id: str) -> FoundPath:
         """The nodes up to and including a response, as `read_messages` gives them. Raises ResponseNotFoundError."""

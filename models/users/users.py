@@ -102,6 +102,10 @@ class Users:
             raise DataFolderError(settings.data, error) from error
         return cls(database, key, settings.users, limits)
 
+    def key_for(self, purpose: bytes) -> bytes:
+        """A key for something else, which all hosts with the same users have."""
+        return hmac.digest(self._key, purpose, "sha256")
+
     @property
     def logins(self) -> Logins:
         """Who may log in, as of the last read of the database."""

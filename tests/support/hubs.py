@@ -51,7 +51,7 @@ class FakeManager(FakeResponses):
 
 def parts_of(settings: Settings, conversations: Conversations) -> Any:
     """What a hub needs of a server."""
-    chat = ScriptedChat()
+    chat, manager = ScriptedChat(), FakeManager()
     return SimpleNamespace(
         settings=settings,
         started=STARTED,
@@ -64,7 +64,8 @@ def parts_of(settings: Settings, conversations: Conversations) -> Any:
         shared=OwnState(),
         model_info=MODEL,
         feed=FakeFeed(),
-        responses=FakeManager(),
+        manager=manager,
+        responses=manager,
     )
 
 
