@@ -176,8 +176,10 @@ class HostResponses:
         if reply is None:
             return await self._own.follow(user, id, follower)
         try:
-            await (await self._host_of(reply)).follow(user, id, follower, caught_up.set)
-        except (ResponseNotFoundError, ServerUnavailableError):
+            async with asyncio.timeout(RETRY_SECONDS):  # so that text of the database comes meanwhile
+                host = await self._host_of(reply)
+            await host.follow(user, id, follower, caught_up.set)
+        except (ResponseNotFoundError, ServerUnavailableError, TimeoutError):
             conversation, stored = await self._own.find(user, id)
             created = Created(conversation, beginning_of(stored))
             await replay(follower, created, stored.output, ended=lambda: False)

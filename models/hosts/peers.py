@@ -40,6 +40,7 @@ class Peers:
         self._strangers: dict[Link, None] = {}  # the oldest one first
         self._guests: dict[Link, PeerService] = {}
         self._hosts: dict[str, asyncio.Task[Peer]] = {}  # by address; connected, or about to be
+        self._unreachable: set[str] = set()  # addresses about which the log has been told
         self._watching: dict[Link, asyncio.Task[None]] = {}
 
     @classmethod
@@ -112,9 +113,13 @@ class Peers:
     async def _connect(self, address: str) -> Peer:
         try:
             async with asyncio.timeout(ENTER_SECONDS):
-                return await self._enter(address)
+                peer = await self._enter(address)
+            self._unreachable.discard(address)
+            return peer
         except (TimeoutError, OSError, ServerUnavailableError) as error:
-            logger.warning("the host at %s cannot be reached: %s", address, one_line(error) or "it does not answer")
+            if address not in self._unreachable:
+                logger.warning("the host at %s cannot be reached: %s", address, one_line(error))
+            self._unreachable.add(address)
             raise ServerUnavailableError("the reply runs on another host, which does not answer") from error
 
     async def _enter(self, address: str) -> Peer:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from functools import partial
 from glob import glob
 from pathlib import Path
+from typing import Self
 
 import asyncpg  # type: ignore[import-untyped]
 import pytest
@@ -47,6 +48,9 @@ EMPTY = """
 class PostgreSQL:
     """A server that listens at a socket in its folder, and nowhere else. The user `postgres` may do everything."""
 
+    listens = ""  # at which addresses of the network
+    access = ACCESS
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         owner = {}
@@ -56,11 +60,11 @@ class PostgreSQL:
             owner = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
         self._open = partial(subprocess.Popen, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, cwd=folder, **owner)
         self._run(INITDB, "--username=postgres", "--encoding=UTF8", "--locale=C", "--no-sync")
-        (folder / "cluster" / "pg_hba.conf").write_text(ACCESS)
+        (folder / "cluster" / "pg_hba.conf").write_text(self.access)
 
     @classmethod
     @contextmanager
-    def running(cls) -> Iterator[PostgreSQL]:
+    def running(cls) -> Iterator[Self]:
         """A server that runs until the context ends, or the process."""
         if not INITDB or not PG_CTL:
             pytest.skip("PostgreSQL is not installed: there is no initdb or pg_ctl")
@@ -75,7 +79,7 @@ class PostgreSQL:
             shutil.rmtree(folder)
 
     def start(self) -> None:
-        options = f"{WITHOUT_SYNC} -c listen_addresses='' -c unix_socket_directories={self.folder}"
+        options = f"{WITHOUT_SYNC} -c listen_addresses='{self.listens}' -c unix_socket_directories={self.folder}"
         self._run(PG_CTL, f"--log={self.folder / 'log'}", f"--options={options}", "--wait", "start")
 
     def stop(self) -> None:
