@@ -23,15 +23,14 @@ class Detokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, kept: Collection[int] = ()) -> None:
         self._tokenizer = tokenizer
-        added = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self._special = added.union(tokenizer.all_special_ids).difference(kept)
+        self._silent = silent_ids(tokenizer, kept)
         self._window: list[int] = []  # the token before the last clean break, and all after it
         self._sent = 0  # how many characters of the window's text were returned
 
     def push(self, token_id: int) -> str:
         """The text that is certain after this token, often empty."""
         token = self._tokenizer.convert_ids_to_tokens(token_id)
-        if token_id in self._special or not isinstance(token, str):  # None: a padding token outside of the vocabulary
+        if token_id in self._silent or not isinstance(token, str):  # None: a padding token outside of the vocabulary
             return ""
         self._window.append(token_id)
         if re.fullmatch("<0x[0-9A-F]{2}>", token):
@@ -53,3 +52,9 @@ class Detokenizer:
 
     def _decode(self) -> str:
         return str(self._tokenizer.decode(self._window, clean_up_tokenization_spaces=False))
+
+
+def silent_ids(tokenizer: PreTrainedTokenizerBase, kept: Collection[int] = ()) -> set[int]:
+    """The special tokens, which have no text, but those in `kept`."""
+    added = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added.union(tokenizer.all_special_ids).difference(kept)

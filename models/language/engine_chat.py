@@ -23,8 +23,8 @@ from models.engine.runner import make_runner
 from models.engine.sampling_params import SamplingParams
 from models.engine.sequence import Sequence, Token
 from models.errors import InvalidValueError, MessagesRejectedError
+from models.language.byte_detokenizer import detokenizers_of
 from models.language.chat_template import ChatTemplate
-from models.language.detokenizer import Detokenizer
 from models.language.events import Done, Event
 from models.language.grammar.constraint import GrammarConstraint
 from models.language.grammar.grammars import Grammars
@@ -59,7 +59,6 @@ class EngineChat:
         self.defaults = default_options(model, settings)
         self._weights = {kind: round(share, 4) for kind, share in shares(model).items()}
         size = size_of_model(model)  # without the cache, which the runner adds
-        self._tokenizer = tokenizer
         template = ChatTemplate.of(tokenizer, self.defaults.instructions)
         self._prompts = PromptBuilder(template, self.context, self.defaults.instructions)
         self._format = ReplyFormat.of(tokenizer, template.tools is not None)
@@ -67,6 +66,7 @@ class EngineChat:
         self.capabilities = [name for name, known in knows.items() if known]
         self._stop_ids = stop_token_ids(template, model)
         self._token_bytes = TokenBytes(tokenizer)
+        self._new_detokenizer = detokenizers_of(tokenizer, self._format.special.values())
         check_architecture(model)
         runner = make_runner(model, settings.slots, self.context, DTYPES.get(settings.kv_cache))
         self._engine = Engine(runner)
@@ -158,7 +158,7 @@ class EngineChat:
         )
         # A text in a format ends where the format does, and calls are no text, also if one of them is cut off.
         stop = options.stop if request.format.type == "text" and not request.tools.forced else ()
-        parts = ReplyEvents(Detokenizer(self._tokenizer, self._format.special.values()), parser, stop)
+        parts = ReplyEvents(self._new_detokenizer(), parser, stop)
         logprobs = None if request.top_logprobs is None else TextLogprobs(self._token_bytes)
         return EngineReply(self._async_engine, sequence, parts, prompt.left_out, logprobs)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from models.language.byte_detokenizer import ByteDetokenizer
 from models.language.detokenizer import UNDECODABLE, Detokenizer
 from models.language.events import ArgumentsDelta, Done, Event, ReasoningDelta, TextDelta
 from models.language.replies.parser import ReplyParser
@@ -18,7 +19,7 @@ class ReplyEvents:
     text of the answer by itself, and not in reasoning or arguments.
     """
 
-    def __init__(self, detokenizer: Detokenizer, parser: ReplyParser, stop: tuple[str, ...]) -> None:
+    def __init__(self, detokenizer: Detokenizer | ByteDetokenizer, parser: ReplyParser, stop: tuple[str, ...]) -> None:
         self.reasoning_tokens = 0
         self._detokenizer = detokenizer
         self._parser = parser

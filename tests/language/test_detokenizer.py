@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from models.language.byte_detokenizer import ByteDetokenizer
 from models.language.detokenizer import UNDECODABLE, Detokenizer
 from tests.support.tiny import SPECIAL, tiny_tokenizer
 
@@ -73,7 +74,7 @@ def decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
-def pushed(detokenizer: Detokenizer, ids: Iterable[int]) -> str:
+def pushed(detokenizer: Detokenizer | ByteDetokenizer, ids: Iterable[int]) -> str:
     return "".join(detokenizer.push(token_id) for token_id in ids)
 
 
