@@ -38,7 +38,9 @@ class Outbox:
         self._seconds = seconds
         self._items: asyncio.Queue[tuple[float, str | Close]] = asyncio.Queue()
         self._unsent = 0
-        self._sending: asyncio.Timeout | None = None
+        self._sending: float | None = None  # when the frame that is being sent was put here
+        self._patience = asyncio.timeout(None)  # of all sending
+        self._timer: asyncio.TimerHandle | None = None
 
     async def wait_sent(self) -> None:
         """Wait until everything is sent; forever if that is not possible."""
@@ -53,8 +55,8 @@ class Outbox:
         if self.closing:
             return
         is_full = self._unsent > self._limit and self._items.qsize() > FEW_FRAMES
-        if is_full and self._sending and not self._sending.expired():
-            self._sending.reschedule(self._now())
+        if is_full and self._sending is not None:
+            self._give_up()
         self._unsent += len(text.encode())
         self._items.put_nowait((self._now(), text))
 
@@ -76,6 +78,8 @@ class Outbox:
             self.stalled = True
         finally:
             self.closing, self._sending = True, None
+            if self._timer:
+                self._timer.cancel()
         with suppress(TimeoutError):
             async with asyncio.timeout(self._seconds / 3):  # the client sees this if it begins to read again
                 await self._websocket.close(1013, "the client does not read its frames")
@@ -83,15 +87,27 @@ class Outbox:
         return False
 
     async def _deliver_all(self) -> None:
-        while True:
-            put_at, item = await self._items.get()
-            async with asyncio.timeout_at(put_at + self._seconds) as self._sending:
+        self._check_time()
+        async with self._patience:
+            while True:
+                self._sending, item = await self._items.get()
                 if not isinstance(item, str):
                     return await self._websocket.close(*item)
                 await self._websocket.send_text(item)
-            self._sending = None
-            self._unsent -= len(item.encode())
-            self._items.task_done()
+                self._sending = None
+                self._unsent -= len(item.encode())
+                self._items.task_done()
+
+    def _check_time(self) -> None:
+        """Give up if a frame has waited too long, else look again when it may have. A timer a frame would cost 4 µs."""
+        due = (self._now() if self._sending is None else self._sending) + self._seconds
+        if self._sending is not None and due <= self._now():
+            return self._give_up()
+        self._timer = asyncio.get_running_loop().call_at(due, self._check_time)
+
+    def _give_up(self) -> None:
+        if not self._patience.expired():
+            self._patience.reschedule(self._now())
 
     @staticmethod
     def _now() -> float:
