@@ -1,9 +1,11 @@
 """Measure how many tokens a second one process, or a hub and its workers, pass on to sockets, and what a token costs.
 
     python tests/bench/workers.py --sockets 200 --rate 100 --seconds 10 --workers 0 --workers 1 --workers 2
+    python tests/bench/workers.py --real --sockets 32 --tokens 256 --workers 0 --workers 1
 
 A scripted engine gives each reply `rate` tokens a second, all replies in the same moment, as a step of the engine does.
-Each token is the time at which it was made. 0 workers is one process. The clients have a process of their own.
+Each token is the time at which it was made. 0 workers is one process. The clients have a process of their own. With
+`--real`, the embedded model gives each reply so many tokens as fast as it can.
 """
 
 from __future__ import annotations
@@ -77,9 +79,9 @@ async def opens_paced(app: Starlette) -> AsyncIterator[Any]:
         stepping.cancel()
 
 
-def paced() -> Starlette:
+def served() -> Starlette:
     """The app of one process, or of the hub."""
-    return create_app(open_chat=opens_paced)
+    return create_app() if os.environ["RATE"] == "real" else create_app(open_chat=opens_paced)
 
 
 def worker() -> Starlette:
@@ -94,51 +96,48 @@ def worker() -> Starlette:
 # The clients
 
 
-async def listen(url: str, tokens: int, delays: list[float], all_there: asyncio.Barrier) -> int:
-    """Ask for a reply, and note how long each token was on its way; returns how many came."""
+async def listen(url: str, tokens: int, real: bool, delays: list[float], all_there: asyncio.Barrier) -> int:
+    """Ask for a reply, and note how long each token of a scripted one was on its way; returns how many came."""
+    asked = {"input": "Count.", "max_output_tokens": tokens, "ignore_eos": True} if real else {"input": f"say {tokens}"}
     url = url.replace("http", "ws", 1) + "/ws"
     async with connect(url, subprotocols=[Subprotocol("chat.v2")], additional_headers=bearer()) as connection:
         await connection.recv()
         await all_there.wait()
-        await connection.send(json.dumps({"type": "response.create", "store": False, "input": f"say {tokens}"}))
-        count = 0
+        await connection.send(json.dumps({"type": "response.create", "store": False, **asked}))
         async for frame in connection:
             now = time.perf_counter()
             event = json.loads(frame)
-            if event["type"] == "response.output_text.delta":
+            if event["type"] == "response.output_text.delta" and not real:
                 delays += [now - float(made) for made in event["delta"].split()]
-                count += len(event["delta"].split())
             elif event["type"] in (*ENDS, "error"):
-                return count
-    return count
+                return int(event["response"]["usage"]["output_tokens"])
+    return 0
 
 
-async def load(url: str, sockets: int, tokens: int) -> dict[str, float]:
+async def load(url: str, sockets: int, tokens: int, real: bool) -> dict[str, float]:
     """Listen on all sockets at once."""
     delays: list[float] = []
     all_there = asyncio.Barrier(sockets + 1)
     listening = []
     for _ in range(sockets):
-        listening.append(asyncio.create_task(listen(url, tokens, delays, all_there)))
+        listening.append(asyncio.create_task(listen(url, tokens, real, delays, all_there)))
         await asyncio.sleep(0.02)  # few strangers of one address may connect at once
     await all_there.wait()
     started = time.perf_counter()
     counts = await asyncio.gather(*listening)
     seconds = time.perf_counter() - started
-    delays.sort()
-    return {
-        "tokens/s": sum(counts) / seconds,
-        "p50 ms": 1000 * statistics.median(delays),
-        "p99 ms": 1000 * delays[len(delays) * 99 // 100],
-        "tokens": sum(counts),
-    }
+    measured = {"tokens/s": sum(counts) / seconds, "tokens": sum(counts)}
+    if delays:
+        measured |= {"p50 ms": 1000 * statistics.median(delays)}
+        measured |= {"p99 ms": 1000 * statistics.quantiles(delays, n=100)[-1]}
+    return measured
 
 
 # The server
 
 
 @contextmanager
-def server(workers: int, rate: float) -> Iterator[tuple[str, int]]:
+def server(workers: int, rate: str) -> Iterator[tuple[str, int]]:
     """The URL of a server, and the id of its first process."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -150,7 +149,8 @@ def server(workers: int, rate: float) -> Iterator[tuple[str, int]]:
         command = [sys.executable, "-m", "uvicorn", "tests.bench.workers:worker", *options, *flags]
     with tempfile.TemporaryDirectory() as data:
         settings = {"PARLEY_DATA": f"{data}/data", "PARLEY_USERS": f"ann:{ANN}", "PARLEY_SOCKETS_PER_USER": "10000"}
-        environment = os.environ | settings | {"RATE": str(rate), "WORKERS": str(workers), "PYTHONPATH": str(ROOT)}
+        settings |= {"PARLEY_RESPONSES_PER_USER": "10000"}
+        environment = os.environ | settings | {"RATE": rate, "WORKERS": str(workers), "PYTHONPATH": str(ROOT)}
         with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL) as process:
             url = f"http://127.0.0.1:{port}"
             while not is_ready(url):
@@ -181,16 +181,16 @@ def cpu_seconds(root: int) -> dict[str, float]:
     return found
 
 
-def clients(url: str, sockets: int, tokens: int, results: Any) -> None:
-    results.send(asyncio.run(load(url, sockets, tokens)))
+def clients(url: str, sockets: int, tokens: int, real: bool, results: Any) -> None:
+    results.send(asyncio.run(load(url, sockets, tokens, real)))
 
 
-def measure(workers: int, sockets: int, rate: float, seconds: float) -> dict[str, float]:
+def measure(workers: int, sockets: int, rate: str, tokens: int) -> dict[str, float]:
     """One round."""
     with server(workers, rate) as (url, root):
         before = cpu_seconds(root)
         receiving, sending = multiprocessing.Pipe(duplex=False)
-        process = multiprocessing.Process(target=clients, args=(url, sockets, int(rate * seconds), sending))
+        process = multiprocessing.Process(target=clients, args=(url, sockets, tokens, rate == "real", sending))
         process.start()
         measured: dict[str, float] = receiving.recv()
         process.join()
@@ -201,15 +201,19 @@ def measure(workers: int, sockets: int, rate: float, seconds: float) -> dict[str
 
 @click.group(invoke_without_command=True)
 @click.option("--sockets", default=200)
-@click.option("--rate", default=100.0, help="Tokens a second of each reply.")
+@click.option("--rate", default=100.0, help="Tokens a second of each scripted reply.")
 @click.option("--seconds", default=10.0)
+@click.option("--real", is_flag=True, help="Use the embedded model.")
+@click.option("--tokens", default=256, help="Of each of its replies.")
 @click.option("--workers", multiple=True, type=int, default=[0, 1, 2])
 @click.pass_context
-def main(context: click.Context, sockets: int, rate: float, seconds: float, workers: list[int]) -> None:
+def main(
+    context: click.Context, sockets: int, rate: float, seconds: float, real: bool, tokens: int, workers: list[int]
+) -> None:
     """Measure, and print a line for each number of workers."""
     if context.invoked_subcommand is None:
         for count in workers:
-            measured = measure(count, sockets, rate, seconds)
+            measured = measure(count, sockets, *(("real", tokens) if real else (str(rate), int(rate * seconds))))
             figures = ", ".join(f"{name} {value:,.1f}" for name, value in measured.items())
             print(f"{count or 'no'} workers: {figures}", flush=True)
 
@@ -218,7 +222,7 @@ def main(context: click.Context, sockets: int, rate: float, seconds: float, work
 @click.argument("port", type=int)
 def one(port: int) -> None:
     """Run one process."""
-    serve(paced(), "127.0.0.1", port)
+    serve(served(), "127.0.0.1", port)
 
 
 @main.command()
@@ -226,7 +230,7 @@ def one(port: int) -> None:
 @click.argument("lock", type=int)
 def hub(supervisor: int, lock: int) -> None:
     """Run the hub."""
-    app = paced()
+    app = served()
     asyncio.run(run_hub(app.state, lifespan(app), supervisor))
 
 
