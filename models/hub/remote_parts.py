@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from itertools import count
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from models.errors import ServerUnavailableError
 from models.generation.parts import Readiness
@@ -19,7 +19,9 @@ from models.users.connections import Connection
 from models.users.sessions import Session
 from models.users.users import User, Users
 
-READY_SECONDS = 3.0  # for the hub to answer, before it counts as stuck
+T = TypeVar("T")
+
+ANSWER_SECONDS = 3.0
 
 
 class RemoteConnections:
@@ -163,25 +165,30 @@ class RemoteMetrics:
 
 
 class RemoteStatus:
-    """What operators may ask the hub."""
+    """What operators may ask the hub, which answers within some seconds, or counts as stuck."""
 
-    def __init__(self, hub: HubClient) -> None:
+    def __init__(self, hub: HubClient, seconds: float = ANSWER_SECONDS) -> None:
         self._hub = hub
+        self._seconds = seconds
 
     async def ready(self) -> Readiness:
         """Whether the model can answer."""
         try:
-            async with asyncio.timeout(READY_SECONDS):
-                return await self._hub.call(HubService.ready)
+            return await self._ask(HubService.ready)
         except ServerUnavailableError as error:
             return Readiness(str(error))
-        except TimeoutError:
-            return Readiness("the process that runs the replies does not answer")
 
     async def metrics(self) -> bytes:
-        """The metrics for Prometheus."""
-        return await self._hub.call(HubService.metrics)
+        """The metrics for Prometheus. Raises ServerUnavailableError."""
+        return await self._ask(HubService.metrics)
 
     async def arguments(self) -> Mapping[str, Any]:
-        """The arguments in effect."""
-        return await self._hub.call(HubService.arguments)
+        """The arguments in effect. Raises ServerUnavailableError."""
+        return await self._ask(HubService.arguments)
+
+    async def _ask(self, method: Callable[[HubService], Awaitable[T]]) -> T:
+        try:
+            async with asyncio.timeout(self._seconds):
+                return await self._hub.call(method)
+        except TimeoutError:
+            raise ServerUnavailableError("the process that runs the replies does not answer") from None

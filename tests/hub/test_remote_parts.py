@@ -361,6 +361,16 @@ async def test_operators_hear_of_the_trouble_of_the_hub(setup: Setup) -> None:
     assert (arguments["model"], arguments["slots"]) == ("scripted", 4)
 
 
+async def test_operators_do_not_wait_for_a_hub_that_does_not_answer(settings: Settings, there: Any) -> None:
+    async with listening(settings, there), connected(settings) as (client, _):
+        status = RemoteStatus(client, seconds=0)
+        stuck = "the process that runs the replies does not answer"
+        assert await status.ready() == Readiness(stuck)
+        for ask in (status.metrics, status.arguments):
+            with pytest.raises(ServerUnavailableError, match=stuck):
+                await ask()
+
+
 async def test_a_worker_without_a_hub_is_not_ready(settings: Settings, there: Any) -> None:
     async with listening(settings, there) as hub, connected(settings) as (client, worker):
         worker.may_go_on.clear()
