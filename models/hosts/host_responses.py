@@ -72,7 +72,10 @@ class HostResponses:
             return await self._own.follow(user, id, follower)
         caught_up = asyncio.Event()
         relaying = asyncio.create_task(self._relay(user, id, OnceFollower(follower, id), caught_up))
-        self._relays.setdefault(follower, {})[id] = Relay(user, id, relaying)
+        relays = self._relays.setdefault(follower, {})
+        if earlier := relays.get(id):
+            earlier.task.cancel()
+        relays[id] = Relay(user, id, relaying)
         relaying.add_done_callback(lambda _: self._forget(follower, id, relaying))
         await caught_up.wait()
 

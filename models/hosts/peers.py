@@ -7,11 +7,11 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from functools import partial
-from typing import cast
 
 from models.errors import ServerUnavailableError, StartError, one_line
 from models.generation.manager import ResponseManager
 from models.hosts.door import Door, enter
+from models.hosts.followers import Followed, Followers
 from models.hosts.peer import Peer
 from models.hosts.peer_service import PeerService
 from models.hub.link import Link
@@ -19,8 +19,7 @@ from models.hub.wire import OnceEncoder
 
 logger = logging.getLogger("parley")
 
-ENTER_SECONDS = 3.0  # for a connection, and for the proofs of both sides
-PING_SECONDS = 2.0  # between two questions whether the other side is well, and for each answer
+ANSWER_SECONDS = 2.0  # for a connection with the proofs of both sides, and for each ping; also between two pings
 STRANGERS = 64  # connections at once without a proof
 STRANGER_BYTES = 1024  # of a frame before the proof
 
@@ -31,9 +30,10 @@ class Peers:
     A host that does not answer is disconnected after some seconds.
     """
 
-    def __init__(self, key: bytes) -> None:
+    def __init__(self, key: bytes, seconds: float = ANSWER_SECONDS) -> None:
         self.address: str | None = None  # where other hosts reach this one
         self._key = key
+        self._seconds = seconds
         self._encoder = OnceEncoder()
         self._server: asyncio.Server | None = None
         self._responses: ResponseManager  # once it serves
@@ -45,12 +45,12 @@ class Peers:
 
     @classmethod
     @asynccontextmanager
-    async def opened(cls, address: str | None, key: bytes) -> AsyncIterator[Peers]:
+    async def opened(cls, address: str | None, key: bytes, seconds: float = ANSWER_SECONDS) -> AsyncIterator[Peers]:
         """The connections for as long as the context lasts; all hosts have one key. Raises StartError.
 
         `serve` lets other hosts in.
         """
-        peers = cls(key)
+        peers = cls(key, seconds)
         if address:
             await peers._bind(address)
         try:
@@ -90,7 +90,7 @@ class Peers:
         if len(self._strangers) == STRANGERS:
             self._end_stranger(next(iter(self._strangers)))
         self._strangers[link] = None
-        asyncio.get_running_loop().call_later(ENTER_SECONDS, self._end_stranger, link)
+        asyncio.get_running_loop().call_later(self._seconds, self._end_stranger, link)
         return Door(self._key, partial(self._let_in, link))
 
     def _end_stranger(self, link: Link) -> None:
@@ -112,7 +112,7 @@ class Peers:
 
     async def _connect(self, address: str) -> Peer:
         try:
-            async with asyncio.timeout(ENTER_SECONDS):
+            async with asyncio.timeout(self._seconds):
                 peer = await self._enter(address)
             self._unreachable.discard(address)
             return peer
@@ -124,7 +124,9 @@ class Peers:
 
     async def _enter(self, address: str) -> Peer:
         host, _, port = address.rpartition(":")
-        new_link = partial(Link, Peer, longest=STRANGER_BYTES)
+        followed: dict[int, Followed] = {}
+        service = Followers(followed)
+        new_link = partial(Link, lambda _: service, longest=STRANGER_BYTES)
         _, link = await asyncio.get_running_loop().create_connection(new_link, host.strip("[]"), int(port))
         try:
             await link.wait_greeted()
@@ -132,15 +134,14 @@ class Peers:
         except BaseException:
             link.abort()
             raise
-        peer = cast(Peer, link.service)
-        link.trust(peer)
+        link.trust(service)
         self._watch(link)
-        return peer
+        return Peer(link, followed)
 
     # Both
 
     def _watch(self, link: Link) -> None:
-        task = self._watching[link] = asyncio.create_task(disconnect_if_stuck(link))
+        task = self._watching[link] = asyncio.create_task(disconnect_if_stuck(link, self._seconds))
         task.add_done_callback(lambda _: self._watching.pop(link))
 
     async def _close(self) -> None:
@@ -164,11 +165,11 @@ def has_failed(connected: asyncio.Task[Peer]) -> bool:
     return connected.cancelled() or connected.exception() is not None or connected.result().link.lost.is_set()
 
 
-async def disconnect_if_stuck(link: Link) -> None:
-    """Ask the other side again and again whether it is well, and disconnect it if it does not answer."""
+async def disconnect_if_stuck(link: Link, seconds: float) -> None:
+    """Ask the other side every few seconds whether it is well, and disconnect it if it does not answer."""
     while not link.lost.is_set():
         try:
-            async with asyncio.timeout(PING_SECONDS):
+            async with asyncio.timeout(seconds):
                 await link.call(PeerService.ping)
         except TimeoutError:
             logger.warning("another host does not answer any more: it is disconnected")
@@ -176,5 +177,5 @@ async def disconnect_if_stuck(link: Link) -> None:
         except ServerUnavailableError:
             return
         with suppress(TimeoutError):
-            async with asyncio.timeout(PING_SECONDS):
+            async with asyncio.timeout(seconds):
                 await link.lost.wait()

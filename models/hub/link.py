@@ -79,7 +79,7 @@ class Link(asyncio.Protocol):
         self._longest = longest  # bytes of a frame of the other side
         self._loop = asyncio.get_running_loop()
         self._greeted = asyncio.Event()  # or lost
-        self.service = service(self)
+        self._service = service(self)
         self._on_lost = on_lost
         self._transport: asyncio.Transport | None = None
         self._incoming = bytearray()
@@ -145,7 +145,7 @@ class Link(asyncio.Protocol):
 
     def trust(self, service: object) -> None:
         """Let the other side call this from now on, and send frames of any length."""
-        self.service, self._longest = service, FRAME_BYTES
+        self._service, self._longest = service, FRAME_BYTES
 
     def close(self) -> None:
         """End the connection, after everything that was sent."""
@@ -271,12 +271,12 @@ class Link(asyncio.Protocol):
             answer.set_exception(ServerError())
 
     def _run(self, id: int, name: str, encoded: Raw) -> None:
-        method: Callable[..., Any] | None = None if name.startswith("_") else getattr(type(self.service), name, None)
+        method: Callable[..., Any] | None = None if name.startswith("_") else getattr(type(self._service), name, None)
         if method is None:
             raise ValueError(f"there is no method {name}")
         try:
             signature = signature_of(method)
-            call = partial(method, self.service, *signature.arguments.decode(encoded))
+            call = partial(method, self._service, *signature.arguments.decode(encoded))
             if signature.is_coroutine:
                 task = self._loop.create_task(self._await(id, call))
                 self._tasks[id] = task

@@ -26,6 +26,7 @@ from models.errors import (
     ResponseNotFoundError,
     ServerError,
     ServerStoppingError,
+    ServerUnavailableError,
     TooManyResponsesError,
 )
 from models.generation.admission import Admission
@@ -62,6 +63,7 @@ from models.store.item import Edge, Item, Status, part_id
 from tests.support.fake_client import FakeListener
 from tests.support.scripted import ScriptedChat, ScriptedReply, running
 from tests.support.stores import AwayConversations, SlowConversations
+from tests.support.trees import begin, growing, message
 
 pytestmark = pytest.mark.anyio
 
@@ -690,6 +692,25 @@ async def test_a_reply_is_stored_while_it_grows(
     assert (reply.content, reply.status) == ("half a reply", Status.IN_PROGRESS)
     _, _, stored = await conversations.find_response("ann", reply.id)
     assert [part.pieces for part in stored.output] == [["half", " a r", "eply"]]
+
+
+async def test_a_reply_that_another_process_runs_does_not_seem_to_have_ended(
+    responses: ResponseManager, conversations: SlowConversations, listener: FakeListener
+) -> None:
+    await begin(conversations, "conv_1", message("msg_1"), growing("resp_1", "half"))
+    assert not responses.runs("ann", "resp_1")
+    with pytest.raises(ServerUnavailableError, match="another process runs this reply"):
+        await responses.follow("ann", "resp_1", listener)
+    assert listener.rest() == []
+
+
+async def test_a_reply_runs_for_its_user_until_it_has_ended(responses: ResponseManager, listener: FakeListener) -> None:
+    id = responses.create(request("wait on"), listener)
+    await listener.next(OutputDelta)
+    assert (responses.runs("ann", id), responses.runs("bob", id)) == (True, False)
+    await responses.cancel("ann", id)
+    await listener.next(Finished)
+    assert not responses.runs("ann", id)
 
 
 async def test_a_finished_reply_is_stored_before_it_is_told(

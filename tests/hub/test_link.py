@@ -442,6 +442,35 @@ async def test_a_side_that_calls_what_there_is_not_is_disconnected(service: Serv
         assert service.rest() == []
 
 
+# A side that must be trusted first
+
+
+async def test_a_stranger_may_send_only_short_frames(service: Service) -> None:
+    async with joined(service, longest=200) as (link, _):
+        await link.start(Service.note, "x" * 100)
+        with pytest.raises(ServerUnavailableError):
+            await link.start(Service.note, "x" * 200)
+        assert service.rest() == ["x" * 100]
+
+
+async def test_a_trusted_side_calls_another_service_with_long_frames(service: Service) -> None:
+    door = Service()
+    async with joined(door, longest=200) as (link, other):
+        await link.start(Service.note, "knock")
+        other.trust(service)
+        await link.start(Service.note, "x" * 1000)
+        assert (door.rest(), service.rest()) == (["knock"], ["x" * 1000])
+
+
+async def test_an_aborted_connection_is_lost_although_much_is_unsent() -> None:
+    async with joined_to_bytes() as (link, _, writer):
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
+        link.tell(Service.note, "x" * 2**24)
+        await asyncio.sleep(0)
+        link.abort()
+        await link.lost.wait()
+
+
 async def test_whole_frames_before_garbage_still_count(service: Service) -> None:
     async with joined(service) as (link, _):
         link.tell(Service.note, 1)

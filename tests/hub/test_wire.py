@@ -30,6 +30,9 @@ from models.generation.interface import (
     Target,
     Unstored,
 )
+from models.hosts.door import Door
+from models.hosts.followers import Followers
+from models.hosts.peer_service import PeerService
 from models.hub.service import HubService, Opened
 from models.hub.wire import (
     FRAME_BYTES,
@@ -218,7 +221,7 @@ def returned(method: Callable[..., Any], value: Any) -> Any:
 # What crosses comes out as it went in
 
 
-@pytest.mark.parametrize("method", public_methods(HubService, WorkerCalls))
+@pytest.mark.parametrize("method", public_methods(HubService, WorkerCalls, Door, Followers, PeerService))
 def test_each_method_has_hints_that_can_be_decoded(method: Callable[..., Any]) -> None:
     parameters = [*inspect.signature(method).parameters.values()][1:]
     assert signature_of(method).is_coroutine == inspect.iscoroutinefunction(method)
@@ -333,6 +336,15 @@ def test_frames_that_come_at_once_are_taken_in_order_and_the_rest_stays() -> Non
 def test_a_frame_that_is_too_long_is_an_error_before_it_is_there() -> None:
     with pytest.raises(ValueError, match="too long"):
         next(take_frames(bytearray((FRAME_BYTES + 1).to_bytes(4, "big"))))
+
+
+def test_frames_may_be_longer_after_one_that_says_so() -> None:
+    longest = [20]
+    data = bytearray(frame_of(encode(Cancel(4))) + frame_of(encode(Call(1, "x" * 30, Raw(b"\x90")))))
+    frames = take_frames(data, lambda: longest[0])
+    assert next(frames) == Cancel(4)
+    longest[0] = 100
+    assert isinstance(next(frames), Call)
 
 
 @pytest.mark.parametrize("body", [b"", b"\xc1", encode("text"), encode((9, 1)), encode((0, 1))])

@@ -25,7 +25,7 @@ from models.store.database import conversations_table, items_table, open_databas
 from models.store.item import Item, Status
 from models.store.place import Place
 from models.store.storage_limits import StorageLimits
-from tests.support.owners import owned_store
+from tests.support.owners import owned_store, write_owner
 from tests.support.trees import ANSWER, QUESTION, SYSTEM, begin, fork, go_on, growing, ids_of, message, reply
 
 pytestmark = pytest.mark.anyio
@@ -142,6 +142,24 @@ async def test_a_host_cannot_write_the_reply_of_another_one(hosts: Hosts) -> Non
     await hosts[1].fail_replies(["resp_2"])
     found = (await hosts[1].find_response("ann", "resp_2")).item
     assert (found.content, found.status) == ("mine", Status.IN_PROGRESS)
+
+
+async def test_a_host_knows_which_replies_run_on_others_and_where(empty_postgresql: str) -> None:
+    settings = Settings(database_url=empty_postgresql)
+    async with open_database(settings) as database, open_database(settings) as other:
+        await write_owner(database, id="first", address="10.0.0.1:7778")
+        first, second = Conversations(database, "first"), await owned_store(other, "second")
+        await begin(first, "conv_1", *turn(1))
+        await begin(second, "conv_2", *turn(2))
+        await begin(first, "conv_3", message("msg_3"), reply("resp_3"))
+        assert await second.replies_elsewhere("ann", id="resp_t1") == [("resp_t1", "10.0.0.1:7778")]
+        assert await second.replies_elsewhere("ann", conversation="conv_1") == [("resp_t1", "10.0.0.1:7778")]
+        assert await first.replies_elsewhere("ann", id="resp_t2") == [("resp_t2", None)]
+        for nothing in ("resp_t1", "resp_3", "resp_none"):
+            assert await first.replies_elsewhere("ann", id=nothing) == []
+        assert await second.replies_elsewhere("bob", id="resp_t1") == []
+        assert await second.replies_elsewhere("bob", conversation="conv_1") == []
+        assert await second.replies_elsewhere("ann", id="resp_3") == []
 
 
 # One host changes a conversation in which a reply of the other one runs

@@ -16,15 +16,17 @@ from models.settings import Settings
 from models.store.conversations import Conversations
 from models.store.database import open_database
 from models.store.ownership import Ownership
+from tests.support.cable import Cable
 from tests.support.fake_client import FakeListener
 from tests.support.scripted import ScriptedChat, running
 
 KEY = b"the key of all hosts"
+SECONDS = 0.5  # for a host to answer
 
 
 @dataclass
 class Host:
-    """One host."""
+    """One host, which others reach by a cable."""
 
     scripted: ScriptedChat
     ownership: Ownership
@@ -32,20 +34,23 @@ class Host:
     manager: ResponseManager
     peers: Peers
     responses: HostResponses
+    cable: Cable
 
     @classmethod
     @asynccontextmanager
-    async def opened(cls, settings: Settings, address: str | None = "127.0.0.1:0") -> AsyncIterator[Host]:
-        """A host that others reach at an address, if it has one."""
+    async def opened(cls, settings: Settings, reachable: bool = True, **changes: int) -> AsyncIterator[Host]:
+        """A host with some settings changed. One that is not reachable has no address."""
         async with AsyncExitStack() as stack:
             enter = stack.enter_async_context
             database = await enter(open_database(settings))
-            peers = await enter(Peers.opened(address, KEY))
-            ownership = await enter(Ownership.taken(database, address=peers.address))
+            peers = await enter(Peers.opened("127.0.0.1:0", KEY, SECONDS))
+            cable = await enter(Cable.to(peers.address or ""))
+            address = cable.address if reachable else None
+            ownership = await enter(Ownership.taken(database, address=address))
             conversations, scripted = Conversations(database, ownership.owner.id), ScriptedChat()
-            manager = await enter(running(scripted, conversations, settings))
+            manager = await enter(running(scripted, conversations, settings, **changes))
             responses = await enter(HostResponses.opened(manager, conversations, peers))
-            yield cls(scripted, ownership, conversations, manager, peers, responses)
+            yield cls(scripted, ownership, conversations, manager, peers, responses, cable)
 
     def ask(self, message: str, target: Target | None = None, user: str = "ann") -> tuple[str, FakeListener]:
         """Ask for a reply. Returns its id, and a listener that gets its events."""

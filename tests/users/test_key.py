@@ -159,3 +159,11 @@ async def test_the_database_does_not_have_the_key(settings: Settings) -> None:
         assert b"ann" in values
         for hidden in (KEY.encode(), users._key, users._key.hex().encode(), secret.encode()):
             assert hidden not in values
+
+
+async def test_hosts_with_one_key_have_one_key_for_another_purpose(tmp_path: Path) -> None:
+    def derived(key: str, purpose: bytes) -> bytes:
+        return Users.open(Settings(data=tmp_path, key=key), None).key_for(purpose)  # type: ignore[arg-type]
+
+    assert derived("a" * 32, b"hosts") == derived("a" * 32, b"hosts")
+    assert len({derived("a" * 32, b"hosts"), derived("b" * 32, b"hosts"), derived("a" * 32, b"other")}) == 3
