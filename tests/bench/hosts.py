@@ -376,8 +376,9 @@ class Story:
         await asyncio.sleep(1)
         async with Client.of(self.one, BOB) as client, Client.of(self.two, BOB) as other:
             await asyncio.gather(client.ask(1000), other.ask(1000))
-            await asyncio.to_thread(self.one.users, "remove", "bob")
-            began = time.monotonic()
+            removing = asyncio.create_task(asyncio.to_thread(self.one.users, "remove", "bob"))
+            began = await self._removed("bob")
+            await removing
             for number, one in enumerate((client, other), 1):
                 await one.until(lambda one=one: one.closed is not None)  # type: ignore[misc]
                 assert one.closed
@@ -504,6 +505,14 @@ class Story:
 
     def _keep(self, id: str, said: str) -> None:
         self._said[id] = said
+
+    async def _removed(self, user: str) -> float:
+        """Wait until the database does not have a user any more, and return when."""
+        connection = await asyncpg.connect(POSTGRESQL_URL)
+        while await connection.fetchval("SELECT 1 FROM users WHERE id = $1", user):
+            pass
+        await connection.close()
+        return time.monotonic()
 
     async def _until_ready(self, host: Host, good: bool = True) -> None:
         """Wait until `/ready` has nothing to complain about, or has something."""
