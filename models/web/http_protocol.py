@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from typing import Any, Literal
 
 import h11
@@ -40,6 +41,7 @@ class HTTPProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Count the connection, and wait for a request."""
         super().connection_made(transport)
+        send_at_once(transport)
         open_connections: OpenConnections = self.app_state["open_connections"]
         self.connection = open_connections.open(self.client[0] if self.client else None, transport.abort)
         self.app_state = self.app_state | {"connection": self.connection}
@@ -108,6 +110,16 @@ class HTTPProtocol(H11Protocol):
             if has_begun:
                 self.transport.write(TIMEOUT)
             self.transport.close()
+
+
+def send_at_once(transport: asyncio.Transport) -> None:
+    """Let each write leave at once. asyncio sees to it, but not for a socket that somebody else has opened.
+
+    Otherwise a write waits for the acknowledgement of the one before, which takes 40 ms on many systems.
+    """
+    connection = transport.get_extra_info("socket")
+    if connection is not None and connection.family in (socket.AF_INET, socket.AF_INET6):
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 class _Upgraded(asyncio.Protocol):

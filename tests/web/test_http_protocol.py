@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import Iterator
 
@@ -16,6 +17,7 @@ from tests.support.client import bearer
 from tests.support.scripted import ScriptedChat
 from tests.support.serving import Served, serve
 from tests.support.sockets import ask, chat_v2, events_until_done
+from tests.support.workers import serve_by_workers
 
 PATIENCE = 20  # seconds for what takes less than one
 NEVER = 3600.0
@@ -218,3 +220,20 @@ def test_of_the_strangers_of_an_address_the_oldest_makes_room(served: Served, ca
         for connection in crowd:
             connection.close()
     assert caplog.text.count("too many connections are open") == 1
+
+
+def test_what_is_sent_waits_for_no_acknowledgement(settings: Settings, scripted: ScriptedChat) -> None:
+    noted: list[int] = []
+
+    class Noted(HTTPProtocol):
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            connection = transport.get_extra_info("socket")
+            noted.append(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+
+    # The workers have a listening socket that is not asyncio's own, as with `python server.py`.
+    with serve_by_workers(create_app(settings, scripted.opened), http=Noted) as served, opened(served) as connection:
+        connection.sendall(GET + b"\r\n")
+        received(connection, b"ok")
+    assert len(noted) == 1
+    assert noted[0]
