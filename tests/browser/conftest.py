@@ -13,23 +13,39 @@ from tests.browser.proxy import Proxy
 from tests.browser.steps import open_chat
 from tests.support.serving import Served
 
+Params = dict[str, object]
+
 # Firefox reports a WebSocket that cannot connect as an error of the page, although the page handles it and tries again.
 NO_CONNECTION = "Firefox can\N{RIGHT SINGLE QUOTATION MARK}t establish a connection"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of a test for each browser, run Chromium at one process and Firefox at two workers: all four take too long."""
-    doubled = [item for item in items if is_doubled(item)]
-    items[:] = [item for item in items if not is_doubled(item)]
-    config.hook.pytest_deselected(items=doubled)
+    """Run each test at one process and at two workers, but not with all other parameters: that takes too long.
+
+    Chromium has one process, and Firefox two workers. A test of Chromium alone has both with its first parameters, and
+    one of them in turn with the others.
+    """
+    seen: dict[str, list[Params]] = {}  # the parameters of each test, without the server
+    doubled = {item for item in items if is_doubled(item, seen)}
+    items[:] = [item for item in items if item not in doubled]
+    config.hook.pytest_deselected(items=[*doubled])
 
 
-def is_doubled(item: pytest.Item) -> bool:
-    """Whether the test runs in this browser at another server."""
-    chosen = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-    if not {"browser", "scripted_server"} <= chosen.keys():
+def is_doubled(item: pytest.Item, seen: dict[str, list[Params]]) -> bool:
+    """Whether the test runs with these parameters at another server."""
+    params: Params = (
+        dict(item.callspec.params) if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    )
+    server = params.pop("scripted_server", None)
+    if server is None:
         return False
-    return (chosen["browser"] == "firefox") is (chosen["scripted_server"] == "one process")
+    if "browser" in params:
+        return (params["browser"] == "firefox") is (server == "one process")
+    earlier = seen.setdefault(item.nodeid.partition("[")[0], [])
+    if params not in earlier:
+        earlier.append(params)
+    number = earlier.index(params)
+    return number > 0 and (number % 2 == 0) is (server == "one process")
 
 
 class OpenPage(Protocol):
