@@ -86,6 +86,8 @@ class Settings:
             name: _read(lookup, variable, describe_allowed(Options, name), partial(_option, name, parse))
             for variable, (name, parse) in OPTION_PARSERS.items()
         }
+        if values["peer_address"] and not (values["database_url"] or "").startswith("postgres"):
+            raise SettingsError(f"{PREFIX}PEER_ADDRESS needs a PostgreSQL database in {PREFIX}DATABASE_URL")
         return cls(
             options={name: value for name, value in options.items() if value is not None},
             **{name: value for name, value in values.items() if value is not None},

@@ -58,9 +58,6 @@ def test_an_empty_value_counts_as_none() -> None:
         ("REDIS_URL", "redis://:a@host:6379/0", "redis_url", "redis://:a@host:6379/0"),
         ("REDIS_URL", "rediss://host", "redis_url", "rediss://host"),
         ("REDIS_URL", "unix:///run/redis.sock?db=1", "redis_url", "unix:///run/redis.sock?db=1"),
-        ("PEER_ADDRESS", "10.0.0.1:7778", "peer_address", "10.0.0.1:7778"),
-        ("PEER_ADDRESS", "one.hosts.internal:07778", "peer_address", "one.hosts.internal:7778"),
-        ("PEER_ADDRESS", "[fd00::1]:65535", "peer_address", "[fd00::1]:65535"),
         ("LINGER", "0", "linger", 0),
         ("LINGER", "86400", "linger", 86_400),
         ("REPLAY_BYTES", "0", "replay_bytes", 0),
@@ -225,6 +222,26 @@ def test_a_bad_redis_url_is_refused_without_showing_the_password(url: str) -> No
     with pytest.raises(SettingsError, match=r"^PARLEY_REDIS_URL is not allowed: it must be redis://") as raised:
         read(REDIS_URL=url)
     assert "hunter" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "address"),
+    [
+        ("10.0.0.1:7778", "10.0.0.1:7778"),
+        ("one.hosts.internal:07778", "one.hosts.internal:7778"),
+        ("[fd00::1]:65535", "[fd00::1]:65535"),
+    ],
+)
+def test_a_peer_address_is_a_host_and_a_port(value: str, address: str) -> None:
+    assert read(PEER_ADDRESS=value, DATABASE_URL="postgresql:///parley").peer_address == address
+
+
+@pytest.mark.parametrize("url", ["", "sqlite:///parley.db"])
+def test_a_peer_address_needs_postgresql(url: str) -> None:
+    with pytest.raises(
+        SettingsError, match=r"^PARLEY_PEER_ADDRESS needs a PostgreSQL database in PARLEY_DATABASE_URL$"
+    ):
+        read(PEER_ADDRESS="10.0.0.1:7778", DATABASE_URL=url)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,8 @@ from models.store.item import Item, Status
 
 logger = logging.getLogger("parley")
 
+LOOK_SECONDS = 1.0  # between two looks at a response that another host runs
+
 
 @dataclass
 class Followed:
@@ -41,7 +43,8 @@ class Followed:
 class RemoteResponses:
     """A `ResponseService` whose responses run in the hub, which knows the listeners by numbers.
 
-    If the hub ends, every response that is followed here ends too, as far as it was stored.
+    If the hub ends, every response of it that is followed here ends too, as far as it was stored. One that another host
+    runs goes on there; its text so far and its end come from the database.
     """
 
     def __init__(self, hub: HubClient, conversations: Conversations) -> None:
@@ -52,6 +55,7 @@ class RemoteResponses:
         self._listeners: dict[int, Listener] = {}
         self._followed: dict[int, dict[str, Followed]] = {}  # by the number of the listener and the id
         self._idle = asyncio.Event()  # nothing is followed
+        self._waiting: set[asyncio.Task[None]] = set()  # for the end of responses that another host runs
 
     # As in ResponseService
 
@@ -138,13 +142,15 @@ class RemoteResponses:
         """End all responses that are followed here: the hub has ended."""
         ended = [(number, id, one) for number, all in self._followed.items() for id, one in all.items()]
         for number, id, followed in ended:
-            if followed.created:
-                reply = await self._reply_of(followed.user, followed.created)
-                if (part := followed.open) and part.index < len(reply.output):
-                    self.on_event([number], OutputItemDone(id, part.index, reply.output[part.index]))
-                self.on_event([number], Finished(followed.created.conversation, reply))
-            elif followed.asked:
-                self._reject(number, id, ServerUnavailableError())
+            if not followed.created:
+                if followed.asked:
+                    self._reject(number, id, ServerUnavailableError())
+            elif await self._runs_elsewhere(followed.user, id, if_unknown=False):
+                waiting = asyncio.create_task(self._end_later(number, followed, followed.created))
+                self._waiting.add(waiting)
+                waiting.add_done_callback(self._waiting.discard)
+            else:
+                self._end(number, followed, followed.created, await self._reply_of(followed.user, followed.created))
 
     # The end of the worker
 
@@ -196,6 +202,27 @@ class RemoteResponses:
         self._hub.try_tell(HubService.leave, number)
         if not self._followed:
             self._idle.set()
+
+    def _end(self, number: int, followed: Followed, created: Created, reply: Item) -> None:
+        """Tell a listener that a response has ended."""
+        if (part := followed.open) and part.index < len(reply.output):
+            self.on_event([number], OutputItemDone(reply.id, part.index, reply.output[part.index]))
+        self.on_event([number], Finished(created.conversation, reply))
+
+    async def _end_later(self, number: int, followed: Followed, created: Created) -> None:
+        """Wait until a response that another host runs has ended, unless its listener leaves."""
+        id = created.response_id
+        while self._followed.get(number, {}).get(id) is followed:
+            if not await self._runs_elsewhere(followed.user, id, if_unknown=True):
+                return self._end(number, followed, created, await self._reply_of(followed.user, created))
+            await asyncio.sleep(LOOK_SECONDS)
+
+    async def _runs_elsewhere(self, user: str, id: str, if_unknown: bool) -> bool:
+        """Whether another host runs a response; `if_unknown` is returned while the database is away."""
+        try:
+            return bool(await self._conversations.replies_elsewhere(user, id=id))
+        except Exception:
+            return if_unknown
 
     async def _reply_of(self, user: str, created: Created) -> Item:
         """The reply as far as it was stored, or as it began. It has failed, unless it had ended before."""

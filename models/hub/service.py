@@ -27,6 +27,7 @@ class Opened(Struct, frozen=True):
 
     model: ModelInfo
     started: int  # Unix seconds
+    owner: str  # of the replies that it runs, in the database
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +79,7 @@ class HubService:
         """Wait until the hub is ready. Raises ServerUnavailableError if it cannot start, or has another supervisor."""
         parts = self._parts = await self._parts_for(supervisor)
         self._link.try_tell(WorkerCalls.logins_changed, parts.users.logins)  # a result could overtake later changes
-        return Opened(parts.model_info, parts.started)
+        return Opened(parts.model_info, parts.started, parts.conversations.owner)
 
     async def stopping(self, at_once: bool) -> bool:
         """The worker ends: at once, or as soon as its clients have their replies. Returns whether the hub ends too."""

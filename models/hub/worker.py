@@ -67,6 +67,7 @@ class Worker:
     def hub_opened(self, opened: Opened) -> None:
         """A hub is ready."""
         self._state.model_info, self._state.started = opened.model, opened.started
+        self._state.conversations.owner = opened.owner
         self._connections.rejoin()
 
     async def hub_lost(self) -> None:

@@ -46,6 +46,7 @@ from tests.support.hubs import (
     opened_worker,
     parts_of,
 )
+from tests.support.owners import owned_store
 from tests.support.stores import AwayConversations
 
 pytestmark = pytest.mark.anyio
@@ -385,6 +386,23 @@ async def test_a_created_response_ends_as_far_as_it_is_stored_when_the_hub_is_lo
     assert (finished.conversation, finished.response_id) == ("conv_1", response.id)
     assert (finished.reply.content, finished.reply.status) == (stored[1] if stored else "", status)
     assert finished.reply.reason == reason
+    await setup.responses.wait_idle()
+
+
+async def test_a_response_of_another_host_ends_with_it_although_the_hub_is_lost(
+    setup: Setup, conversations: Conversations, listener: FakeListener
+) -> None:
+    response = await setup.start(listener, new_request(target=NewConversation("conv_1")))
+    await listener.next(Created)
+    other = await owned_store(conversations._database, "other")
+    await store(other, response.id, Status.IN_PROGRESS, "so far")
+    setup.hub.lose()
+    await setup.hub.wait_alone()
+    whole = [OutputItem("message", ["all of it"])]
+    await other.update_replies([Item.of_reply(response.id, 1.0, whole, status=Status.COMPLETED)])
+    finished = await listener.next(Finished)
+    assert (finished.conversation, finished.response_id) == ("conv_1", response.id)
+    assert (finished.reply.content, finished.reply.status) == ("all of it", Status.COMPLETED)
     await setup.responses.wait_idle()
 
 

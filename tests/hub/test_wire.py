@@ -300,7 +300,7 @@ def test_results_come_out_as_they_went_in() -> None:
 
 
 def test_the_model_of_a_hub_keeps_its_options() -> None:
-    opened = Opened(ModelInfo("scripted", 4096, OPTIONS, ("*",), ("tools",)), 1)
+    opened = Opened(ModelInfo("scripted", 4096, OPTIONS, ("*",), ("tools",)), 1, "owner")
     assert returned(HubService.opened, opened) == opened
 
 
