@@ -18,10 +18,12 @@ from models.generation.events import (
 )
 from models.generation.interface import NewConversation, Unstored
 from models.settings import Settings
+from models.store.conversations import Conversations
 from models.store.item import Status
 from tests.support.fake_client import FakeListener
 from tests.support.hosts import Host
-from tests.support.owners import remove_owner
+from tests.support.owners import remove_owner, write_owner
+from tests.support.trees import begin, growing, message
 
 pytestmark = pytest.mark.anyio
 
@@ -274,6 +276,21 @@ async def test_a_reply_whose_host_was_given_up_has_failed_as_far_as_it_was_store
     assert texts(events) == TEXT
     assert isinstance(events[-1], Finished)
     assert (events[-1].reply.status, events[-1].reply.reason) == (Status.FAILED, "server_error")
+
+
+async def test_a_reply_of_an_earlier_process_at_this_address_fails_once_that_is_given_up(shared: Settings) -> None:
+    async with Host.opened(shared) as host:
+        database = host.conversations._database
+        await write_owner(database, id="earlier", address=host.cable.address)
+        earlier = Conversations(database, "earlier")
+        await begin(earlier, "conv_1", message("msg_1"), growing("resp_1", "half"))
+        follower = await followed(host, "resp_1")
+        assert texts(follower.rest()) == "half"
+        with pytest.raises(ResponseNotFoundError, match="no such reply is running"):
+            await host.responses.cancel("ann", "resp_1")
+        await remove_owner(database, "earlier")
+        await host.conversations.fail_unfinished()
+        assert (await follower.next(Finished)).reply.status is Status.FAILED
 
 
 async def test_what_a_host_runs_that_does_not_answer_can_be_deleted(hosts: Hosts) -> None:
