@@ -73,13 +73,14 @@ class Peers:
         return await asyncio.shield(found)
 
     async def _bind(self, address: str) -> None:
-        host, _, port = address.rpartition(":")
+        host, port = split(address)
         loop = asyncio.get_running_loop()
         try:
-            self._server = await loop.create_server(self._new_guest, host.strip("[]"), int(port), start_serving=False)
+            self._server = await loop.create_server(self._new_guest, host, port, start_serving=False)
         except OSError as error:
             raise StartError(f"PARLEY_PEER_ADDRESS={address} cannot be used: {one_line(error)}") from error
-        self.address = f"{host}:{self._server.sockets[0].getsockname()[1]}"
+        port = self._server.sockets[0].getsockname()[1]  # which the system has chosen, if it was 0
+        self.address = f"{address.rpartition(':')[0]}:{port}"
 
     # Hosts that connect to this one
 
@@ -123,11 +124,10 @@ class Peers:
             raise ServerUnavailableError("the reply runs on another host, which does not answer") from error
 
     async def _enter(self, address: str) -> Peer:
-        host, _, port = address.rpartition(":")
         followed: dict[int, Followed] = {}
         service = Followers(followed)
         new_link = partial(Link, lambda _: service, longest=STRANGER_BYTES)
-        _, link = await asyncio.get_running_loop().create_connection(new_link, host.strip("[]"), int(port))
+        _, link = await asyncio.get_running_loop().create_connection(new_link, *split(address))
         try:
             await link.wait_greeted()
             await enter(link, self._key)
@@ -156,6 +156,12 @@ class Peers:
         for link in self._watching:
             link.close()
         await asyncio.gather(*self._watching.values())
+
+
+def split(address: str) -> tuple[str, int]:
+    """The host and the port of an address; an IPv6 host stands in brackets there."""
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
 
 
 def has_failed(connected: asyncio.Task[Peer]) -> bool:

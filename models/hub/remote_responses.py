@@ -44,7 +44,7 @@ class RemoteResponses:
     """A `ResponseService` whose responses run in the hub, which knows the listeners by numbers.
 
     If the hub ends, every response of it that is followed here ends too, as far as it was stored. One that another host
-    runs goes on there; its text so far and its end come from the database.
+    runs goes on there; its end, with all of its text, comes from the database.
     """
 
     def __init__(self, hub: HubClient, conversations: Conversations) -> None:

@@ -7,6 +7,8 @@ import re
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from models.language.detokenizer import silent_ids
+
 
 class TokenBytes:
     """The bytes that each token of a tokenizer stands for; none for tokens that are not text. Joined, they are a text.
@@ -18,8 +20,7 @@ class TokenBytes:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._added = {token_id: token.content for token_id, token in tokenizer.added_tokens_decoder.items()}
-        special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self._special = special.union(tokenizer.all_special_ids)
+        self._special = silent_ids(tokenizer)
         decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
         alphabet = bytes_to_unicode()  # type: ignore[no-untyped-call]
         self._bytes = {char: byte for byte, char in alphabet.items()} if "ByteLevel" in repr(decoder) else None
