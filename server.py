@@ -23,7 +23,6 @@ from starlette.routing import Mount, Route, WebSocketRoute
 from models.env_file import read_env_file
 from models.errors import SettingsError, StartError, WrongCredentialsError
 from models.generation.admission import Admission
-from models.generation.interface import ModelInfo
 from models.generation.manager import ResponseManager
 from models.generation.parts import Status
 from models.hosts.host_responses import HostResponses
@@ -119,7 +118,7 @@ async def local_parts(app: Starlette) -> AsyncIterator[tuple[Drain, Broken]]:
         state.metrics, state.started = Metrics(), int(time.time())
         state.admission = Admission.of(settings, state.shared.limits)
         state.chat = await stack.enter_async_context(state.open_chat(app))
-        state.model_info = model_info(state.chat, settings)
+        state.models = state.chat.models
         state.feed = await stack.enter_async_context(
             ConversationFeed.opened(state.conversations, state.connections, state.shared.news)
         )
@@ -150,16 +149,19 @@ async def remote_parts(app: Starlette) -> AsyncIterator[tuple[Drain, Broken]]:
         yield partial(drain, app, worker.drain), supervisor_ended
 
 
-def model_info(chat: Chat, settings: Settings) -> ModelInfo:
-    """What clients may know about the model of a chat."""
-    names = settings.model_aliases
-    return ModelInfo(chat.model_name, chat.context, chat.defaults, names, tuple(chat.capabilities))
-
-
 @asynccontextmanager
 async def open_chat(app: Starlette) -> AsyncIterator[Chat]:
-    """Load the model that the settings name, and run a chat with it."""
+    """Load the model that the settings name, or find upstreams, and run a chat with it."""
     state = app.state
+    if state.settings.upstream:
+        from models.upstream.upstream_chat import UpstreamChat  # only here: most servers need no HTTP client
+
+        state.tokenizer = state.model = None
+        async with AsyncExitStack() as stack:
+            async with cancelled_by(asyncio.Event().wait):
+                upstream = await stack.enter_async_context(UpstreamChat.opened(state.settings, state.metrics))
+            yield upstream
+        return
     with interruptible():
         # Imported only here: torch takes seconds, and the commands for users do without it.
         from models.language import loader

@@ -16,8 +16,8 @@ from models.tools import NO_TOOLS, Tools
 class ChatRequest:
     """A request for a reply to the last message of a user's messages.
 
-    With a `prompt`, there are no messages, and the model goes on with that text, without a chat template. `ignore_eos`
-    lets it go on after it has ended the reply.
+    `model` is the name of the one to ask; None is the default one. With a `prompt`, there are no messages, and the
+    model goes on with that text, without a chat template. `ignore_eos` lets it go on after it has ended the reply.
     """
 
     user: str
@@ -30,3 +30,4 @@ class ChatRequest:
     truncate: bool = False  # leave out the oldest messages if all of them do not fit the context
     prompt: str | None = None
     ignore_eos: bool = False
+    model: str | None = None

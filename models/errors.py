@@ -14,7 +14,7 @@ ParleyError
 ├── APIError                       a request is refused, with an HTTP status, a type, a code and a message
 │   ├── InvalidRequestError   400  InvalidJSON, InvalidValue, MissingField, UnknownField, UnknownEvent,
 │   │                              UnsupportedParameter, MessagesRejected, ContextLengthExceeded,
-│   │                              PreviousResponseNotFound, FormatFailed
+│   │                              PreviousResponseNotFound, FormatFailed, UpstreamRefused
 │   │                         404  ConversationNotFound, ItemNotFound, ResponseNotFound, ModelNotFound
 │   │                         409  ConversationLocked, ConversationFull, StorageFull
 │   │                         413  BodyTooLarge
@@ -22,9 +22,10 @@ ParleyError
 │   ├── AccessError           401  WrongCredentials
 │   │                         403  OriginNotAllowed
 │   ├── RateLimitError        429  RateLimitExceeded, TooManyResponses, TooManyConnections, TooManyLogins
-│   │                         503  QueueFull
+│   │                         503  QueueFull, UpstreamBusy
 │   └── ServerError           500  itself, NotStored
-│                             503  ServerStopping, ServerUnavailable, DatabaseUnavailable
+│                             502  UpstreamFailed
+│                             503  ServerStopping, ServerUnavailable, DatabaseUnavailable, UpstreamUnavailable
 └── EngineError                    the engine cannot do a task
     ├── KernelsUnavailableError    the C++ kernels cannot be compiled or loaded
     └── CompilationError           the model cannot be compiled
@@ -32,6 +33,7 @@ ParleyError
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -192,8 +194,9 @@ class ContextLengthExceededError(InvalidRequestError):
 
     code = "context_length_exceeded"
     param = "input"
+    message = "the prompt is too long for the context of the model: shorten the messages"
 
-    def __init__(self, message: str, tokens: int = 0) -> None:
+    def __init__(self, message: str | None = None, tokens: int = 0) -> None:
         super().__init__(message)
         self.tokens = tokens
 
@@ -203,6 +206,13 @@ class FormatFailedError(InvalidRequestError):
 
     code = "format_failed"
     message = "the reply could not go on in its format: it is too complex, or a dead end; make it simpler"
+
+
+class UpstreamRefusedError(InvalidRequestError):
+    """The upstream refuses the request; the message is the upstream's."""
+
+    code = "upstream_refused"
+    message = "the server that runs the model refuses the request"
 
 
 class BodyTooLargeError(InvalidRequestError):
@@ -256,14 +266,15 @@ class PreviousResponseNotFoundError(InvalidRequestError):
 
 
 class ModelNotFoundError(InvalidRequestError):
-    """The request names a model that is not loaded."""
+    """The request names a model that this server does not have."""
 
     status = 404
     code = "model_not_found"
     param = "model"
 
-    def __init__(self, loaded: str) -> None:
-        super().__init__(f"this server has one model: {loaded}")
+    def __init__(self, names: Sequence[str]) -> None:
+        told = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+        super().__init__(f"this server has {'one model' if len(names) == 1 else 'these models'}: {told}")
 
 
 class ConversationLockedError(InvalidRequestError):
@@ -360,6 +371,15 @@ class QueueFullError(RateLimitError):
     retry_after = 5
 
 
+class UpstreamBusyError(RateLimitError):
+    """All upstreams with the model answer that they have too many requests."""
+
+    status = 503
+    code = "upstream_busy"
+    message = "the server that runs the model has too many requests: try again later"
+    retry_after = 5
+
+
 class ServerError(APIError):
     """The server failed; the client did nothing wrong."""
 
@@ -393,6 +413,23 @@ class DatabaseUnavailableError(ServerError):
     status = 503
     code = "database_unavailable"
     message = "the database cannot be used at the moment: try again soon"
+    retry_after = 5
+
+
+class UpstreamFailedError(ServerError):
+    """The upstream that makes a reply fails; the log has the reason."""
+
+    status = 502
+    code = "upstream_failed"
+    message = "the server that runs the model has failed: try again"
+
+
+class UpstreamUnavailableError(ServerError):
+    """No upstream with the model can be reached."""
+
+    status = 503
+    code = "upstream_unavailable"
+    message = "no server that runs the model can be reached: try again later"
     retry_after = 5
 
 

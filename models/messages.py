@@ -8,7 +8,7 @@ from typing import Literal, NotRequired, TypedDict
 MAX_MESSAGES = 1000  # in one request
 
 Role = Literal["system", "user", "assistant", "tool"]
-FinishReason = Literal["stop", "max_output_tokens", "context_length"]
+FinishReason = Literal["stop", "max_output_tokens", "context_length", "content_filter"]
 
 
 class ToolCall(TypedDict):

@@ -14,12 +14,14 @@ Instructions = Annotated[
     Annotated[str, Meta(max_length=2**15, pattern=NO_SURROGATE)] | None,
     Meta(description=f"a string of at most {2**15:,} characters, or null"),
 ]
-Temperature = Annotated[float, Meta(ge=0, le=2, description="a number from 0 to 2")]
-TopP = Annotated[float, Meta(gt=0, le=1, description="a number above 0, 1 at most")]
-TopK = Annotated[int, Meta(ge=0, le=2**31, description="a whole number, 0 or more")]
-MinP = Annotated[float, Meta(ge=0, le=1, description="a number from 0 to 1")]
-RepetitionPenalty = Annotated[float, Meta(gt=0, le=2, description="a number above 0, 2 at most")]
-Penalty = Annotated[float, Meta(ge=-2, le=2, description="a number from -2 to 2")]
+Temperature = Annotated[Annotated[float, Meta(ge=0, le=2)] | None, Meta(description="a number from 0 to 2")]
+TopP = Annotated[Annotated[float, Meta(gt=0, le=1)] | None, Meta(description="a number above 0, 1 at most")]
+TopK = Annotated[Annotated[int, Meta(ge=0, le=2**31)] | None, Meta(description="a whole number, 0 or more")]
+MinP = Annotated[Annotated[float, Meta(ge=0, le=1)] | None, Meta(description="a number from 0 to 1")]
+RepetitionPenalty = Annotated[
+    Annotated[float, Meta(gt=0, le=2)] | None, Meta(description="a number above 0, 2 at most")
+]
+Penalty = Annotated[Annotated[float, Meta(ge=-2, le=2)] | None, Meta(description="a number from -2 to 2")]
 MaxOutputTokens = Annotated[
     Annotated[int, Meta(ge=1, le=2**31)] | None, Meta(description="a whole number, 1 or more, or null")
 ]
@@ -46,7 +48,8 @@ class Options(Struct, frozen=True, forbid_unknown_fields=True):
 
     `temperature` 0 is greedy; `top_k` 0 is off; `max_output_tokens` None allows as many tokens as the context holds;
     `seed` None means a random seed; `min_p` leaves out tokens whose probability is below this share of the largest one;
-    `reasoning_effort` None is the chat template's own.
+    `reasoning_effort` None is the chat template's own. A number that is None is the upstream's own; without upstreams,
+    all are set.
     """
 
     instructions: Instructions = None

@@ -27,6 +27,9 @@ class Settings:
     """The settings of the server; the table in README.md explains each one."""
 
     model: str | None = None
+    upstream: tuple[str, ...] = ()
+    upstream_key: str | None = field(default=None, repr=False)
+    upstream_model: tuple[str, ...] = ()
     model_aliases: tuple[str, ...] = ()
     revision: str | None = None
     trust_remote_code: bool = False
@@ -66,6 +69,11 @@ class Settings:
         """The name of the model on the page and in the protocols."""
         return EMBEDDED if self.model is None else Path(self.model).name.removesuffix(".gguf") or self.model
 
+    def aliases_of(self, model: str, default: str) -> tuple[str, ...]:
+        """The other names of a model; one that is for no model by name is the default one's."""
+        pairs = [alias.partition("=") for alias in self.model_aliases]
+        return tuple(alias for alias, _, named in pairs if (named or default) == model)
+
     def without_secrets(self) -> dict[str, Any]:
         """All settings except the secret ones, ready for JSON."""
         values = asdict(self)
@@ -88,6 +96,8 @@ class Settings:
         }
         if values["peer_address"] and not (values["database_url"] or "").startswith("postgres"):
             raise SettingsError(f"{PREFIX}PEER_ADDRESS needs a PostgreSQL database in {PREFIX}DATABASE_URL")
+        if values["upstream"] and values["model"]:
+            raise SettingsError(f"{PREFIX}UPSTREAM is in place of {PREFIX}MODEL: set only one of them")
         return cls(
             options={name: value for name, value in options.items() if value is not None},
             **{name: value for name, value in values.items() if value is not None},
@@ -178,6 +188,15 @@ def _hosts(value: str) -> tuple[str, ...]:
     return tuple(_choice(r"(\*\.)?[\w.-]+|\[[\da-fA-F:]+\]")(host.strip()) for host in value.split(","))
 
 
+def _urls(value: str) -> tuple[str, ...]:
+    return tuple(_url(url.strip().rstrip("/")) for url in value.split(","))
+
+
+def _url(url: str) -> str:
+    _choice(r"https?://[^/?#@\s]+(/[^?#@\s]*)?")(url)
+    return url if url.count("/") > 2 else f"{url}/v1"
+
+
 def _proxies(value: str) -> tuple[str, ...]:
     proxies = [proxy.strip() for proxy in value.split(",")]
     return tuple(proxy if proxy == "unix" else str(ipaddress.ip_network(proxy)) for proxy in proxies)
@@ -190,13 +209,19 @@ def _rate(value: str) -> str:
     return value
 
 
-SECRET = ("users", "key", "database_url", "redis_url")  # settings that contain secrets
+SECRET = ("users", "key", "upstream_key", "database_url", "redis_url")  # settings that contain secrets
 
 USER_ID = r"[\w.@-]{1,64}"
 
 RULES: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "model": ("a Hub id, a folder or a .gguf file", str),
-    "model_aliases": ("a list of names without spaces, with commas between them, or * for every name", _names),
+    "upstream": ("a list of URLs, such as http://gpu1:8000/v1, with commas between them and no passwords", _urls),
+    "upstream_key": ("a key", str),
+    "upstream_model": ("a list of names without spaces, with commas between them", _names),
+    "model_aliases": (
+        "a list of names without spaces, or of name=model, with commas between them, or * for every name",
+        _names,
+    ),
     "revision": ("a branch, tag or commit", str),
     "trust_remote_code": ("true or false", _switch),
     "device": ("auto, cpu, cuda, cuda:N, mps or xpu", _choice(r"auto|cpu|(cuda|xpu)(:\d+)?|mps")),

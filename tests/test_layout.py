@@ -19,6 +19,7 @@ GROUND = {
     "env_file",
     "errors",
     "messages",
+    "model_info",
     "options",
     "output_format",
     "output_item",

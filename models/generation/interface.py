@@ -1,4 +1,4 @@
-"""How the rest of the app requests replies, and what it may know about the model (`ModelInfo`). Loads no torch."""
+"""How the rest of the app requests replies. Loads no torch."""
 
 from __future__ import annotations
 
@@ -12,11 +12,7 @@ from msgspec import Struct
 from models.chat_request import ChatRequest
 from models.generation.events import ResponseEvent
 from models.messages import Message
-from models.options import Options
 from models.store.item import Edge, Item
-
-ANY_NAME = "*"
-MAX_MODEL_NAME = 256  # characters of a name that a reply has
 
 
 class Stateless(Struct, frozen=True, tag=True):
@@ -142,23 +138,3 @@ class ResponseService(Protocol):
 
     async def delete_conversation(self, user: str, id: str) -> None:
         """Delete a conversation; responses that run in it end first. Raises ConversationNotFoundError."""
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """What clients may know about the model. The name "*" among the `aliases` means every name."""
-
-    name: str
-    context: int  # how many tokens a prompt and its reply may have together
-    defaults: Options
-    aliases: tuple[str, ...] = ()
-    capabilities: tuple[str, ...] = ()  # "tools", "reasoning"
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Its own name, and its other names."""
-        return tuple(dict.fromkeys([self.name, *(alias for alias in self.aliases if alias != ANY_NAME)]))
-
-    def is_called(self, name: str) -> bool:
-        """Whether a client may call it by this name."""
-        return name in self.names or (ANY_NAME in self.aliases and 0 < len(name) <= MAX_MODEL_NAME)

@@ -119,7 +119,7 @@ class ResponseManager:
 
     def create(self, request: ResponseRequest, listener: Listener) -> str:
         """Start a response, send its events to a listener, the first one perhaps at once, and return its id."""
-        response = ActiveResponse(request, self._chat.defaults)
+        response = ActiveResponse(request, self._chat.models.of(request.chat.model).defaults)
         response.add_listener(listener)
         if response.conversation is not None and self._active_in(request.user, response.conversation):
             response.reject(ConversationLockedError())
@@ -322,10 +322,13 @@ class ResponseManager:
             response.warn(NotStoredError())
 
     async def _stream(self, response: ActiveResponse, reply: PreparedReply, timer: ResponseTimer) -> None:
+        left_out = reply.left_out
         async with aclosing(reply.events()) as events:
             async for event in events:
                 if not isinstance(event, Done):
                     timer.delta()
+                response.leave_out(reply.left_out - left_out)
+                left_out = reply.left_out
                 add_event(response, event)
 
     async def _conclude(self, response: ActiveResponse) -> None:
@@ -338,7 +341,7 @@ class ResponseManager:
                 logger.error("%s failed", response.id, exc_info=None if isinstance(error, EngineError) else error)
             if response.phase is not Phase.ANNOUNCED:
                 return self._reject(response, error if isinstance(error, APIError) else ServerError())
-            response.fail((error if isinstance(error, APIError) else ServerError).code)
+            response.fail(error if isinstance(error, APIError) else ServerError())
         response.close()
         await self._store(response)
         del self._active[response.id]

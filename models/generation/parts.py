@@ -9,9 +9,10 @@ from msgspec import Struct
 
 from models.errors import ServerStoppingError
 from models.generation.admission import Admission
-from models.generation.interface import ModelInfo, ResponseService
+from models.generation.interface import ResponseService
 from models.generation.manager import ResponseManager
 from models.language.chat import Chat
+from models.model_info import ModelList
 from models.ops.metrics import Metrics
 from models.settings import Settings
 from models.shared.shared_state import SharedState
@@ -33,7 +34,7 @@ class Parts(Protocol):
     admission: Admission
     chat: Chat
     shared: SharedState
-    model_info: ModelInfo
+    models: ModelList
     feed: ConversationFeed
     manager: ResponseManager  # of the responses that run here
     responses: ResponseService
@@ -56,7 +57,8 @@ class Status:
         """Whether the model can answer."""
         parts = self._parts
         trouble = parts.chat.trouble or (ServerStoppingError.message if parts.admission.closed else None)
-        return Readiness(trouble, parts.users.trouble or parts.manager.trouble or parts.shared.trouble)
+        warnings = parts.users.trouble, parts.manager.trouble, parts.shared.trouble, parts.chat.warning
+        return Readiness(trouble, next(filter(None, warnings), None))
 
     async def metrics(self) -> bytes:
         """The metrics for Prometheus."""

@@ -60,6 +60,7 @@ class ActiveResponse:
         self.phase = Phase.READING
         self.status = Status.IN_PROGRESS
         self.reason: str | None = None
+        self.failure: str | None = None
         self.usage = Usage(0)
         self.stored_in: str | None = None  # the conversation that keeps it, once it is known; it may not be listed
         self.place = Place()  # of its turn in the conversation
@@ -109,6 +110,7 @@ class ActiveResponse:
             parent=self.parent,
             status=self.status,
             reason=self.reason,
+            failure=self.failure,
             usage=self.usage.counts(),
             options=self._options,
             left_out=self._left_out,
@@ -160,6 +162,10 @@ class ActiveResponse:
     def set_prompt(self, usage: Usage, left_out: int) -> None:
         """Set the token counts, which grow with the reply, and how many messages the prompt leaves out."""
         self.usage, self._left_out = usage, left_out
+
+    def leave_out(self, more: int) -> None:
+        """Note that the prompt leaves out more messages than was known."""
+        self._left_out += more
 
     def announce(self) -> None:
         """Send `Created`: the messages are stored, or wait to be stored."""
@@ -220,9 +226,10 @@ class ActiveResponse:
         """Note that the generating task was cancelled, by `cancel` or because the process ends."""
         self.status, self.reason = self._cancellation or (Status.FAILED, "server_shutdown")
 
-    def fail(self, reason: str) -> None:
+    def fail(self, error: APIError) -> None:
         """Note that the reply failed after the response was announced."""
-        self.status, self.reason = Status.FAILED, reason
+        self.status, self.reason = Status.FAILED, error.code
+        self.failure = str(error) if str(error) != getattr(error, "message", None) else None
 
     def reject(self, error: APIError) -> None:
         """Send `Rejected`: there is no reply."""

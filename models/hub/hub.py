@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 
 from models.errors import ServerUnavailableError
 from models.generation.parts import Parts
@@ -14,6 +15,7 @@ from models.hub.link import Link
 from models.hub.service import HubService
 from models.hub.wire import OnceEncoder
 from models.hub.worker_calls import WorkerCalls
+from models.model_info import ModelList
 from models.settings import Settings
 from models.store.database import make_data_folder
 from models.users.users import Logins
@@ -59,6 +61,7 @@ class Hub:
     def open(self, parts: Parts) -> None:
         """Begin to run replies."""
         parts.users.on_changed = self._tell_logins
+        parts.models.on_change = partial(self._tell_models, parts.models)
         self._opening.set_result(parts)
 
     def fail(self, message: str) -> None:
@@ -111,6 +114,10 @@ class Hub:
     def _tell_logins(self, logins: Logins) -> None:
         for link in self._workers:
             link.try_tell(WorkerCalls.logins_changed, logins)
+
+    def _tell_models(self, models: ModelList) -> None:
+        for link in self._workers:
+            link.try_tell(WorkerCalls.models_changed, models.all)
 
     async def _end_links(self) -> None:
         with suppress(TimeoutError):

@@ -8,13 +8,14 @@ from typing import Any, Literal
 
 from msgspec import Struct
 
-from models.generation.interface import ModelInfo, ResponseRequest, Stateless
+from models.generation.interface import ResponseRequest, Stateless
 from models.generation.parts import Parts, Readiness, Status
 from models.hub.link import Link
 from models.hub.remote_listener import RemoteListener
 from models.hub.wire import OnceEncoder
 from models.hub.worker_calls import WorkerCalls
 from models.messages import Message
+from models.model_info import ModelInfo
 from models.store.conversations import Conversation
 from models.store.item import Item
 from models.users.connections import Change
@@ -25,7 +26,7 @@ from models.users.users import User
 class Opened(Struct, frozen=True):
     """What a worker has to know of a hub that is ready."""
 
-    model: ModelInfo
+    models: tuple[ModelInfo, ...]  # the default one first
     started: int  # Unix seconds
     owner: str  # of the replies that it runs, in the database
 
@@ -79,7 +80,7 @@ class HubService:
         """Wait until the hub is ready. Raises ServerUnavailableError if it cannot start, or has another supervisor."""
         parts = self._parts = await self._parts_for(supervisor)
         self._link.try_tell(WorkerCalls.logins_changed, parts.users.logins)  # a result could overtake later changes
-        return Opened(parts.model_info, parts.started, parts.conversations.owner)
+        return Opened(parts.models.all, parts.started, parts.conversations.owner)
 
     async def stopping(self, at_once: bool) -> bool:
         """The worker ends: at once, or as soon as its clients have their replies. Returns whether the hub ends too."""

@@ -21,6 +21,7 @@ from models.hub.remote_parts import (
 )
 from models.hub.remote_responses import RemoteResponses
 from models.hub.service import HubService, Opened
+from models.model_info import ModelInfo, ModelList
 from models.settings import Settings
 from models.store.conversations import Conversation
 from models.store.database import Database, open_database
@@ -41,6 +42,7 @@ class Worker:
         state.conversations = RemoteConversations(database, hub)
         self._responses = state.responses = RemoteResponses(hub, state.conversations)
         state.feed, state.metrics, state.status = RemoteFeed(hub), RemoteMetrics(hub), RemoteStatus(hub)
+        state.models = self._models = ModelList([])
         state.tokenizer = state.model = None
 
     @classmethod
@@ -66,7 +68,8 @@ class Worker:
 
     def hub_opened(self, opened: Opened) -> None:
         """A hub is ready."""
-        self._state.model_info, self._state.started = opened.model, opened.started
+        self._state.started = opened.started
+        self.models_changed(opened.models)
         self._state.conversations.owner = opened.owner
         self._connections.rejoin()
 
@@ -102,3 +105,7 @@ class Worker:
     def logins_changed(self, logins: Logins) -> None:
         """Replace who may log in."""
         self._users.replace(logins)
+
+    def models_changed(self, models: tuple[ModelInfo, ...]) -> None:
+        """Replace the models that clients may choose from."""
+        self._models.replace(models)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from models.generation.events import ResponseEvent
+from models.model_info import ModelInfo
 from models.store.conversations import Conversation
 from models.users.connections import Change
 from models.users.users import Logins
@@ -30,3 +31,6 @@ class WorkerCalls(Protocol):
 
     def logins_changed(self, logins: Logins) -> None:
         """Replace who may log in."""
+
+    def models_changed(self, models: tuple[ModelInfo, ...]) -> None:
+        """Replace the models that clients may choose from."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Collection, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any, Protocol
 
 from models.chat_request import ChatRequest
 from models.language.events import Event
 from models.messages import Usage
-from models.options import Options
+from models.model_info import ModelList
 
 
 class PreparedReply(Protocol):
@@ -21,37 +21,33 @@ class PreparedReply(Protocol):
 
     @property
     def left_out(self) -> int:
-        """How many of the oldest messages after the system prompt had no room in the context."""
+        """How many of the oldest messages after the system prompt had no room in the context.
+
+        It can grow until the first event.
+        """
 
     def events(self) -> AsyncGenerator[Event, None]:
         """Generate the reply. Closing the generator cancels it: its slot is free within one step.
 
-        Call it once, after the response has got its slot. Raises EngineError, and FormatFailedError if the reply cannot
-        go on in its format.
+        Call it once, after the response has got its slot. Raises EngineError, and APIError: FormatFailedError if the
+        reply cannot go on in its format, and what an upstream may raise.
         """
 
 
 class Chat(Protocol):
-    """A language model that answers messages."""
+    """One or several language models that answer messages."""
 
     @property
-    def model_name(self) -> str: ...
-
-    @property
-    def context(self) -> int:
-        """How many tokens a prompt and its reply may have together."""
-
-    @property
-    def defaults(self) -> Options:
-        """The options of a reply whose request sets none."""
-
-    @property
-    def capabilities(self) -> Collection[str]:
-        """What the model does beside answering, by itself: "tools", "reasoning"."""
+    def models(self) -> ModelList:
+        """The models that requests may name."""
 
     @property
     def trouble(self) -> str | None:
-        """Why the model cannot answer at the moment; None if it can."""
+        """Why no model can answer at the moment; None if one can."""
+
+    @property
+    def warning(self) -> str | None:
+        """What else is wrong, though a model can answer; None if all is well."""
 
     @property
     def died(self) -> asyncio.Event:
@@ -59,7 +55,7 @@ class Chat(Protocol):
 
     @property
     def arguments(self) -> Mapping[str, Any]:
-        """The values in effect for this model, ready for JSON."""
+        """The values in effect for the models, ready for JSON."""
 
     @property
     def cache_usage(self) -> float:

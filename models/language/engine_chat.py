@@ -39,8 +39,11 @@ from models.language.reply_grammar import Grammar, reply_grammar
 from models.language.text_logprobs import TextLogprobs
 from models.language.token_bytes import TokenBytes
 from models.messages import Usage
+from models.model_info import ModelInfo, ModelList
 from models.options import Options
 from models.settings import Settings
+
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
 
 
 class EngineChat:
@@ -54,24 +57,25 @@ class EngineChat:
         on_shrink: Callable[[int], None] | None = None,
         on_step: Callable[[float], None] | None = None,
     ) -> None:
-        self.model_name = settings.model_name
-        self.context = context_length(model, settings)
-        self.defaults = default_options(model, settings)
+        self._context = context_length(model, settings)
+        self._defaults = default_options(model, settings)
         self._weights = {kind: round(share, 4) for kind, share in shares(model).items()}
         size = size_of_model(model)  # without the cache, which the runner adds
-        template = ChatTemplate.of(tokenizer, self.defaults.instructions)
-        self._prompts = PromptBuilder(template, self.context, self.defaults.instructions)
+        template = ChatTemplate.of(tokenizer, self._defaults.instructions)
+        self._prompts = PromptBuilder(template, self._context, self._defaults.instructions)
         self._format = ReplyFormat.of(tokenizer, template.tools is not None)
         knows = {"tools": template.tools is not None, "reasoning": self._format.thinks}
-        self.capabilities = [name for name, known in knows.items() if known]
+        aliases = settings.aliases_of(settings.model_name, settings.model_name)
+        names = settings.model_name, self._context, self._defaults, aliases
+        self.models = ModelList([ModelInfo(*names, tuple(name for name, known in knows.items() if known))])
         self._stop_ids = stop_token_ids(template, model)
         self._token_bytes = TokenBytes(tokenizer)
         self._new_detokenizer = detokenizers_of(tokenizer, self._format.special.values())
         check_architecture(model)
-        runner = make_runner(model, settings.slots, self.context, DTYPES.get(settings.kv_cache))
+        runner = make_runner(model, settings.slots, self._context, DTYPES.get(settings.kv_cache))
         self._engine = Engine(runner)
         self._grammars = Grammars(tokenizer, runner.logits_size, self._stop_ids)
-        memory = Memory(size, runner.cache.size, settings.slots, self.context, runner.capacity)
+        memory = Memory(size, runner.cache.size, settings.slots, self._context, runner.capacity)
         tell_memory(memory, model.device)
         self._async_engine = AsyncEngine(self._engine, on_shrink, on_step)
         if settings.compile and runner.compiles:
@@ -110,6 +114,11 @@ class EngineChat:
         return self._async_engine.trouble
 
     @property
+    def warning(self) -> str | None:
+        """What else is wrong; None, since nothing else can be."""
+        return None
+
+    @property
     def died(self) -> asyncio.Event:
         """Set when the model can never answer again."""
         return self._async_engine.died
@@ -119,14 +128,14 @@ class EngineChat:
         """The values in effect for this model, ready for JSON."""
         runner = self._engine.runner
         return {
-            "model": self.model_name,
-            "context": self.context,
+            "model": self.models.default.name,
+            "context": self._context,
             "device": str(runner.device),
             "dtype": str(runner.model.dtype).removeprefix("torch."),
             "weights": self._weights,
             "kv_cache": runner.cache.dtype_name,
             "compiled": runner.compiled,
-            "options": {**self.defaults.as_json(), "instructions": None},  # the operator's text is not public
+            "options": {**self._defaults.as_json(), "instructions": None},  # the operator's text is not public
         }
 
     @property
@@ -149,7 +158,7 @@ class EngineChat:
         sequence = Sequence(
             prompt.ids,
             self._sampling_params(options, request.top_logprobs),
-            options.max_output_tokens or self.context,
+            options.max_output_tokens or self._context,
             frozenset() if request.ignore_eos else self._stop_ids,
             options.seed,
             owner=user,
@@ -183,17 +192,9 @@ class EngineChat:
             raise InvalidValueError(
                 f"logit_bias must have token ids of this model, from 0 to {known - 1}", "logit_bias"
             )
-        return SamplingParams(
-            temperature=options.temperature,
-            top_p=options.top_p,
-            top_k=options.top_k,
-            repetition_penalty=options.repetition_penalty,
-            frequency_penalty=options.frequency_penalty,
-            presence_penalty=options.presence_penalty,
-            min_p=options.min_p,
-            logit_bias={int(token_id): bias for token_id, bias in options.logit_bias.items()},
-            logprobs=top_logprobs,
-        )
+        chosen = {name: value for name in SAMPLING if (value := getattr(options, name)) is not None}
+        bias = {int(token_id): value for token_id, value in options.logit_bias.items()}
+        return SamplingParams(**chosen, logit_bias=bias, logprobs=top_logprobs)
 
 
 class EngineReply:

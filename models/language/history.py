@@ -96,6 +96,16 @@ def _call_as_text(call: ToolCall) -> str:
     return f'<tool_call>\n{{"name": {json.dumps(call["name"])}, "arguments": {call["arguments"]}}}\n</tool_call>'
 
 
+def with_instructions(system: Sequence[Message], instructions: str | None, operators: str | None) -> list[Message]:
+    """The system prompt, with the instructions of a request before it.
+
+    The operator's are for requests without a system message.
+    """
+    if instructions and (not system or instructions != operators):
+        return [{"role": "system", "content": instructions}, *system]
+    return [*system]
+
+
 def split_turns(messages: Sequence[Message]) -> tuple[list[Message], list[list[Message]]]:
     """The system prompt, and the turns. A turn is a user message and its reply, after any system messages.
 

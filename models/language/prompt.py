@@ -11,7 +11,14 @@ from models.chat_request import ChatRequest
 from models.engine.prefix_cache import common_prefix
 from models.errors import ContextLengthExceededError, MessagesRejectedError, UnsupportedParameterError
 from models.language.chat_template import ChatTemplate, tool_as_json
-from models.language.history import merged, split_turns, text_of, without_empty, without_old_reasoning
+from models.language.history import (
+    merged,
+    split_turns,
+    text_of,
+    with_instructions,
+    without_empty,
+    without_old_reasoning,
+)
 from models.messages import Message, Role
 from models.options import Options
 from models.tools import Tool
@@ -66,9 +73,7 @@ class PromptBuilder:
             messages = without_old_reasoning(messages)
         system, turns = split_turns(messages)
         by_operator = not system and options.instructions == self._instructions and not request.template_arguments
-        # The operator's instructions are for requests without a system message; a request's own come before it.
-        if options.instructions and (not system or options.instructions != self._instructions):
-            system = [_message("system", options.instructions), *system]
+        system = with_instructions(system, options.instructions, self._instructions)
         system = self._with_tools(system, request)
         first = self._first_possible(system, turns, inputs, keep_all)
         ids = self._render(system, turns[first:], inputs)

@@ -36,6 +36,13 @@ class Metrics:
         self.cached_tokens = self._counter("prompt_tokens_cached", "Tokens of prompts that were in the prefix cache")
         self.generated_tokens = self._counter("generation_tokens", "Tokens of replies")
         self.responses = self._counter("responses", "Replies by how they ended", "status", "reason")
+        self.upstream_running = Gauge(
+            "parley_upstream_requests_running", "Replies that an upstream makes", ["upstream"], registry=self._registry
+        )
+        self.upstream_failures = self._counter("upstream_failures", "Failures of an upstream", "upstream")
+        self.upstream_first_token = self._histogram(
+            "upstream_time_to_first_token", "From a request to an upstream to its first text", "upstream"
+        )
         self.login_failures = self._counter("login_failures", "Logins that failed")
         self.slow_clients = self._counter("slow_clients_closed", "Connections closed because the client did not read")
 
@@ -55,8 +62,8 @@ class Metrics:
     def _counter(self, name: str, description: str, *labels: str) -> Counter:
         return Counter(f"parley_{name}", description, labels, registry=self._registry)
 
-    def _histogram(self, name: str, description: str) -> Histogram:
-        return Histogram(f"parley_{name}_seconds", description, registry=self._registry, buckets=SECONDS)
+    def _histogram(self, name: str, description: str, *labels: str) -> Histogram:
+        return Histogram(f"parley_{name}_seconds", description, labels, registry=self._registry, buckets=SECONDS)
 
 
 class ResponseTimer:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from itertools import chain
 
 from models.generation.events import OutputDelta, OutputItemAdded
-from models.generation.interface import ModelInfo
+from models.model_info import ModelInfo
 from models.output_item import OutputItem, TokenLogprob
 from models.protocols.completion import Choice, finish_reason
 from models.protocols.logprobs import render_logprobs

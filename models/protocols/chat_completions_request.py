@@ -9,7 +9,7 @@ from msgspec import Meta, Struct, field
 
 from models.chat_request import ChatRequest
 from models.errors import InvalidValueError, UnsupportedParameterError
-from models.generation.interface import ModelInfo
+from models.model_info import ModelList
 from models.options import ReasoningEffort
 from models.output_format import PLAIN_TEXT
 from models.protocols.chat_completions_messages import PART_PARAM, Messages, make_messages, without_neutral
@@ -53,9 +53,9 @@ class ChatBody(CompletionBody, forbid_unknown_fields=True, kw_only=True):
     chat_template_kwargs: TemplateArguments = field(default_factory=dict)
 
 
-def parse_chat_completion(body: bytes, model: ModelInfo, user: str) -> CompletionRequest:
-    """The request of a user in a body, for the loaded model. Raises APIError if anything in it is wrong."""
-    chosen, values = take_values(body, model)
+def parse_chat_completion(body: bytes, models: ModelList, user: str) -> CompletionRequest:
+    """The request of a user in a body. Raises APIError if anything in it is wrong."""
+    model, chosen, values = take_values(body, models)
     if "messages" in values:
         values["messages"] = without_neutral(values["messages"])
     guided = {name: values.pop(f"guided_{name}") for name in GUIDED if f"guided_{name}" in values}
@@ -74,6 +74,7 @@ def parse_chat_completion(body: bytes, model: ModelInfo, user: str) -> Completio
         choose_format(format, parsed.structured_outputs, "response_format"),
         _top_logprobs(parsed),
         parsed.chat_template_kwargs,
+        model=model.name,
     )
     return CompletionRequest.of(parsed, chat)
 

@@ -8,7 +8,7 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from models.errors import (
@@ -18,6 +18,10 @@ from models.errors import (
     MessagesRejectedError,
     ServerError,
     ServerStoppingError,
+    UpstreamBusyError,
+    UpstreamFailedError,
+    UpstreamRefusedError,
+    UpstreamUnavailableError,
     WrongCredentialsError,
 )
 from models.generation.events import Finished, OutputDelta, OutputItemAdded, Queued, Rejected, ResponseEvent
@@ -27,12 +31,22 @@ from models.protocols.error_object import render_error
 from models.store.item import Item, Status
 from models.validation import Json
 
-FINISH_REASONS = {"stop": "stop", "max_output_tokens": "length", "context_length": "length"}
+FINISH_REASONS = {
+    "stop": "stop",
+    "max_output_tokens": "length",
+    "context_length": "length",
+    "content_filter": "content_filter",
+}
 INPUT_ERRORS = (MessagesRejectedError, ContextLengthExceededError)  # their param has another name in each API
-FAILURES: Mapping[str | None, type[APIError]] = {
+FAILURES: Mapping[str | None, Callable[[str | None], APIError]] = {
     "format_failed": FormatFailedError,
     "server_shutdown": ServerStoppingError,
     "revoked": WrongCredentialsError,
+    "context_length_exceeded": ContextLengthExceededError,
+    "upstream_refused": UpstreamRefusedError,
+    "upstream_failed": UpstreamFailedError,
+    "upstream_busy": UpstreamBusyError,
+    "upstream_unavailable": UpstreamUnavailableError,
 }
 
 
@@ -156,7 +170,7 @@ class Completion:
         if isinstance(event, Finished) and event.reply.status != Status.FAILED:
             return event.reply
         self.cancel()
-        error = event.error if isinstance(event, Rejected) else FAILURES.get(event.reply.reason, ServerError)()
+        error = event.error if isinstance(event, Rejected) else _error_of(event.reply)
         if isinstance(error, INPUT_ERRORS):
             error.param = self._choices[0].input_param
         raise error
@@ -176,6 +190,11 @@ class Completion:
             "model": self._request.model,
             "choices": choices,
         }
+
+
+def _error_of(reply: Item) -> APIError:
+    """Why a reply has failed."""
+    return FAILURES.get(reply.reason, ServerError)(reply.failure)
 
 
 def finish_reason(reply: Item) -> str | None:

@@ -9,8 +9,8 @@ from typing import Annotated, Any, TypeVar
 from msgspec import Meta, Struct
 
 from models.chat_request import ChatRequest
-from models.errors import InvalidValueError, ModelNotFoundError, UnsupportedParameterError
-from models.generation.interface import ModelInfo
+from models.errors import InvalidValueError, UnsupportedParameterError
+from models.model_info import ModelInfo, ModelList
 from models.options import Options
 from models.protocols.parameters import convert_parameters, read_option, take_unsupported
 from models.validation import Json, Text, parse_object
@@ -127,20 +127,20 @@ class CompletionRequest:
         return [replace(self.chat, options=options.updated({"seed": seed})) for seed in seeds]
 
 
-def take_values(body: bytes, model: ModelInfo) -> tuple[Json, Json]:
-    """The parameters of a body that are options of the reply, and the others.
+def take_values(body: bytes, models: ModelList) -> tuple[ModelInfo, Json, Json]:
+    """The model that a body names, the parameters that are options of the reply, and the others.
 
     Parameters that are null or that cannot change the reply are gone. Raises APIError if one is not supported, or if
-    the model is another one.
+    there is no such model.
     """
     values = {name: value for name, value in parse_object(body, "the body").items() if value is not None}
-    if "model" in values and not _is_called(model, values["model"]):
-        raise ModelNotFoundError(model.name)
+    name = values.get("model")
+    model = models.choose(name if isinstance(name, str | None) else "")
     for name in IGNORED:
         values.pop(name, None)
     take_unsupported(values, UNSUPPORTED, INSTEAD)
     chosen = {name: values.pop(name) for name in OPTION_BY_PARAMETER if name in values}
-    return chosen, values
+    return model, chosen, values
 
 
 def check_options(chosen: Json, model: ModelInfo) -> Options:
@@ -161,7 +161,3 @@ def convert_body(values: Json, type: type[Body]) -> Body:
         if (param := str(error.param)).startswith("messages["):
             raise UnsupportedParameterError(f"{param} is not supported: leave it out", param) from None
         raise
-
-
-def _is_called(model: ModelInfo, name: Any) -> bool:
-    return isinstance(name, str) and model.is_called(name)

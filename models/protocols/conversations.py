@@ -9,8 +9,8 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from models.errors import InvalidValueError, UnsupportedParameterError
-from models.generation.interface import ModelInfo
 from models.messages import Message
+from models.model_info import ModelList
 from models.protocols.parameters import convert_parameters
 from models.protocols.responses.input_items import Id, ItemReference, parse_input, render_message
 from models.protocols.responses.lists import Limit
@@ -132,15 +132,15 @@ def render_deleted(id: str) -> Json:
     return {"id": id, "object": "conversation.deleted", "deleted": True}
 
 
-def render_branch(model: ModelInfo, conversation: Conversation, page: ItemPage) -> Json:
+def render_branch(models: ModelList, conversation: Conversation, page: ItemPage) -> Json:
     """A page of the current branch: input items, and whole responses."""
-    nodes = [render_turn(model, conversation.id, node, page.versions[node.id]) for node in page.items]
+    nodes = [render_turn(models, conversation.id, node, page.versions[node.id]) for node in page.items]
     return render_conversation(conversation) | {"data": nodes, "earlier": page.earlier}
 
 
-def render_turn(model: ModelInfo, conversation: str, node: Item, version: Version) -> Json:
+def render_turn(models: ModelList, conversation: str, node: Item, version: Version) -> Json:
     """An input item, or a whole response, with what a chat page wants to know of it."""
     parley = {"parley": render_details(node) | {"versions": asdict(version)}}
     if not node.is_reply:
         return render_message(node.id, node.message) | {"created_at": int(node.created)} | parley
-    return render_response(model, conversation, node) | parley
+    return render_response(models, conversation, node) | parley

@@ -8,7 +8,6 @@ from models.chat_request import ChatRequest
 from models.errors import APIError, ServerError
 from models.generation.events import Finished, OutputDelta, OutputItemAdded, Rejected, ResponseEvent, Warned
 from models.generation.interface import (
-    ModelInfo,
     NewConversation,
     ResponseRequest,
     ResponseService,
@@ -16,6 +15,7 @@ from models.generation.interface import (
     Target,
 )
 from models.messages import Message
+from models.model_info import ModelList
 from models.protocols.client import Client, Close
 from models.store.conversations import Conversation, Conversations
 from models.store.item import Status
@@ -27,9 +27,9 @@ WAITING = 8  # messages that may wait while a reply streams
 class PlainTextSession:
     """The session of one client. It answers messages one after the other, in one conversation."""
 
-    def __init__(self, responses: ResponseService, model: ModelInfo, user: str, client: Client) -> None:
+    def __init__(self, responses: ResponseService, models: ModelList, user: str, client: Client) -> None:
         self._responses = responses
-        self._model = model
+        self._models = models
         self._user = user
         self._client = client
         self._target: Target = NewConversation(Conversations.new_id())
@@ -95,7 +95,8 @@ class PlainTextSession:
 
     async def _answer(self, message: str) -> None:
         messages: list[Message] = [{"role": "user", "content": message}]
-        request = ResponseRequest(ChatRequest(self._user, messages, self._model.defaults, truncate=True), self._target)
+        chat = ChatRequest(self._user, messages, self._models.default.defaults, truncate=True)
+        request = ResponseRequest(chat, self._target)
         if isinstance(self._target, NewConversation):
             self._target = StoredConversation(self._target.id, create=True)  # from the next message on
         self._answered.clear()

@@ -8,7 +8,7 @@ from msgspec import Meta
 
 from models.chat_request import ChatRequest
 from models.generation.events import OutputDelta, OutputItemAdded
-from models.generation.interface import ModelInfo
+from models.model_info import ModelList
 from models.output_item import TokenLogprob
 from models.protocols.completion import Choice, finish_reason
 from models.protocols.completion_request import (
@@ -37,13 +37,14 @@ class TextBody(CompletionBody, forbid_unknown_fields=True, kw_only=True):
     ] = None
 
 
-def parse_text_completion(body: bytes, model: ModelInfo, user: str) -> CompletionRequest:
-    """The request of a user in a body, for the loaded model. Raises APIError if anything in it is wrong."""
-    chosen, values = take_values(body, model)
+def parse_text_completion(body: bytes, models: ModelList, user: str) -> CompletionRequest:
+    """The request of a user in a body. Raises APIError if anything in it is wrong."""
+    model, chosen, values = take_values(body, models)
     parsed = convert_body(values, TextBody)
     prompt = parsed.prompt if isinstance(parsed.prompt, str) else parsed.prompt[0]
     options = check_options({"max_tokens": USUAL_TOKENS} | chosen, model)
-    return CompletionRequest.of(parsed, ChatRequest(user, [], options, top_logprobs=parsed.logprobs, prompt=prompt))
+    chat = ChatRequest(user, [], options, top_logprobs=parsed.logprobs, prompt=prompt, model=model.name)
+    return CompletionRequest.of(parsed, chat)
 
 
 class TextChoice(Choice):

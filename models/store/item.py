@@ -54,6 +54,7 @@ class Item:
     tool_call_id: str | None = None
     status: Status | None = None
     reason: str | None = None  # why the reply ended
+    failure: str | None = None  # the same in words, if there is more to tell
     usage: Mapping[str, int] | None = None  # token counts
     options: Mapping[str, Any] | None = None  # the options that differ from the defaults
     left_out: int | None = None  # how many of the oldest messages after the system prompt the model did not see

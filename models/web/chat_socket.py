@@ -32,9 +32,9 @@ class ChatSocket(SessionSocket):
     def _session(self, user: str) -> Session:
         state = self.state
         if self.is_plain_text:
-            return PlainTextSession(state.responses, state.model_info, user, self.outbox)
+            return PlainTextSession(state.responses, state.models, user, self.outbox)
         limits = {"frame_bytes": FRAME_BYTES, "responses": state.settings.responses_per_user}
-        return ChatSession(state.responses, state.model_info, user, limits, self.outbox)
+        return ChatSession(state.responses, state.models, user, limits, self.outbox)
 
     def _refuse(self, error: APIError) -> None:
         code = 4000 + error.status

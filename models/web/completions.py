@@ -8,8 +8,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from models.errors import ModelNotFoundError
-from models.generation.interface import ModelInfo
+from models.model_info import ModelList
 from models.ops.logs import log
 from models.protocols.chat_completions import ChatChoice, render_model
 from models.protocols.chat_completions_request import parse_chat_completion
@@ -20,22 +19,20 @@ from models.web.authentication import authenticate
 from models.web.event_stream import EventStreamResponse, calls_at_disconnect
 from models.web.request_body import read_body
 
-Parse = Callable[[bytes, ModelInfo, str], CompletionRequest]
+Parse = Callable[[bytes, ModelList, str], CompletionRequest]
 
 
 async def models(request: Request) -> Response:
-    """`GET /v1/models`: the one model, by all its names."""
+    """`GET /v1/models`: the models, each by all its names."""
     state = request.app.state
-    listed = [render_model(state.model_info, state.started, name) for name in state.model_info.names]
+    listed = [render_model(model, state.started, name) for model in state.models.all for name in model.names]
     return JSONResponse({"object": "list", "data": listed})
 
 
 async def model(request: Request) -> Response:
     """`GET /v1/models/{id}`: the model with this name. Raises ModelNotFoundError."""
     state, name = request.app.state, request.path_params["id"]
-    if not state.model_info.is_called(name):
-        raise ModelNotFoundError(state.model_info.name)
-    return JSONResponse(render_model(state.model_info, state.started, name))
+    return JSONResponse(render_model(state.models.choose(name), state.started, name))
 
 
 async def chat_completions(request: Request) -> Response:
@@ -52,7 +49,7 @@ async def _complete(request: Request, parse: Parse, choice: type[Choice]) -> Res
     state, user = request.app.state, request.user.username
     body = await read_body(request)
     await authenticate(request)  # again: the user may have been removed while the body was on its way
-    asked = parse(body, state.model_info, user)
+    asked = parse(body, state.models, user)
     completion = Completion(state.responses, asked, choice)
     end_user = {"end_user": asked.end_user} if asked.end_user else {}
     ids = ",".join(completion.response_ids)

@@ -119,7 +119,7 @@ async def branch(request: Request) -> Response:
     limit, before = parse_branch(request.query_params)
     conversation = await state.conversations.find(user, id)
     page = await state.conversations.read_page(user, id, limit, before)
-    return JSONResponse(render_branch(state.model_info, conversation, page))
+    return JSONResponse(render_branch(state.models, conversation, page))
 
 
 async def export(request: Request) -> Response:

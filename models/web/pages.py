@@ -74,7 +74,7 @@ def _page(request: Request, user: User | None, error: str | None = None, status:
     context = {
         "user": user and user.id,
         "error": error,
-        "model": request.app.state.model_info.name,
+        "model": request.app.state.models.default.name,
         "language": language,
         "words": LANGUAGES[language],
     }

@@ -29,10 +29,10 @@ async def create(request: Request) -> Response:
     state, user = request.app.state, request.user.username
     body = await read_body(request)
     await authenticate(request)  # again: the user may have been removed while the body was on its way
-    asked = ResponsesRequest.parse(parse_object(body, "the body"), state.model_info)
+    asked = ResponsesRequest.parse(parse_object(body, "the body"), state.models)
     messages = await resolve(asked.input, partial(state.responses.find_message, user))
-    listener = ResponseStream(state.model_info) if asked.stream else ResponseResult(state.model_info)
-    wanted = asked.response_request(user, state.model_info, messages)
+    listener = ResponseStream(state.models) if asked.stream else ResponseResult(state.models)
+    wanted = asked.response_request(user, messages)
     state.responses.create(wanted, listener)
     end_user = {"end_user": asked.end_user} if asked.end_user else {}
     log("response", response=wanted.id, user=user, request=request.state.request_id, **end_user)
@@ -62,8 +62,8 @@ class ResponseEndpoint(HTTPEndpoint):
         retrieval = Retrieval.parse(request.query_params)
         conversation, reply = await state.responses.find(user, id)
         if not retrieval.stream:
-            return JSONResponse(render_response(state.model_info, conversation, reply))
-        stream = ResponseStream(state.model_info, retrieval.starting_after)
+            return JSONResponse(render_response(state.models, conversation, reply))
+        stream = ResponseStream(state.models, retrieval.starting_after)
         frames = stream.followed(state.responses.follow(user, id, stream))
         return EventStreamResponse(frames, partial(_leave, request, stream))
 
@@ -80,7 +80,7 @@ async def cancel(request: Request) -> Response:
     with suppress(ResponseNotFoundError):  # it may have ended already
         await state.responses.cancel(user, id)
     await state.responses.wait_ended(user, id)
-    return JSONResponse(render_response(state.model_info, *await state.responses.find(user, id)))
+    return JSONResponse(render_response(state.models, *await state.responses.find(user, id)))
 
 
 async def input_items(request: Request) -> Response:

@@ -20,7 +20,7 @@ class ResponsesSocket(SessionSocket):
         try:
             login = await authenticate(websocket)
             user = login.user.id
-            await self.join(login, lambda: ResponsesSession(state.responses, state.model_info, user, self.outbox))
+            await self.join(login, lambda: ResponsesSession(state.responses, state.models, user, self.outbox))
         except APIError as error:
             return await websocket.send_denial_response(rendered(error))
         offered = websocket.scope["subprotocols"]

@@ -26,6 +26,7 @@ from models.engine.sampler import Sampler
 from models.engine.sampling_params import SamplingParams
 from models.engine.sequence import Sequence
 from models.engine.token_masks import TokenMasks
+from models.language.engine_chat import SAMPLING
 from models.language.grammar.constraint import GrammarConstraint
 from models.language.grammar.grammars import Grammars
 from models.language.loader import load
@@ -53,7 +54,7 @@ FORMAT = OutputFormat(  # never ends
 
 def usual_params() -> SamplingParams:
     options = Options()
-    return SamplingParams(options.temperature, options.top_p, options.top_k, options.repetition_penalty)
+    return SamplingParams(**{name: getattr(options, name) for name in SAMPLING})
 
 
 def timed(function: Callable[[], object]) -> float:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from msgspec.structs import replace
 
-from models.errors import NotStoredError, ServerError
+from models.errors import FormatFailedError, NotStoredError, ServerError, UpstreamRefusedError
 from models.generation.events import (
     Created,
     Finished,
@@ -132,8 +132,14 @@ async def test_a_finished_response_tells_its_reply(response: ActiveResponse, lis
 
 async def test_a_failed_response_has_its_reason(response: ActiveResponse) -> None:
     response.announce()
-    response.fail("format_failed")
-    assert (response.status, response.reason) == (Status.FAILED, "format_failed")
+    response.fail(FormatFailedError())
+    assert (response.status, response.reason, response.failure) == (Status.FAILED, "format_failed", None)
+
+
+async def test_a_failed_response_tells_what_its_class_of_errors_does_not(response: ActiveResponse) -> None:
+    response.announce()
+    response.fail(UpstreamRefusedError("no pictures"))
+    assert (response.reason, response.item.failure) == ("upstream_refused", "no pictures")
 
 
 async def test_a_rejected_response_is_finished(response: ActiveResponse, listener: FakeListener) -> None:
@@ -193,7 +199,7 @@ async def test_an_error_of_the_generating_task_is_returned() -> None:
 
     async def conclude() -> None:
         assert isinstance(await response.wait_generated(), ValueError)
-        response.fail("server_error")
+        response.fail(ServerError())
 
     response.start(fail(), conclude())
     await response.wait_concluded()

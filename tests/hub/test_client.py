@@ -80,7 +80,7 @@ async def test_a_worker_waits_until_the_hub_is_open(settings: Settings, parts: A
         assert not entering.done()
         hub.open(parts)
         await entering
-        assert await worker.next("hub opened") == (Opened(MODEL, STARTED, ""),)
+        assert await worker.next("hub opened") == (Opened(MODEL.all, STARTED, ""),)
         assert await client.call(HubService.ready) == Readiness()
 
 

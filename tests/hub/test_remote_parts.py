@@ -69,7 +69,7 @@ async def setup(settings: Settings, there: Any) -> AsyncIterator[Setup]:
 
 
 async def test_a_worker_knows_the_model_and_the_start_of_the_hub(setup: Setup) -> None:
-    assert (setup.here.model_info, setup.here.started) == (MODEL, STARTED)
+    assert (setup.here.models.all, setup.here.started) == (MODEL.all, STARTED)
 
 
 # Connections

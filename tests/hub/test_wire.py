@@ -22,7 +22,6 @@ from models.generation.events import (
 )
 from models.generation.interface import (
     Branch,
-    ModelInfo,
     NewConversation,
     ResponseRequest,
     Stateless,
@@ -52,6 +51,7 @@ from models.hub.wire import (
 from models.hub.worker import Worker
 from models.hub.worker_calls import WorkerCalls
 from models.messages import Message, Usage
+from models.model_info import ModelInfo
 from models.options import Options
 from models.output_format import PLAIN_TEXT, OutputFormat
 from models.output_item import OutputItem, TokenLogprob
@@ -300,7 +300,7 @@ def test_results_come_out_as_they_went_in() -> None:
 
 
 def test_the_model_of_a_hub_keeps_its_options() -> None:
-    opened = Opened(ModelInfo("scripted", 4096, OPTIONS, ("*",), ("tools",)), 1, "owner")
+    opened = Opened((ModelInfo("scripted", 4096, OPTIONS, ("*",), ("tools",)),), 1, "owner")
     assert returned(HubService.opened, opened) == opened
 
 

@@ -29,6 +29,7 @@ from models.language.engine_chat import EngineChat, EngineReply
 from models.language.events import Done, Event, ReasoningDelta, TextDelta
 from models.language.loader import load
 from models.messages import Message
+from models.model_info import ModelInfo
 from models.options import Options
 from models.output_format import OutputFormat
 from models.settings import Settings
@@ -211,8 +212,8 @@ async def test_instructions_and_two_questions_in_a_row_reach_the_model(llama: Pr
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
     async with opened(tokenizer, llama, options={"instructions": "i" * 40}) as chat:
-        short = await chat.prepare(asked("ann", [*user("one"), *user("x")], chat.defaults))
-        long = await chat.prepare(asked("ann", [*user("one"), *user("x" * 21)], chat.defaults))
+        short = await chat.prepare(asked("ann", [*user("one"), *user("x")], chat.models.default.defaults))
+        long = await chat.prepare(asked("ann", [*user("one"), *user("x" * 21)], chat.models.default.defaults))
     assert short.usage.input_tokens > 40
     assert long.usage.input_tokens == short.usage.input_tokens + 20
 
@@ -339,9 +340,9 @@ async def test_a_chat_says_what_its_model_does_by_its_chat_template(
     thinking = deepcopy(tokenizer)
     thinking.chat_template = QWEN
     async with opened(tokenizer, llama) as plain:
-        assert plain.capabilities == []
+        assert plain.models.default.capabilities == ()
     async with opened(thinking, llama) as chat:
-        assert chat.capabilities == ["tools", "reasoning"]
+        assert chat.models.default.capabilities == ("tools", "reasoning")
 
 
 async def test_a_waiting_reply_gets_the_next_free_slot(
@@ -425,7 +426,7 @@ async def test_the_arguments_say_how_the_model_runs(tokenizer: PreTrainedTokeniz
             "compiled": False,
             "options": {**Options(top_k=7).as_json(), "instructions": None},
         }
-        assert (chat.model_name, chat.defaults) == ("Tiny", Options(instructions="a secret", top_k=7))
+        assert chat.models.all == (ModelInfo("Tiny", 256, Options(instructions="a secret", top_k=7)),)
 
 
 @pytest.mark.parametrize("name", DTYPES)

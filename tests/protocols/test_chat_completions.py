@@ -8,14 +8,14 @@ from collections.abc import Sequence
 import pytest
 
 from models.generation.events import OutputDelta, OutputItemAdded
-from models.generation.interface import ModelInfo
+from models.model_info import ModelInfo, ModelList
 from models.options import Options
 from models.output_item import OutputItem, TokenLogprob
 from models.protocols.chat_completions import ChatChoice, render_model
 from models.store.item import Item, Status
 from models.validation import Json
 
-MODEL = ModelInfo("scripted", 4096, Options())
+MODEL = ModelList([ModelInfo("scripted", 4096, Options())])
 YES = TokenLogprob(b"yes", -0.5, [(b"yes", -0.5), (b"no", -1.5)])
 HALF = TokenLogprob(b"\xf0\x9f", -9999.0, [(b"a", -9999.0)])
 
@@ -183,11 +183,11 @@ def test_a_reply_without_text_has_no_tokens_with_probabilities() -> None:
 
 
 def test_a_model_is_listed_with_its_context() -> None:
-    assert list(render_model(MODEL, 7).items()) == [
+    assert list(render_model(MODEL.default, 7).items()) == [
         ("id", "scripted"),
         ("object", "model"),
         ("created", 7),
         ("owned_by", "parley"),
         ("max_model_len", 4096),
     ]
-    assert render_model(MODEL, 7, "gpt-4o") == render_model(MODEL, 7) | {"id": "gpt-4o"}
+    assert render_model(MODEL.default, 7, "gpt-4o") == render_model(MODEL.default, 7) | {"id": "gpt-4o"}

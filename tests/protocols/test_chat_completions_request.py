@@ -12,8 +12,8 @@ from openai.types.chat import ChatCompletionMessage
 
 from models.chat_request import ChatRequest
 from models.errors import APIError, ModelNotFoundError
-from models.generation.interface import ModelInfo
 from models.messages import MAX_MESSAGES, Message
+from models.model_info import ModelInfo, ModelList
 from models.options import Options
 from models.output_format import OutputFormat
 from models.protocols.chat_completions_messages import MAX_CALLS
@@ -24,7 +24,7 @@ from models.protocols.function_tools import MAX_TOOLS, SCHEMA_BYTES
 from models.tools import Tool, Tools
 from models.validation import Json
 
-MODEL = ModelInfo("scripted", 4096, Options())
+MODEL = ModelList([ModelInfo("scripted", 4096, Options())])
 END_USER = ("user", "safety_identifier", "prompt_cache_key")  # fields that name the end user, the first one counts
 HI = [{"role": "user", "content": "Hi"}]
 FUNCTION: Json = {"name": "weather", "parameters": {"type": "object", "properties": {}}}
@@ -39,7 +39,7 @@ def short_id(value: Any) -> str:
     return ascii(value)[:50]
 
 
-def parse(body: Any = None, model: ModelInfo = MODEL, **values: Any) -> CompletionRequest:
+def parse(body: Any = None, model: ModelList = MODEL, **values: Any) -> CompletionRequest:
     """The request in a body, or in a body with the message Hi and these values."""
     body = {"model": "scripted", "messages": HI, **values} if body is None else body
     return parse_chat_completion(body if isinstance(body, bytes) else json.dumps(body).encode(), model, "ann")
@@ -69,7 +69,7 @@ def test_a_request_without_options_has_none() -> None:
 
 
 def test_options_that_a_request_leaves_out_are_the_models_own() -> None:
-    model = ModelInfo("scripted", 4096, Options(instructions="Be brief.", temperature=1.5, seed=3))
+    model = ModelList([ModelInfo("scripted", 4096, Options(instructions="Be brief.", temperature=1.5, seed=3))])
     options = parse(model=model, temperature=0, stop="END").chat.options
     assert options == Options("Be brief.", temperature=0, seed=3, stop=("END",))
 
@@ -104,7 +104,7 @@ def test_an_option_has_another_name_here(name: str, value: Any, ours: str, held:
 
 
 def test_minus_one_means_no_seed_and_no_top_k() -> None:
-    model = ModelInfo("scripted", 4096, Options(seed=3, top_k=40))
+    model = ModelList([ModelInfo("scripted", 4096, Options(seed=3, top_k=40))])
     assert parse(model=model, seed=-1, top_k=-1).chat.options == Options(seed=None, top_k=0)
 
 
@@ -171,7 +171,7 @@ def test_arguments_of_the_chat_template_cannot_pose_as_tokens_or_grow(arguments:
 
 
 def test_a_model_has_other_names_which_replies_repeat() -> None:
-    model = ModelInfo("scripted", 4096, Options(), ("gpt-4o", "org/other"))
+    model = ModelList([ModelInfo("scripted", 4096, Options(), ("gpt-4o", "org/other"))])
     for name in ("scripted", "gpt-4o", "org/other"):
         assert parse(model=model, body={"model": name, "messages": HI}).model == name
     with pytest.raises(ModelNotFoundError):
@@ -179,7 +179,7 @@ def test_a_model_has_other_names_which_replies_repeat() -> None:
 
 
 def test_a_model_may_have_every_name_but_no_endless_one() -> None:
-    model = ModelInfo("scripted", 4096, Options(), ("*",))
+    model = ModelList([ModelInfo("scripted", 4096, Options(), ("*",))])
     for name in ("gpt-5", "*", "n" * 256):
         assert parse(model=model, body={"model": name, "messages": HI}).model == name
     for bad in ("", "n" * 257, 5, ["gpt-5"]):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from models.errors import APIError, InvalidJSONError, InvalidValueError, UnsupportedParameterError
-from models.generation.interface import ModelInfo
+from models.model_info import ModelInfo, ModelList
 from models.options import Options
 from models.output_item import OutputItem
 from models.protocols.conversations import (
@@ -232,7 +232,7 @@ def test_a_new_conversation_has_no_leaf_but_its_last_item() -> None:
 
 # Rendering
 
-MODEL = ModelInfo("tiny", 4096, Options())
+MODEL = ModelList([ModelInfo("tiny", 4096, Options())])
 CONVERSATION_1 = Conversation("conv_1", "A *title*", 1.5, 2.5, "resp_1", {"a": "b"})
 USAGE = {"input_tokens": 3, "cached_tokens": 0, "output_tokens": 2, "reasoning_tokens": 0, "total_tokens": 5}
 MESSAGE = Item("msg_1", "user", "广州?", 1.5)

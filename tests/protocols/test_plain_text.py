@@ -5,7 +5,8 @@ from collections.abc import AsyncIterator
 import pytest
 
 from models.errors import ConversationLockedError, NotStoredError
-from models.generation.interface import Listener, ModelInfo, NewConversation, ResponseRequest, StoredConversation
+from models.generation.interface import Listener, NewConversation, ResponseRequest, StoredConversation
+from models.model_info import ModelInfo, ModelList
 from models.options import Options
 from models.protocols.client import Close
 from models.protocols.plain_text import WAITING, PlainTextSession
@@ -23,7 +24,7 @@ class Connection:
 
     def __init__(self, fake: FakeResponses) -> None:
         self.client = FakeClient()
-        self.session = PlainTextSession(fake, ModelInfo("scripted", 4096, DEFAULTS), "ann", self.client)
+        self.session = PlainTextSession(fake, ModelList([ModelInfo("scripted", 4096, DEFAULTS)]), "ann", self.client)
 
     def send(self, *messages: str | bytes) -> None:
         for message in messages:

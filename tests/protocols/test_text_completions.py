@@ -10,14 +10,14 @@ import pytest
 from models.chat_request import ChatRequest
 from models.errors import APIError
 from models.generation.events import OutputDelta, OutputItemAdded
-from models.generation.interface import ModelInfo
+from models.model_info import ModelInfo, ModelList
 from models.options import Options
 from models.output_item import OutputItem, TokenLogprob
 from models.protocols.completion_request import CompletionRequest
 from models.protocols.text_completions import TextChoice, parse_text_completion
 from models.store.item import Item, Status
 
-MODEL = ModelInfo("scripted", 4096, Options())
+MODEL = ModelList([ModelInfo("scripted", 4096, Options())])
 ONCE = TokenLogprob(b"Once", -0.5, [(b"Once", -0.5), (b"A", -1.5)])
 UPON = TokenLogprob(b" upon", -0.1)
 

@@ -12,12 +12,13 @@ from starlette.datastructures import State
 
 from models.chat_request import ChatRequest
 from models.generation.events import ResponseEvent
-from models.generation.interface import ModelInfo, ResponseRequest, Stateless, Target
+from models.generation.interface import ResponseRequest, Stateless, Target
 from models.hub.client import HubClient
 from models.hub.hub import Hub
 from models.hub.link import Link
 from models.hub.service import HubService, Opened
 from models.hub.worker import Worker
+from models.model_info import ModelInfo, ModelList
 from models.ops.metrics import Metrics
 from models.options import Options
 from models.settings import Settings
@@ -29,7 +30,7 @@ from tests.support.fake_responses import FakeResponses
 from tests.support.scripted import ScriptedChat
 from tests.support.workers import Waiting
 
-MODEL = ModelInfo("scripted", 4096, Options(seed=7), ("*",), ("tools",))
+MODEL = ModelList([ModelInfo("scripted", 4096, Options(seed=7), ("*",), ("tools",))])
 STARTED = 1700000000
 
 
@@ -62,7 +63,7 @@ def parts_of(settings: Settings, conversations: Conversations) -> Any:
         admission=chat.admission,
         chat=chat,
         shared=OwnState(),
-        model_info=MODEL,
+        models=MODEL,
         feed=FakeFeed(),
         manager=manager,
         responses=manager,
@@ -171,6 +172,9 @@ class FakeWorker:
 
     def logins_changed(self, logins: Logins) -> None:
         self._note("logins", logins)
+
+    def models_changed(self, models: tuple[ModelInfo, ...]) -> None:
+        self._note("models", models)
 
     def _note(self, *note: Any) -> None:
         self.notes.put_nowait(note)

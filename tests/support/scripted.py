@@ -16,6 +16,7 @@ from models.generation.admission import Admission, Ticket
 from models.generation.manager import ResponseManager
 from models.language.events import ArgumentsDelta, Done, Event, ReasoningDelta, TextDelta, ToolCallStarted
 from models.messages import Message, Usage
+from models.model_info import ModelInfo, ModelList
 from models.ops.metrics import Metrics
 from models.options import Options
 from models.settings import Settings
@@ -44,11 +45,13 @@ class ScriptedChat:
     context = 4096
     capabilities = ("tools", "reasoning")
     trouble: str | None = None
+    warning: str | None = None
     cache_usage = 0.0
 
     def __init__(self) -> None:
         self.defaults = Options()
         self.arguments: dict[str, Any] = {"model": self.model_name}
+        self.models = ModelList([self._info()])
         self.admission: Admission = ScriptedAdmission(self)
         self.heard: list[tuple[list[Message], Options]] = []
         self.requests: list[ChatRequest] = []
@@ -62,7 +65,11 @@ class ScriptedChat:
     async def opened(self, app: Starlette) -> AsyncIterator[Any]:
         """What `create_app` takes as `open_chat`."""
         app.state.admission = self.admission
+        self.models.replace([self._info(app.state.settings.aliases_of(self.model_name, self.model_name))])
         yield self
+
+    def _info(self, aliases: tuple[str, ...] = ()) -> ModelInfo:
+        return ModelInfo(self.model_name, self.context, self.defaults, aliases, self.capabilities)
 
     def release(self) -> None:
         """Let the replies to "wait X" and "hold X" go on. To be called in the event loop."""

@@ -135,7 +135,7 @@ def test_a_context_overflow_is_told_apart_from_other_errors(settings: Settings, 
         serve(create_app(settings, opens_tiny)) as served,
         langchain(served.url, use_responses_api=responses) as client,
     ):
-        chat = client.bind(model=served.app.state.model_info.name)
+        chat = client.bind(model=served.app.state.models.default.name)
         with pytest.raises(ContextOverflowError):
             chat.invoke("word " * 100)
         with pytest.raises(ContextOverflowError):

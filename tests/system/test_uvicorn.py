@@ -20,7 +20,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Subprotocol
 
-from models.generation.interface import ModelInfo
+from models.model_info import ModelInfo, ModelList
 from models.options import Options
 from models.protocols.client import Client
 from models.protocols.responses.chat_session import ChatSession
@@ -276,7 +276,7 @@ class ParsingSession(ChatSession):
     """A session that parses events, and does nothing that they ask for."""
 
     def __init__(self, client: Client) -> None:
-        super().__init__(FakeResponses(), ModelInfo("scripted", 4096, Options()), "ann", {}, client)
+        super().__init__(FakeResponses(), ModelList([ModelInfo("scripted", 4096, Options())]), "ann", {}, client)
 
     def _start(self, coroutine: Coroutine[Any, Any, None]) -> None:
         coroutine.close()

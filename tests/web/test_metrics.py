@@ -402,13 +402,13 @@ async def test_cache_usage_is_the_share_of_tokens_in_the_slots(
         shares.append(chat.cache_usage)
 
     async with EngineChat.opened(tokenizer, llama, settings, on_step=on_step) as chat:
-        options = chat.defaults.updated({"max_output_tokens": 5, "temperature": 0})
+        options = chat.models.default.defaults.updated({"max_output_tokens": 5, "temperature": 0})
         reply = await chat.prepare(ChatRequest("ann", [{"role": "user", "content": "Hi"}], options))
         assert chat.cache_usage == 0
         events = [event async for event in reply.events()]
         assert chat.cache_usage == 0
     assert isinstance(events[-1], Done)
-    steps, room = reply.usage.output_tokens, settings.slots * chat.context
+    steps, room = reply.usage.output_tokens, settings.slots * (settings.context or 0)
     assert steps > 1
     # After the last step the reply has ended.
     assert shares[: steps - 1] == [(reply.usage.input_tokens + step) / room for step in range(steps - 1)]

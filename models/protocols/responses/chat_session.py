@@ -11,7 +11,8 @@ from msgspec import Meta, Struct
 
 from models.errors import APIError, ServerError, TooManyResponsesError
 from models.generation.events import Queued, Warned
-from models.generation.interface import ModelInfo, ResponseService
+from models.generation.interface import ResponseService
+from models.model_info import ModelInfo, ModelList
 from models.protocols.client import Client
 from models.protocols.conversations import render_change
 from models.protocols.responses.events import (
@@ -49,8 +50,8 @@ class _Resume(Struct, forbid_unknown_fields=True):
 class ChatSession(ResponsesSession):
     """The session of one client of chat.v2."""
 
-    def __init__(self, responses: ResponseService, model: ModelInfo, user: str, limits: Json, client: Client) -> None:
-        super().__init__(responses, model, user, client)
+    def __init__(self, responses: ResponseService, models: ModelList, user: str, limits: Json, client: Client) -> None:
+        super().__init__(responses, models, user, client)
         self._catching_up = asyncio.Lock()
         self._resuming = 0
         client.send_json(
@@ -58,11 +59,9 @@ class ChatSession(ResponsesSession):
                 {
                     "id": f"sess_{uuid.uuid4().hex}",
                     "user": user,
-                    "model": model.name,
-                    "context_length": model.context,
-                    "options": model.defaults.as_json(),
+                    **_rendered(models.default),
+                    "models": [_rendered(model) for model in models.all],
                     "limits": limits,
-                    "capabilities": model.capabilities,
                 }
             )
         )
@@ -119,7 +118,17 @@ class ChatSession(ResponsesSession):
             self._resuming -= 1
 
     def _renderer(self) -> EventRenderer:
-        return ChatEventRenderer(self._model)
+        return ChatEventRenderer(self._models)
 
     def _tell(self, event: Queued | Warned) -> None:
         self._client.send_json(render_parley(event))
+
+
+def _rendered(model: ModelInfo) -> Json:
+    """What a chat page has to know of a model."""
+    return {
+        "model": model.name,
+        "context_length": model.context,
+        "options": model.defaults.as_json(),
+        "capabilities": model.capabilities,
+    }

@@ -15,7 +15,7 @@ from models.generation.events import (
     ResponseEvent,
     Warned,
 )
-from models.generation.interface import ModelInfo
+from models.model_info import ModelList
 from models.output_item import OutputItem
 from models.protocols.error_object import render_error
 from models.protocols.logprobs import render_logprobs
@@ -42,8 +42,8 @@ class EventRenderer:
     The numbers depend only on the events, so a replay has the same ones.
     """
 
-    def __init__(self, model: ModelInfo) -> None:
-        self._model = model
+    def __init__(self, models: ModelList) -> None:
+        self._models = models
         self._next = 0  # the number of the next event
         self._item_id = ""  # of the part that was added last
         self._item = OutputItem("message")
@@ -77,7 +77,7 @@ class EventRenderer:
 
     def response(self, conversation: str | None, reply: Item, status: str | None = None) -> Json:
         """The response object of the first and the last events."""
-        return render_response(self._model, conversation, reply, status)
+        return render_response(self._models, conversation, reply, status)
 
     def _created(self, created: Created) -> Iterator[Json]:
         in_background = bool((created.reply.request or {}).get("background"))

@@ -11,12 +11,10 @@ from msgspec import UNSET, Meta, Struct, UnsetType, field
 from models.chat_request import ChatRequest
 from models.errors import (
     InvalidValueError,
-    ModelNotFoundError,
     UnsupportedParameterError,
 )
 from models.generation.interface import (
     Branch,
-    ModelInfo,
     NewConversation,
     ResponseRequest,
     StoredConversation,
@@ -24,6 +22,7 @@ from models.generation.interface import (
     Unstored,
 )
 from models.messages import Message
+from models.model_info import ModelInfo, ModelList
 from models.options import ReasoningEffort
 from models.output_format import PLAIN_TEXT, OutputFormat
 from models.protocols.function_tools import MAX_TOOLS, SCHEMA_BYTES, Function, make_tools
@@ -171,6 +170,7 @@ class _Body(Struct, forbid_unknown_fields=True):
 class ResponsesRequest:
     """A request for a response. `options` has only the options that the request names."""
 
+    model: ModelInfo
     input: Sequence[InputItem]
     options: Mapping[str, Any]
     tools: Tools
@@ -189,15 +189,14 @@ class ResponsesRequest:
     end_user: str | None  # the person for whom our user sends the request
 
     @classmethod
-    def parse(cls, values: Json, model: ModelInfo) -> ResponsesRequest:
+    def parse(cls, values: Json, models: ModelList) -> ResponsesRequest:
         """The request in an object of JSON. Raises APIError if anything in it is wrong."""
         values = {name: value for name, value in values.items() if value is not None and name not in IGNORED}
         take_unsupported(values, UNSUPPORTED)
         options = {name: read_option(name, values.pop(name), name) for name in OPTIONS if name in values}
         messages = parse_input(values.pop("input", []))
         body = convert_parameters(values, _Body)
-        if body.model is not None and not model.is_called(body.model):
-            raise ModelNotFoundError(model.name)
+        model = models.choose(body.model)
         if body.reasoning.effort is not None:
             options["reasoning_effort"] = body.reasoning.effort
         conversation = body.conversation
@@ -207,6 +206,7 @@ class ResponsesRequest:
         tools = _tools(body)
         wants_logprobs = body.top_logprobs or "message.output_text.logprobs" in body.include
         return cls(
+            model=model,
             input=messages,
             options=options,
             tools=tools,
@@ -221,30 +221,29 @@ class ResponsesRequest:
             ignore_eos=body.ignore_eos,
             previous=body.previous_response_id,
             conversation=conversation,
-            details=_details(values, body, tools),
+            details={"model": model.name} | _details(values, body, tools),
             end_user=body.user or body.safety_identifier or body.prompt_cache_key,
         )
 
-    def response_request(
-        self, user: str, model: ModelInfo, messages: Iterable[Message], target: Target | None = None
-    ) -> ResponseRequest:
+    def response_request(self, user: str, messages: Iterable[Message], target: Target | None = None) -> ResponseRequest:
         """The request in the form of the domain, with these messages, and for another target if one is given."""
-        chat = self._chat_request(user, model, messages)
+        chat = self._chat_request(user, messages)
         return ResponseRequest(
             chat, target or self.target(), self.background, self.generate, self.previous, self.details
         )
 
-    def _chat_request(self, user: str, model: ModelInfo, messages: Iterable[Message]) -> ChatRequest:
+    def _chat_request(self, user: str, messages: Iterable[Message]) -> ChatRequest:
         return ChatRequest(
             user,
             list(messages),
-            model.defaults.updated(self.options),
+            self.model.defaults.updated(self.options),
             self.tools,
             self.format,
             self.top_logprobs,
             self.template_arguments,
             self.truncate,
             ignore_eos=self.ignore_eos,
+            model=self.model.name,
         )
 
     def target(self) -> Target:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from itertools import chain
 from typing import Any
 
-from models.generation.interface import ModelInfo
+from models.model_info import ModelList
 from models.output_item import OutputItem
 from models.protocols.logprobs import render_logprobs
 from models.store.item import Item, Status, part_id
@@ -17,7 +17,11 @@ FAILURES: Mapping[str | None, str] = {  # messages
     "format_failed": "The reply could not go on in its format: it is too complex, or a dead end; make it simpler.",
     "server_shutdown": "The server stopped before the reply ended.",
     "revoked": "The user's secret is no longer valid.",
+    "upstream_failed": "The server that runs the model has failed; try again.",
+    "upstream_busy": "The server that runs the model has too many requests; try again later.",
+    "upstream_unavailable": "No server that runs the model can be reached; try again later.",
 }
+CLIENT_FAILURES = ("format_failed", "upstream_refused", "context_length_exceeded")
 UNUSUAL = ("top_k", "min_p", "repetition_penalty", "stop", "seed", "logit_bias")  # options that OpenAI does not tell
 DEFAULTS: Mapping[str, Any] = {  # what a response tells of a request that names none of these
     "background": False,
@@ -37,9 +41,11 @@ DEFAULTS: Mapping[str, Any] = {  # what a response tells of a request that names
 }
 
 
-def render_response(model: ModelInfo, conversation: str | None, reply: Item, status: str | None = None) -> Json:
+def render_response(models: ModelList, conversation: str | None, reply: Item, status: str | None = None) -> Json:
     """A response, as far as it is. `status` is told instead of its own, if it is given."""
-    options, details = model.defaults.updated(reply.options or {}), reply.request or {}
+    details = reply.request or {}
+    model = models.of(details.get("model"))
+    options = model.defaults.updated(reply.options or {})
     failed, usage, reason = reply.status == Status.FAILED, reply.usage, str(reply.reason)
     return {
         "id": reply.id,
@@ -122,7 +128,7 @@ def _usage(usage: Mapping[str, int]) -> Json:
 
 def _error(reply: Item) -> Json:
     """Why the reply has failed. The standard has no type here, but the AI SDK needs one."""
-    message = FAILURES.get(reply.reason, "The server could not finish the reply; try again.")
-    if reply.reason == "format_failed":  # of the few codes of the standard, the one for what the client can change
+    message = reply.failure or FAILURES.get(reply.reason, "The server could not finish the reply; try again.")
+    if reply.reason in CLIENT_FAILURES:  # of the few codes of the standard, the one for what the client can change
         return {"type": "invalid_request_error", "code": "invalid_prompt", "message": message}
     return {"type": "server_error", "code": "server_error", "message": message}

@@ -23,7 +23,8 @@ from models.errors import (
     UnknownEventError,
 )
 from models.generation.events import Created, Finished, OutputItemAdded, Queued, Rejected, ResponseEvent, Warned
-from models.generation.interface import ModelInfo, ResponseService, Unstored
+from models.generation.interface import ResponseService, Unstored
+from models.model_info import ModelList
 from models.protocols.client import Client, Close
 from models.protocols.responses.events import EventRenderer, render_error_event
 from models.protocols.responses.input_items import resolve
@@ -89,9 +90,9 @@ class ResponsesSession:
     a lane. Responses go on when the client disconnects.
     """
 
-    def __init__(self, responses: ResponseService, model: ModelInfo, user: str, client: Client) -> None:
+    def __init__(self, responses: ResponseService, models: ModelList, user: str, client: Client) -> None:
         self._responses = responses
-        self._model = model
+        self._models = models
         self._user = user
         self._client = client
         self._bad_frames = 0  # in a row
@@ -169,7 +170,7 @@ class ResponsesSession:
     def _parse(self, fields: Json) -> ResponsesRequest:
         """The request of a `response.create`; on a socket, all responses are streamed."""
         fields.pop("stream", None)
-        request = ResponsesRequest.parse(fields, self._model)
+        request = ResponsesRequest.parse(fields, self._models)
         if request.background:
             raise InvalidValueError("background must be false on a socket", "background", "false")
         return request
@@ -211,7 +212,7 @@ class ResponsesSession:
         messages, target = [*(kept.messages if kept else ()), *steered, *new], request.target()
         if kept:
             target = Unstored(kept.after) if not request.store else replace(request, previous=kept.after).target()
-        asked = request.response_request(self._user, self._model, messages, target)
+        asked = request.response_request(self._user, messages, target)
         after = target.after if isinstance(target, Unstored) else None
         stream = Stream(self._renderer(), turn.lane, turn=turn)
         stream.kept = None if request.store else KeptResponse(after, messages)
@@ -291,7 +292,7 @@ class ResponsesSession:
                 self._client.send_json(rendered | lane)
 
     def _renderer(self) -> EventRenderer:
-        return EventRenderer(self._model)
+        return EventRenderer(self._models)
 
     def _tell(self, event: Queued | Warned) -> None:
         """Tell of a moment in the life of a response, for which this protocol has no event."""

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from typing import Any
 
 from models.generation.events import Created, Finished, Rejected, ResponseEvent
-from models.generation.interface import ModelInfo
+from models.model_info import ModelList
 from models.protocols.responses.events import EventRenderer
 from models.protocols.responses.resource import render_response
 from models.validation import Json
@@ -17,8 +17,8 @@ from models.validation import Json
 class ResponseResult:
     """Waits for the response of one request, which is returned as one object."""
 
-    def __init__(self, model: ModelInfo) -> None:
-        self._model = model
+    def __init__(self, models: ModelList) -> None:
+        self._models = models
         self._created: asyncio.Future[Created | Rejected] = asyncio.get_running_loop().create_future()
         self._last: asyncio.Future[Finished | Rejected] = asyncio.get_running_loop().create_future()
 
@@ -34,7 +34,7 @@ class ResponseResult:
         event = await self._created
         if isinstance(event, Rejected):
             raise event.error
-        return render_response(self._model, event.conversation, event.reply, "queued")
+        return render_response(self._models, event.conversation, event.reply, "queued")
 
     async def finished(self) -> Json:
         """The response when it has ended. Raises APIError."""
@@ -42,14 +42,14 @@ class ResponseResult:
         if isinstance(event, Rejected):
             raise event.error
         # In a thread: probabilities of many tokens take long.
-        return await asyncio.to_thread(render_response, self._model, event.conversation, event.reply)
+        return await asyncio.to_thread(render_response, self._models, event.conversation, event.reply)
 
 
 class ResponseStream:
     """The events of one response after the number `starting_after`, as server-sent events."""
 
-    def __init__(self, model: ModelInfo, starting_after: int = -1) -> None:
-        self._renderer = EventRenderer(model)
+    def __init__(self, models: ModelList, starting_after: int = -1) -> None:
+        self._renderer = EventRenderer(models)
         self._starting_after = starting_after
         self._events: asyncio.Queue[ResponseEvent | None] = asyncio.Queue()
         self._first: asyncio.Future[ResponseEvent] = asyncio.get_running_loop().create_future()

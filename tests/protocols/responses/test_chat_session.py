@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from models.errors import NotStoredError
-from models.generation.interface import ModelInfo
 from models.generation.response import BATCH
+from models.model_info import ModelInfo, ModelList
 from models.options import Options
 from models.protocols.responses.chat_session import RESUMES, ChatSession
 from models.validation import Json
@@ -19,7 +19,7 @@ from tests.support.openai_types import SOCKET_EVENT, check_stream
 
 pytestmark = pytest.mark.anyio
 
-MODEL = ModelInfo("tiny", 4096, Options(temperature=0.5))
+MODEL = ModelList([ModelInfo("tiny", 4096, Options(temperature=0.5))])
 SCRIPT = 'think Let me see | call f {"a": 1} | call g {} | say It is so.'
 
 
@@ -50,7 +50,7 @@ async def test_a_session_begins_with_what_the_page_wants_to_know(fake: FakeRespo
     session = event["session"]
     assert (event["type"], session["user"], session["model"]) == ("parley.session.created", "ann", "tiny")
     assert (session["context_length"], session["limits"]) == (4096, {"frame_bytes": 7})
-    assert session["options"] == MODEL.defaults.as_json()
+    assert session["options"] == MODEL.default.defaults.as_json()
     assert session["id"].startswith("sess_")
 
 

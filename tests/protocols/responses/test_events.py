@@ -8,8 +8,8 @@ from hypothesis import given, settings, strategies as st
 
 from models.errors import APIError, PreviousResponseNotFoundError, TooManyResponsesError
 from models.generation.events import Queued, ResponseEvent, Warned
-from models.generation.interface import ModelInfo
 from models.generation.response import ActiveResponse
+from models.model_info import ModelInfo, ModelList
 from models.options import Options
 from models.output_item import TokenLogprob
 from models.protocols.responses.events import (
@@ -27,7 +27,7 @@ from tests.support.openai_types import SOCKET_EVENT, check_stream
 
 pytestmark = pytest.mark.anyio
 
-MODEL = ModelInfo("tiny", 4096, Options())
+MODEL = ModelList([ModelInfo("tiny", 4096, Options())])
 
 
 def rendered(events: list[ResponseEvent]) -> list[Json]:

@@ -11,12 +11,12 @@ from openai.types.responses import ResponseCreateParams
 from models.errors import APIError, ModelNotFoundError, UnsupportedParameterError
 from models.generation.interface import (
     Branch,
-    ModelInfo,
     NewConversation,
     StoredConversation,
     Target,
     Unstored,
 )
+from models.model_info import ModelInfo, ModelList
 from models.options import Options
 from models.output_format import PLAIN_TEXT, OutputFormat
 from models.protocols.responses.request import ResponsesRequest
@@ -26,7 +26,7 @@ from models.tools import NO_TOOLS, Tool, Tools
 from models.validation import parse_object
 from tests.support.openai_types import check_response
 
-MODEL = ModelInfo("tiny", 4096, Options(temperature=0.5, seed=3))
+MODEL = ModelList([ModelInfo("tiny", 4096, Options(temperature=0.5, seed=3))])
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
 FUNCTION = {"type": "function", "name": "weather", "description": "The weather.", "parameters": SCHEMA, "strict": True}
 CLOCK = {"type": "function", "name": "time"}
@@ -39,7 +39,7 @@ def parse(**values: Any) -> ResponsesRequest:
 
 
 def options_of(request: ResponsesRequest) -> Options:
-    return request.response_request("ann", MODEL, []).chat.options
+    return request.response_request("ann", []).chat.options
 
 
 def refused(values: Any) -> APIError:
@@ -62,7 +62,7 @@ def test_a_request_needs_nothing_but_its_input() -> None:
     assert (request.options, request.tools, request.format) == ({}, NO_TOOLS, PLAIN_TEXT)
     assert (request.stream, request.store, request.background, request.generate) == (False, True, False, True)
     assert (request.top_logprobs, request.truncate, request.previous, request.conversation) == (None, False, None, None)
-    assert request.details == {}
+    assert request.details == {"model": "tiny"}
 
 
 def test_options_that_are_not_named_are_the_models_own() -> None:
@@ -210,14 +210,14 @@ def test_another_model_is_not_found(name: str) -> None:
 
 
 def test_a_model_has_the_other_names_that_the_settings_say() -> None:
-    model = dataclasses.replace(MODEL, aliases=("gpt-4o",))
+    model = ModelList([dataclasses.replace(MODEL.default, aliases=("gpt-4o",))])
     assert ResponsesRequest.parse({"input": "Hi", "model": "gpt-4o"}, model).details == {"model": "gpt-4o"}
     with pytest.raises(ModelNotFoundError):
         ResponsesRequest.parse({"input": "Hi", "model": "gpt-4"}, model)
 
 
 def test_a_model_that_has_every_name_has_none_that_is_too_long_to_be_told() -> None:
-    model = dataclasses.replace(MODEL, aliases=("*",))
+    model = ModelList([dataclasses.replace(MODEL.default, aliases=("*",))])
     assert ResponsesRequest.parse({"input": "Hi", "model": "x" * 256}, model).details == {"model": "x" * 256}
     with pytest.raises(ModelNotFoundError):
         ResponsesRequest.parse({"input": "Hi", "model": "x" * 257}, model)
@@ -267,7 +267,7 @@ def test_the_request_in_the_form_of_the_domain_has_all_of_it() -> None:
         previous_response_id="resp_1",
         ignore_eos=True,
     )
-    asked = request.response_request("ann", MODEL, [{"role": "user", "content": "Hi"}])
+    asked = request.response_request("ann", [{"role": "user", "content": "Hi"}])
     assert (asked.user, asked.target, asked.previous) == ("ann", Branch("resp_1"), "resp_1")
     assert (asked.background, asked.generate, asked.chat.ignore_eos) == (True, True, True)
     assert asked.chat.messages == [{"role": "user", "content": "Hi"}]
@@ -361,7 +361,7 @@ def test_probabilities_are_told_if_they_are_asked_for(values: dict[str, Any], co
 )
 def test_a_response_tells_its_request_in_the_forms_of_the_standard(values: dict[str, Any]) -> None:
     request = parse(**values)
-    options = options_of(request).differences(MODEL.defaults)
+    options = options_of(request).differences(MODEL.default.defaults)
     reply = Item.of_reply("resp_1", 1.0, [], status=Status.COMPLETED, options=options, request=request.details)
     told = render_response(MODEL, None, reply)
     check_response(told)
@@ -445,7 +445,7 @@ def test_any_json_is_a_request_or_is_refused(body: dict[str, Any]) -> None:
     except APIError as error:
         json.dumps([str(error), error.param], ensure_ascii=False).encode()
         return
-    asked = request.response_request("ann", MODEL, [])
+    asked = request.response_request("ann", [])
     reply = Item.of_reply("resp_1", 1.0, [], status=Status.COMPLETED, request=asked.details)
     rendered = render_response(MODEL, None, reply)
     json.dumps(rendered, ensure_ascii=False).encode()

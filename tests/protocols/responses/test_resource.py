@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from models.generation.interface import ModelInfo
+from models.model_info import ModelInfo, ModelList
 from models.options import Options
 from models.output_item import OutputItem, TokenLogprob
 from models.protocols.responses.resource import render_output, render_response
@@ -13,7 +13,7 @@ from models.store.item import Item, Status
 from models.validation import Json
 from tests.support.openai_types import CONVERSATION_ITEM, RESPONSE_ITEM, check_response
 
-MODEL = ModelInfo("tiny", 4096, Options(temperature=0.5, instructions="Be brief."))
+MODEL = ModelList([ModelInfo("tiny", 4096, Options(temperature=0.5, instructions="Be brief."))])
 USAGE = {"input_tokens": 9, "cached_tokens": 4, "output_tokens": 5, "reasoning_tokens": 3, "total_tokens": 14}
 OUTPUT = [
     OutputItem("reasoning", ["Let", " me"], complete=True),

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from models.errors import PreviousResponseNotFoundError
-from models.generation.interface import Branch, ModelInfo, NewConversation, StoredConversation, Target, Unstored
+from models.generation.interface import Branch, NewConversation, StoredConversation, Target, Unstored
 from models.generation.response import ActiveResponse
 from models.messages import Message
+from models.model_info import ModelInfo, ModelList
 from models.options import Options
 from models.protocols.client import Close
 from models.protocols.responses.session import BAD_FRAMES, WAITING, WAITING_BYTES, ResponsesSession
@@ -22,7 +23,7 @@ from tests.support.openai_types import SOCKET_EVENT, check_stream
 
 pytestmark = pytest.mark.anyio
 
-MODEL = ModelInfo("tiny", 4096, Options())
+MODEL = ModelList([ModelInfo("tiny", 4096, Options())])
 FINAL = ("response.completed", "response.incomplete", "response.failed")
 
 

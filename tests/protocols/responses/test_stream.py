@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from models.errors import ContextLengthExceededError, PreviousResponseNotFoundError
-from models.generation.interface import ModelInfo
 from models.generation.response import BATCH, ActiveResponse
+from models.model_info import ModelInfo, ModelList
 from models.options import Options
 from models.protocols.responses.stream import ResponseResult, ResponseStream
 from models.validation import Json
@@ -18,7 +18,7 @@ from tests.support.openai_types import check_response, check_stream
 
 pytestmark = pytest.mark.anyio
 
-MODEL = ModelInfo("tiny", 4096, Options())
+MODEL = ModelList([ModelInfo("tiny", 4096, Options())])
 SCRIPT = 'think Let me see | call f {"a": 1} | say It is so.'
 
 
@@ -62,7 +62,7 @@ class NotesThread(ModelInfo):
 
 
 async def test_a_whole_response_is_made_beside_the_event_loop() -> None:
-    result = ResponseResult(NotesThread("tiny", 4096, Options()))
+    result = ResponseResult(ModelList([NotesThread("tiny", 4096, Options())]))
     answer(running(result), SCRIPT)
     assert (await result.finished())["model"] == "thread"
 

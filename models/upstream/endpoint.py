@@ -1,0 +1,259 @@
+"""One upstream: a server with OpenAI's API, at a URL."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import msgspec
+from httpx2 import AsyncClient, EventSource, HTTPError, Limits, Response, Timeout, TimeoutException
+
+from models.errors import APIError, UpstreamFailedError, one_line
+from models.upstream.failures import failure_of
+from models.upstream.kinds import LLAMA_CPP, OTHER, PARLEY, Body, Kind, kind_of
+from models.upstream.wire import Args, Model, Models, Props
+
+logger = logging.getLogger("parley")
+
+POLL_SECONDS = 5.0  # from one look at an upstream to the next
+AWAY_SECONDS = 1.0  # the same, while it does not answer
+ANSWER_SECONDS = 5.0  # for an answer to a look
+MISSED = 3  # looks without an answer, after which it is away
+SILENCE_SECONDS = 600.0  # without a byte of a reply: a long prompt may take minutes
+KEEP_SECONDS = 3.0  # an unused connection: uvicorn, and so vLLM, closes it after 5
+BODY_BYTES = 2**16  # of an error that is read
+EVENT_BYTES = 2**20  # of one event of a stream
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class UpstreamModel:
+    """A model of an upstream, as far as that tells of it."""
+
+    name: str
+    context: int | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # of our options, by their names
+
+
+class Endpoint:
+    """An upstream, with what it is known to have, and the replies that run there.
+
+    `on_change` is called when its models have changed, or when it has gone or come back.
+    """
+
+    def __init__(self, url: str, client: AsyncClient, clock: Callable[[], float] = time.monotonic) -> None:
+        self.url = url
+        self.kind: Kind = OTHER
+        self.models: Mapping[str, UpstreamModel] = {}
+        self.slots: int | None = None  # replies that it runs at once, if it tells
+        self.trouble: str | None = "it has not answered yet"  # why it is away; None: it answers
+        self.running = 0
+        self.used = 0.0  # when a reply began there last
+        self.on_change: Callable[[], None] = lambda: None
+        self._client = client
+        self._clock = clock
+        self._cool_at = 0.0  # until then, others are preferred
+        self._missed = 0  # looks in a row without an answer
+        self._waiting: set[asyncio.Timeout] = set()  # for the next piece of a reply
+
+    @property
+    def is_cooling(self) -> bool:
+        """Whether it has failed a moment ago, or has asked for a pause."""
+        return self._clock() < self._cool_at
+
+    def cool(self, seconds: float) -> None:
+        """Prefer other upstreams for some seconds."""
+        self._cool_at = self._clock() + seconds
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What operators may know, ready for JSON."""
+        known = {"url": self.url, "kind": self.kind.name, "models": [*self.models], "slots": self.slots}
+        return known | {"trouble": self.trouble}
+
+    # Looks
+
+    async def watch(self) -> None:
+        """Look at the upstream every few seconds, for ever."""
+        while True:
+            await self.look()
+            await asyncio.sleep(AWAY_SECONDS if self._missed else POLL_SECONDS)
+
+    async def look(self) -> None:
+        """Ask the upstream for its models. One that does not answer several times is away."""
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                await self._learn()
+        except (TimeoutError, TimeoutException):
+            self._missed += 1
+            if self.trouble or self._missed >= MISSED:
+                self._lose(f"it does not answer within {ANSWER_SECONDS:g} s")
+        except (APIError, HTTPError, OSError) as error:
+            self._missed += 1
+            self._lose(one_line(error))
+        else:
+            self._missed = 0
+            self._find()
+
+    async def _learn(self) -> None:
+        listed = (await self._ask("/models", Models)).data
+        kind = kind_of(next((model.owned_by for model in listed if model.owned_by), ""))
+        if self.trouble or kind is not self.kind or {model.id for model in listed} != self.models.keys():
+            context, defaults = await self._details(kind)
+            self.kind = kind
+            self.models = {one.id: UpstreamModel(one.id, context or _context_of(one), defaults) for one in listed}
+
+    async def _details(self, kind: Kind) -> tuple[int | None, Mapping[str, Any]]:
+        """The context and the options of an upstream that tells them; it also tells its slots."""
+        with suppress(UpstreamFailedError):
+            if kind is LLAMA_CPP:
+                props = await self._ask("/props", Props, at_root=True)
+                self.slots = props.total_slots
+                told = props.default_generation_settings
+                return told.n_ctx, {ours: told.params.get(theirs) for ours, theirs in kind.options.items()}
+            if kind is PARLEY:
+                args = (await self._ask("/args", Args, at_root=True)).args
+                self.slots = args.slots
+                return None, args.options
+        return None, {}
+
+    async def _ask(self, path: str, kind: type[T], at_root: bool = False) -> T:
+        """What a GET answers. Raises UpstreamFailedError, or HTTPError if there is no answer."""
+        return _decoded(await self._client.get(self._url(path, at_root)), kind)
+
+    async def count(self, path: str, body: Body, kind: type[T]) -> T:
+        """What a POST at the root answers, within seconds. Raises UpstreamFailedError."""
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                return _decoded(await self._client.post(self._url(path, at_root=True), content=encode(body)), kind)
+        except (HTTPError, TimeoutError) as error:
+            raise UpstreamFailedError(f"{self.url}: {one_line(error)}") from error
+
+    def _url(self, path: str, at_root: bool) -> str:
+        return f"{self.url.removesuffix('/v1') if at_root else self.url}{path}"
+
+    def _find(self) -> None:
+        if self.trouble:
+            logger.info("%s answers (%s): %s", self.url, self.kind.name, ", ".join(self.models))
+        self.trouble = None
+        self.on_change()
+
+    def _lose(self, trouble: str) -> None:
+        if self.trouble != trouble:
+            logger.warning("%s is away: %s", self.url, trouble)
+        self.trouble = trouble
+        until = asyncio.get_running_loop().time() + ANSWER_SECONDS  # one that drains goes on with its replies
+        for waiting in self._waiting:
+            if waiting.when() is None:
+                waiting.reschedule(until)
+        self.on_change()
+
+    # Replies
+
+    @contextmanager
+    def _held(self) -> Any:
+        self.running += 1
+        self.used = self._clock()
+        try:
+            yield
+        finally:
+            self.running -= 1
+
+    @asynccontextmanager
+    async def stream(self, path: str, body: Body) -> AsyncIterator[AsyncIterator[str]]:
+        """The data of the events of a streamed reply. It ends there when the context ends.
+
+        Raises APIError: UpstreamFailedError also if the upstream vanishes or stays silent meanwhile.
+        """
+        with self._held():
+            async with self._opened(path, body) as response:
+                yield self._data(response)
+
+    @asynccontextmanager
+    async def _opened(self, path: str, body: Body) -> AsyncIterator[Response]:
+        request = self._client.build_request("POST", self._url(path, at_root=False), content=encode(body))
+        with self._told():
+            async with self._patient():
+                response = await self._client.send(request, stream=True)
+        try:
+            if response.status_code != 200:
+                with self._told():
+                    async with self._patient():
+                        answer = await _beginning(response)
+                raise failure_of(response.status_code, answer, response.headers.get("retry-after"))
+            yield response
+        finally:
+            await response.aclose()
+
+    async def _data(self, response: Response) -> AsyncIterator[str]:
+        events = aiter(EventSource(response, EVENT_BYTES))
+        while True:
+            with self._told():
+                async with self._patient():
+                    event = await anext(events, None)
+            if event is None or event.data == "[DONE]":
+                return
+            yield event.data
+
+    @asynccontextmanager
+    async def _patient(self) -> AsyncIterator[None]:
+        """Wait for the upstream, as long as it is not away."""
+        async with asyncio.timeout(None) as waiting:
+            self._waiting.add(waiting)
+            try:
+                yield
+            finally:
+                self._waiting.discard(waiting)
+
+    @contextmanager
+    def _told(self) -> Any:
+        """Raise UpstreamFailedError for what is wrong with a connection."""
+        try:
+            yield
+        except TimeoutError as error:
+            raise UpstreamFailedError(f"{self.url} is away: {self.trouble}") from error
+        except (HTTPError, OSError) as error:
+            raise UpstreamFailedError(f"{self.url}: {one_line(error)}") from error
+
+
+def new_client(key: str | None) -> AsyncClient:
+    """A client for all upstreams, with a key if they want one."""
+    headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
+    return AsyncClient(
+        headers=headers,
+        timeout=Timeout(ANSWER_SECONDS, read=SILENCE_SECONDS, write=SILENCE_SECONDS, pool=None),
+        limits=Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEP_SECONDS),
+    )
+
+
+encode = msgspec.json.Encoder().encode
+
+
+def _decoded(response: Response, kind: type[T]) -> T:
+    if response.status_code != 200:
+        raise failure_of(response.status_code, response.content)
+    try:
+        return msgspec.json.decode(response.content, type=kind)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise UpstreamFailedError(f"{response.url} answers with something else: {one_line(error)}") from error
+
+
+async def _beginning(response: Response) -> bytes:
+    """The first bytes of a body."""
+    body = bytearray()
+    async for piece in response.aiter_bytes():
+        body += piece
+        if len(body) >= BODY_BYTES:
+            break
+    return bytes(body[:BODY_BYTES])
+
+
+def _context_of(model: Model) -> int | None:
+    meta = model.meta
+    return model.max_model_len or model.context_length or (meta and (meta.n_ctx or meta.n_ctx_train)) or None

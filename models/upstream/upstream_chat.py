@@ -1,0 +1,203 @@
+"""Answers messages with other servers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
+from typing import Any
+
+from models.chat_request import ChatRequest
+from models.errors import ContextLengthExceededError, InvalidValueError, UnsupportedParameterError, UpstreamFailedError
+from models.model_info import ModelInfo, ModelList
+from models.ops.metrics import Metrics
+from models.options import Options
+from models.settings import Settings
+from models.upstream.conversation import BytesPerToken, Conversation
+from models.upstream.endpoint import Endpoint, new_client
+from models.upstream.kinds import VLLM, Body, Kind
+from models.upstream.pool import Pool, beginning_of
+from models.upstream.request_body import body_of, render_messages
+from models.upstream.upstream_reply import Asked, UpstreamReply
+from models.upstream.wire import Counted
+
+logger = logging.getLogger("parley")
+
+OWN = Options(  # of a request that leaves all to the upstream
+    temperature=None,
+    top_p=None,
+    top_k=None,
+    min_p=None,
+    repetition_penalty=None,
+    frequency_penalty=None,
+    presence_penalty=None,
+)
+LEARNED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
+CAPABILITIES = ("tools", "reasoning")  # an upstream refuses what its model cannot do
+WAIT_SECONDS = 10.0  # until the log says again what the start waits for
+COUNTED = ("model", "tools", "chat_template_kwargs")  # fields of a request that the count of its tokens needs
+CERTAIN = 0.75  # of the limit: a prompt that seems to be shorter is not counted
+
+
+class UpstreamChat:
+    """A `Chat` over one or several upstreams, which may offer several models."""
+
+    cache_usage = 0.0  # upstreams tell it in metrics of their own
+
+    def __init__(self, settings: Settings, endpoints: Sequence[Endpoint], metrics: Metrics) -> None:
+        self.died = asyncio.Event()
+        self._settings = settings
+        self._pool = Pool(endpoints)
+        self._metrics = metrics
+        self._bytes_per_token: dict[str, BytesPerToken] = {}  # by the model
+        self._changed = asyncio.Event()
+        self.models = ModelList(self._offered())
+        for endpoint in endpoints:
+            endpoint.on_change = self._learn
+            metrics.upstream_running.labels(endpoint.url).set_function(partial(getattr, endpoint, "running"))
+
+    @classmethod
+    @asynccontextmanager
+    async def opened(cls, settings: Settings, metrics: Metrics) -> AsyncIterator[UpstreamChat]:
+        """A chat that looks at its upstreams while the context lasts.
+
+        It waits until one of them has told its models, unless the settings name some.
+        """
+        async with AsyncExitStack() as stack:
+            client = await stack.enter_async_context(new_client(settings.upstream_key))
+            endpoints = [Endpoint(url, client) for url in settings.upstream]
+            chat = cls(settings, endpoints, metrics)
+            await asyncio.gather(*(endpoint.look() for endpoint in endpoints))
+            watching = [asyncio.create_task(endpoint.watch()) for endpoint in endpoints]
+            try:
+                await chat._wait_for_models()
+                yield chat
+            finally:
+                for task in watching:
+                    task.cancel()
+                await asyncio.wait(watching)
+
+    @property
+    def trouble(self) -> str | None:
+        """Why no model can answer at the moment; None if one can."""
+        return self._pool.trouble if self._pool.is_away else None
+
+    @property
+    def warning(self) -> str | None:
+        """Which upstreams are away; None if none is."""
+        return self._pool.trouble
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The values in effect for the models, ready for JSON."""
+        return {
+            "models": {
+                model.name: {
+                    "context": model.context,
+                    "options": {**model.defaults.as_json(), "instructions": None},  # the operator's text is not public
+                }
+                for model in self.models.all
+            },
+            "upstreams": [one.arguments for one in self._pool.endpoints],
+        }
+
+    async def prepare(self, request: ChatRequest) -> UpstreamReply:
+        """Find the upstreams for a reply, and choose which messages they get.
+
+        Raises UnsupportedParameterError, ContextLengthExceededError or UpstreamUnavailableError.
+        """
+        model = self.models.of(request.model)
+        endpoints = self._pool.offering(model.name)
+        bodies = _bodies(request, {one.kind for one in endpoints}, model.name)
+        conversation = Conversation(request, self._settings.options.get("instructions"))
+        bytes_per_token = self._bytes_per_token.setdefault(model.name, BytesPerToken())
+        if request.truncate and model.context:
+            await self._fit(conversation, request.options.max_output_tokens, model, endpoints, bodies)
+        asked = Asked(
+            model.name,
+            model.context,
+            bodies,
+            request.options.max_output_tokens,
+            conversation,
+            request.prompt,
+            request.truncate,
+            beginning_of(request, model.name),
+        )
+        return UpstreamReply(asked, self._pool, bytes_per_token, self._metrics)
+
+    async def _fit(
+        self,
+        conversation: Conversation,
+        max_tokens: int | None,
+        model: ModelInfo,
+        endpoints: Sequence[Endpoint],
+        bodies: Mapping[Kind, Body],
+    ) -> None:
+        """Leave out the oldest turns that have no room in the context."""
+        assert model.context
+        limit = model.context - min(max_tokens or model.context, model.context // 4)
+        if conversation.size <= limit:  # no token is empty
+            return
+        tokens = int(conversation.size / self._bytes_per_token[model.name].value)
+        counting = next((one for one in endpoints if one.kind is VLLM and VLLM in bodies), None)
+        if tokens > CERTAIN * limit and counting:
+            asked = {name: bodies[VLLM][name] for name in COUNTED if name in bodies[VLLM]}
+            body = {**asked, "messages": render_messages(conversation.messages, VLLM)}
+            with suppress(UpstreamFailedError, ContextLengthExceededError):
+                tokens = (await counting.count("/tokenize", body, Counted)).count
+                self._bytes_per_token[model.name].learn(conversation.size, tokens)
+        conversation.fit(tokens, limit)
+
+    async def _wait_for_models(self) -> None:
+        while not self.models.all:
+            logger.warning("the start waits for an upstream: %s", self._pool.trouble or "they have no models")
+            with suppress(TimeoutError):
+                async with asyncio.timeout(WAIT_SECONDS):
+                    self._changed.clear()
+                    await self._changed.wait()
+
+    def _learn(self) -> None:
+        """Offer what the upstreams have by now."""
+        if offered := [*self._offered()]:
+            self.models.replace(offered)
+        self._changed.set()
+
+    def _offered(self) -> Iterator[ModelInfo]:
+        """The models of the settings, or else those of the upstreams."""
+        found = [name for endpoint in self._pool.endpoints for name in endpoint.models]
+        names = list(dict.fromkeys(self._settings.upstream_model or found))
+        for name in names:
+            told = [one.models[name] for one in self._pool.endpoints if name in one.models]
+            contexts = [one.context for one in told if one.context]
+            if self._settings.context:
+                contexts.append(self._settings.context)
+            defaults = _learned(told[0].defaults if told else {}).updated(self._settings.options)
+            aliases = self._settings.aliases_of(name, names[0])
+            yield ModelInfo(name, min(contexts, default=None), defaults, aliases, CAPABILITIES)
+
+
+def _bodies(request: ChatRequest, kinds: set[Kind], model: str) -> dict[Kind, Body]:
+    """The request for each kind of server that can do it. Raises UnsupportedParameterError if none can."""
+    bodies: dict[Kind, Body] = {}
+    error: UnsupportedParameterError | None = None
+    for kind in kinds:
+        try:
+            bodies[kind] = body_of(request, kind, model)
+        except UnsupportedParameterError as unsupported:
+            error = unsupported
+    if error and not bodies:
+        raise error
+    return bodies
+
+
+def _learned(told: Mapping[str, Any]) -> Options:
+    """The default options of an upstream, as far as it tells them and ours can be the same."""
+    options = OWN
+    for name in LEARNED:
+        if (value := told.get(name)) is not None:
+            with suppress(InvalidValueError):
+                # llama-server tells float32 numbers with all digits of a double.
+                options = options.updated({name: round(value, 6) if isinstance(value, float) else value})
+    return options
