@@ -22,7 +22,7 @@ logger = logging.getLogger("parley")
 
 POLL_SECONDS = 5.0  # from one look at an upstream to the next
 AWAY_SECONDS = 1.0  # the same, while it does not answer
-ANSWER_SECONDS = 5.0  # for an answer to a look
+ANSWER_SECONDS = 5.0  # for an answer to a look, and for a connection
 MISSED = 3  # looks without an answer, after which it is away
 SILENCE_SECONDS = 600.0  # without a byte of a reply: a long prompt may take minutes
 KEEP_SECONDS = 3.0  # an unused connection: uvicorn, and so vLLM, closes it after 5
@@ -47,7 +47,13 @@ class Endpoint:
     `on_change` is called when its models have changed, or when it has gone or come back.
     """
 
-    def __init__(self, url: str, client: AsyncClient, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        url: str,
+        client: AsyncClient,
+        patience: float = ANSWER_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.url = url
         self.kind: Kind = OTHER
         self.models: Mapping[str, UpstreamModel] = {}
@@ -57,6 +63,7 @@ class Endpoint:
         self.used = 0.0  # when a reply began there last
         self.on_change: Callable[[], None] = lambda: None
         self._client = client
+        self._patience = patience  # seconds for an answer to a look
         self._clock = clock
         self._cool_at = 0.0  # until then, others are preferred
         self._missed = 0  # looks in a row without an answer
@@ -88,12 +95,12 @@ class Endpoint:
     async def look(self) -> None:
         """Ask the upstream for its models. One that does not answer several times is away."""
         try:
-            async with asyncio.timeout(ANSWER_SECONDS):
+            async with asyncio.timeout(self._patience):
                 await self._learn()
         except (TimeoutError, TimeoutException):
             self._missed += 1
             if self.trouble or self._missed >= MISSED:
-                self._lose(f"it does not answer within {ANSWER_SECONDS:g} s")
+                self._lose(f"it does not answer within {self._patience:g} s")
         except (APIError, HTTPError, OSError) as error:
             self._missed += 1
             self._lose(one_line(error))
@@ -130,7 +137,7 @@ class Endpoint:
     async def count(self, path: str, body: Body, kind: type[T]) -> T:
         """What a POST at the root answers, within seconds. Raises UpstreamFailedError."""
         try:
-            async with asyncio.timeout(ANSWER_SECONDS):
+            async with asyncio.timeout(self._patience):
                 return _decoded(await self._client.post(self._url(path, at_root=True), content=encode(body)), kind)
         except (HTTPError, TimeoutError) as error:
             raise UpstreamFailedError(f"{self.url}: {one_line(error)}") from error
@@ -148,7 +155,7 @@ class Endpoint:
         if self.trouble != trouble:
             logger.warning("%s is away: %s", self.url, trouble)
         self.trouble = trouble
-        until = asyncio.get_running_loop().time() + ANSWER_SECONDS  # one that drains goes on with its replies
+        until = asyncio.get_running_loop().time() + self._patience  # one that drains goes on with its replies
         for waiting in self._waiting:
             if waiting.when() is None:
                 waiting.reschedule(until)

@@ -16,7 +16,7 @@ from models.ops.metrics import Metrics
 from models.options import Options
 from models.settings import Settings
 from models.upstream.conversation import BytesPerToken, Conversation
-from models.upstream.endpoint import Endpoint, new_client
+from models.upstream.endpoint import ANSWER_SECONDS, Endpoint, new_client
 from models.upstream.kinds import VLLM, Body, Kind
 from models.upstream.pool import Pool, beginning_of
 from models.upstream.request_body import body_of, render_messages
@@ -60,16 +60,19 @@ class UpstreamChat:
 
     @classmethod
     @asynccontextmanager
-    async def opened(cls, settings: Settings, metrics: Metrics) -> AsyncIterator[UpstreamChat]:
+    async def opened(
+        cls, settings: Settings, metrics: Metrics, patience: float = ANSWER_SECONDS
+    ) -> AsyncIterator[UpstreamChat]:
         """A chat that looks at its upstreams while the context lasts.
 
-        It waits until one of them has told its models, unless the settings name some.
+        It waits until one of them has told its models, unless the settings name some. `patience` is how many seconds an
+        upstream has to answer a look.
         """
         async with AsyncExitStack() as stack:
             client = await stack.enter_async_context(new_client(settings.upstream_key))
-            endpoints = [Endpoint(url, client) for url in settings.upstream]
+            endpoints = [Endpoint(url, client, patience) for url in settings.upstream]
             chat = cls(settings, endpoints, metrics)
-            await asyncio.gather(*(endpoint.look() for endpoint in endpoints))
+            await chat.look()
             watching = [asyncio.create_task(endpoint.watch()) for endpoint in endpoints]
             try:
                 await chat._wait_for_models()
@@ -126,6 +129,10 @@ class UpstreamChat:
             beginning_of(request, model.name),
         )
         return UpstreamReply(asked, self._pool, bytes_per_token, self._metrics)
+
+    async def look(self) -> None:
+        """Look at all upstreams now."""
+        await asyncio.gather(*(endpoint.look() for endpoint in self._pool.endpoints))
 
     async def _fit(
         self,

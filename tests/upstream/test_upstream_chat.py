@@ -1,0 +1,223 @@
+"""Which models upstreams offer, which of them gets a reply, and what operators learn."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from models.errors import ModelNotFoundError, UnsupportedParameterError
+from models.model_info import ModelInfo
+from models.ops.metrics import Metrics
+from models.options import Options
+from models.output_format import OutputFormat
+from models.settings import Settings
+from models.upstream.upstream_chat import CAPABILITIES, OWN, UpstreamChat
+from tests.support.fake_upstream import Exchange, FakeUpstream
+from tests.support.upstreams import chat_over, reply_of, request_of, user
+
+pytestmark = pytest.mark.anyio
+
+REGEX = OutputFormat("regex", "[0-9]+", "structured_outputs.regex")
+
+
+async def wait(exchange: Exchange) -> None:
+    """Begin a reply that does not end."""
+    await exchange.begin()
+    await exchange.say("Hel")
+    await exchange.ended.wait()
+
+
+# Models
+
+
+async def test_all_models_of_all_upstreams_are_offered() -> None:
+    async with FakeUpstream.running("small", "large") as one, FakeUpstream.running("large", context=64) as two:
+        async with chat_over(one, two) as chat:
+            assert [(model.name, model.context) for model in chat.models.all] == [("small", 4096), ("large", 64)]
+            await reply_of(chat, model="large")
+            await reply_of(chat)
+    assert [asked.body["model"] for asked in [*one.asked, *two.asked]] in (["large", "small"], ["small", "large"])
+
+
+async def test_the_settings_choose_and_order_the_models() -> None:
+    async with FakeUpstream.running("small", "large", "huge") as upstream:
+        async with chat_over(upstream, upstream_model=("large", "small")) as chat:
+            assert [model.name for model in chat.models.all] == ["large", "small"]
+            with pytest.raises(ModelNotFoundError, match="these models: large, small"):
+                chat.models.choose("huge")
+
+
+async def test_models_have_other_names() -> None:
+    async with FakeUpstream.running("small", "large") as upstream:
+        async with chat_over(upstream, model_aliases=("gpt-4o-mini", "gpt-4o=large", "*")) as chat:
+            names = {name: chat.models.choose(name).name for name in ("gpt-4o-mini", "gpt-4o", "small", "other")}
+    assert names == {"gpt-4o-mini": "small", "gpt-4o": "large", "small": "small", "other": "small"}
+
+
+async def test_a_model_has_the_options_of_the_operator_and_else_those_of_the_upstream() -> None:
+    async with FakeUpstream.running(owner="llamacpp", context=None) as upstream:
+        params = {"temperature": 0.800000011920929, "top_k": 40, "repeat_penalty": 1.0, "top_p": 7}
+        upstream.pages["/props"] = {"default_generation_settings": {"n_ctx": 512, "params": params}, "total_slots": 3}
+        async with chat_over(upstream, options={"top_k": 5, "instructions": "Rhyme."}) as chat:
+            told = OWN.updated({"temperature": 0.8, "top_k": 5, "repetition_penalty": 1.0, "instructions": "Rhyme."})
+            assert chat.models.default == ModelInfo("tiny", 512, told, (), CAPABILITIES)
+            assert chat.arguments["upstreams"][0]["slots"] == 3
+            assert chat.arguments["models"]["tiny"]["options"]["instructions"] is None
+            await reply_of(chat)
+    assert upstream.asked[0].body["messages"] == [{"role": "system", "content": "Rhyme."}, *user("Hi")]
+
+
+async def test_the_options_of_another_parley_are_its_own() -> None:
+    async with FakeUpstream.running(owner="parley") as upstream:
+        upstream.pages["/args"] = {"args": {"slots": 4, "options": Options(temperature=0.1).as_json()}}
+        async with chat_over(upstream) as chat:
+            assert chat.models.default.defaults.temperature == 0.1
+
+
+async def test_an_upstream_of_an_unknown_kind_keeps_its_options() -> None:
+    async with FakeUpstream.running(owner="somebody", context=None) as upstream, chat_over(upstream) as chat:
+        assert chat.models.default == ModelInfo("tiny", None, OWN, (), CAPABILITIES)
+        await reply_of(chat)
+    assert upstream.asked[0].body.keys() == {"model", "messages", "stream", "stream_options"}
+
+
+async def test_the_context_of_the_settings_is_a_limit(upstream: FakeUpstream) -> None:
+    async with chat_over(upstream, context=100) as chat:
+        assert chat.models.default.context == 100
+
+
+async def test_models_that_come_later_are_offered_then(upstream: FakeUpstream) -> None:
+    async with chat_over(upstream) as chat:
+        changes = []
+        chat.models.on_change = lambda: changes.append([model.name for model in chat.models.all])
+        await chat.look()
+        upstream.models.append({"id": "new", "owned_by": "vllm"})
+        await chat.look()
+        assert changes == [["tiny", "new"]]
+
+
+async def test_the_start_waits_for_the_models_of_an_upstream(upstream: FakeUpstream) -> None:
+    await upstream.stop()
+    opening = chat_over(upstream)
+    entering = asyncio.create_task(opening.__aenter__())
+    await asyncio.sleep(0)
+    await upstream.start()
+    chat = await entering
+    assert chat.models.default.name == "tiny"
+    await opening.__aexit__(None, None, None)
+
+
+async def test_the_start_does_not_wait_for_models_that_the_settings_name(upstream: FakeUpstream) -> None:
+    await upstream.stop()
+    async with chat_over(upstream, upstream_model=("tiny",)) as chat:
+        assert (chat.models.default.context, chat.trouble is None) == (None, False)
+        await upstream.start()
+        await chat.look()
+        assert (chat.models.default.context, chat.trouble is None) == (4096, True)
+
+
+# Which upstream
+
+
+async def test_replies_go_to_the_upstream_that_runs_the_fewest(upstream: FakeUpstream, other: FakeUpstream) -> None:
+    for fake in (upstream, other):
+        fake.will(*[wait] * 4)
+    async with chat_over(upstream, other) as chat:
+        replying = [asyncio.create_task(reply_of(chat, user(f"Hi {number}"))) for number in range(8)]
+        for _ in range(4):
+            await upstream.next()
+            await other.next()
+        for task in replying:
+            task.cancel()
+        await asyncio.wait(replying)
+
+
+async def test_a_conversation_stays_with_its_upstream(upstream: FakeUpstream, other: FakeUpstream) -> None:
+    async with chat_over(upstream, other) as chat:
+        for number in range(6):
+            await reply_of(chat, user(f"Hi {number}"))
+        assert (len(upstream.asked), len(other.asked)) == (3, 3)
+        for number in range(6):
+            await reply_of(chat, [*user(f"Hi {number}"), {"role": "assistant", "content": "a"}, *user("And?")])
+    for fake in (upstream, other):
+        first = [asked.body["messages"][0]["content"] for asked in fake.asked]
+        assert first[:3] == first[3:]
+
+
+async def test_a_conversation_leaves_an_upstream_that_is_busy(upstream: FakeUpstream, other: FakeUpstream) -> None:
+    async with chat_over(upstream, other) as chat:
+        await reply_of(chat, user("Hi"))
+        first, second = (upstream, other) if upstream.asked else (other, upstream)
+        first.will(*[wait] * 5)
+        replying = [asyncio.create_task(reply_of(chat, user("Hi"))) for _ in range(6)]
+        for _ in range(6):
+            await first.next()
+        await second.next()
+        for task in replying:
+            task.cancel()
+        await asyncio.wait(replying)
+
+
+async def test_the_same_question_of_two_users_may_go_to_two_upstreams(
+    upstream: FakeUpstream, other: FakeUpstream
+) -> None:
+    async with chat_over(upstream, other) as chat:
+        for name in ("ann", "bob", "ann", "bob"):
+            await reply_of(chat, user=name)
+    for fake in (upstream, other):
+        salts = {asked.body["cache_salt"] for asked in fake.asked}
+        assert (len(fake.asked), len(salts)) == (2, 1)
+
+
+async def test_only_upstreams_that_can_do_it_are_asked() -> None:
+    async with FakeUpstream.running(owner="vllm") as can, FakeUpstream.running(owner="llamacpp") as cannot:
+        async with chat_over(cannot, can) as chat:
+            for _ in range(2):
+                await reply_of(chat, format=REGEX)
+        assert (len(can.asked), len(cannot.asked)) == (2, 0)
+        async with chat_over(cannot) as chat:
+            with pytest.raises(UnsupportedParameterError) as caught:
+                await chat.prepare(request_of(chat, format=REGEX))
+        assert caught.value.param == "structured_outputs.regex"
+
+
+# What operators learn
+
+
+async def test_an_upstream_that_is_away_is_named(upstream: FakeUpstream, other: FakeUpstream) -> None:
+    async with chat_over(upstream, other) as chat:
+        assert (chat.trouble, chat.warning) == (None, None)
+        await other.stop()
+        await chat.look()
+        assert chat.trouble is None
+        told = str(chat.warning)
+        assert (other.url in told, upstream.url in told) == (True, False)
+        await upstream.stop()
+        await chat.look()
+        assert upstream.url in str(chat.trouble)
+
+
+async def test_metrics_tell_the_upstreams_apart(upstream: FakeUpstream) -> None:
+    async def fail(exchange: Exchange) -> None:
+        exchange.vanish()
+
+    metrics = Metrics()
+    async with UpstreamChat.opened(Settings(upstream=(upstream.url,)), metrics) as chat:
+        upstream.will(fail, wait)
+        with pytest.raises(Exception, match="has failed"):
+            await reply_of(chat)
+        reply = await chat.prepare(request_of(chat))
+        events = reply.events()
+        await anext(events)
+        text = metrics.text().decode()
+        assert f'parley_upstream_requests_running{{upstream="{upstream.url}"}} 1.0' in text
+        assert f'parley_upstream_failures_total{{upstream="{upstream.url}"}} 1.0' in text
+        assert f'parley_upstream_time_to_first_token_seconds_count{{upstream="{upstream.url}"}} 1.0' in text
+        await events.aclose()
+
+
+async def test_the_key_is_sent(upstream: FakeUpstream) -> None:
+    async with chat_over(upstream, upstream_key="the-key") as chat:
+        await reply_of(chat)
+    assert upstream.asked[0].headers["authorization"] == "Bearer the-key"
