@@ -26,6 +26,7 @@ from tests.support.client import ANN, BOB
 from tests.support.scripted import ScriptedChat, running
 from tests.support.serving import Served, serve
 from tests.support.tiny import opens_tiny, tiny_llama, tiny_tokenizer
+from tests.support.upstreams import serve_in_front
 from tests.support.workers import serve_by_workers
 
 pytest_plugins = ["tests.support.databases", "tests.support.redis_server"]
@@ -118,10 +119,19 @@ async def responses(
         yield responses
 
 
-SERVES = {"one process": serve, "two workers": serve_by_workers}
+SERVES = {"one process": serve, "two workers": serve_by_workers, "an upstream": serve_in_front}
+PROTOCOL_SUITE = ("test_openai", "test_openai_responses", "test_langchain", "test_pydantic_ai")
 
 
-@pytest.fixture(params=SERVES)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run the protocol suite with an upstream too, but for what a server of its own replies only does."""
+    if "scripted_server" in metafunc.fixturenames:
+        suite = metafunc.module.__name__.rpartition(".")[2] in PROTOCOL_SUITE
+        with_upstream = suite and not metafunc.definition.get_closest_marker("own_replies")
+        metafunc.parametrize("scripted_server", [*SERVES][: None if with_upstream else 2], indirect=True)
+
+
+@pytest.fixture
 def scripted_server(request: pytest.FixtureRequest, settings: Settings, scripted: ScriptedChat) -> Iterator[Served]:
     """A real server whose model says what the test wants."""
     with SERVES[request.param](create_app(settings, scripted.opened)) as served:

@@ -12,7 +12,6 @@ from models.language.history import (
     text_of,
     with_instructions,
     without_empty,
-    without_old_reasoning,
 )
 from models.messages import Message
 
@@ -27,7 +26,7 @@ class Conversation:
     """
 
     def __init__(self, request: ChatRequest, instructions: str | None) -> None:
-        system, turns = split_turns(without_old_reasoning(request.messages))
+        system, turns = split_turns(request.messages)
         system = with_instructions(system, request.options.instructions, instructions)
         self._system = [_message_of(system)] if system else []
         self._turns = turns
@@ -80,7 +79,8 @@ class BytesPerToken:
 
 
 def _size(messages: Sequence[Message]) -> int:
-    return sum(len(text_of(message).encode()) for message in messages)
+    """The bytes of text, but for reasoning: chat templates leave out that of earlier replies."""
+    return sum(len(text_of({**message, "reasoning": ""}).encode()) for message in messages)
 
 
 def _message_of(system: Sequence[Message]) -> Message:

@@ -265,6 +265,7 @@ def test_a_stream_ends_with_its_usage_if_that_is_requested(client: OpenAI) -> No
     assert last.usage == ask(client, "say all of it").usage
 
 
+@pytest.mark.own_replies
 def test_a_stream_ends_with_done_and_proxies_do_not_buffer_it(client: OpenAI) -> None:
     create = client.chat.completions.with_streaming_response.create
     with create(model="scripted", messages=[user("queue here")], stream=True) as response:
@@ -285,6 +286,7 @@ def test_text_is_streamed_while_the_reply_goes_on(
         assert finish_reason(list(stream)) == "stop"
 
 
+@pytest.mark.own_replies
 def test_a_stream_begins_before_the_reply_has_a_slot(
     client: OpenAI, scripted_server: Served, scripted: ScriptedChat
 ) -> None:
@@ -701,6 +703,7 @@ def test_a_body_of_exactly_the_limit_is_accepted(client: OpenAI) -> None:
     assert response.json()["choices"][0]["message"]["content"] == "yes"
 
 
+@pytest.mark.own_replies
 @streamed_or_not
 def test_more_waiting_replies_than_a_user_may_have_are_a_rate_limit_error(
     client: OpenAI, scripted: ScriptedChat, stream: bool
@@ -730,6 +733,7 @@ def test_a_user_over_a_rate_limit_is_told_when_to_try_again(settings: Settings, 
             assert text(ask(other, "Hello", stream, **GREEDY))
 
 
+@pytest.mark.own_replies
 @streamed_or_not
 def test_a_full_wait_queue_is_a_server_error_with_a_time_to_try_again(
     client: OpenAI, scripted: ScriptedChat, stream: bool
@@ -753,6 +757,7 @@ def test_a_stopping_server_refuses_with_a_time_to_try_again(
     assert raised.value.response.headers["retry-after"] == "5"
 
 
+@pytest.mark.own_replies
 def test_a_reply_that_fails_is_a_server_error(client: OpenAI) -> None:
     with pytest.raises(openai.InternalServerError) as raised:
         ask(client, "break here")
@@ -761,6 +766,7 @@ def test_a_reply_that_fails_is_a_server_error(client: OpenAI) -> None:
     assert "script" not in error["message"], "the reason is only for the log"
 
 
+@pytest.mark.own_replies
 def test_a_stream_that_fails_ends_with_an_error_after_its_text(client: OpenAI) -> None:
     chunks: list[ChatCompletionChunk] = []
     with client.chat.completions.create(model="scripted", messages=[user("break here")], stream=True) as stream:
@@ -779,6 +785,7 @@ def test_a_stream_ends_with_an_error_when_the_server_stops(client: OpenAI, scrip
     assert raised.value.code == "server_shutdown"
 
 
+@pytest.mark.own_replies
 @streamed_or_not
 def test_the_package_tries_again_when_the_server_says_so(
     scripted_server: Served, scripted: ScriptedChat, stream: bool
@@ -895,7 +902,7 @@ async def test_a_client_that_hangs_up_ends_its_reply(
 ) -> None:
     running = in_server(scripted_server, condition(lambda: scripted.running))
     await ask_and_hang_up(scripted_server, stream, running, model="scripted", messages=[user(message)])
-    assert (scripted.running, dict(scripted.admission.in_flight)) == (0, {})
+    await in_server(scripted_server, condition(lambda: not scripted.running and not scripted.admission.in_flight))
     assert "status=cancelled reason=client_disconnected" in caplog.text
     assert not server_tracebacks(caplog)
 
@@ -911,7 +918,7 @@ def test_a_client_that_closes_a_stream_ends_its_reply(
             for _ in range(chunks):
                 next(stream)
         call(scripted_server, wait_for_other_tasks(tasks))
-        assert (scripted.running, dict(scripted.admission.in_flight)) == (0, {})
+        call(scripted_server, condition(lambda: not scripted.running and not scripted.admission.in_flight))
         assert text(ask(client, "say still here")) == "still here"
 
 
