@@ -34,7 +34,7 @@ FLOORS = [  # a package imports only from floors below its own
     {"web"},
     {"hosts", "protocols"},
     {"hub"},
-    {"generation"},
+    {"generation", "upstream"},
     {"language", "users"},
     {"engine", "ops", "shared", "store"},
     GROUND,
@@ -128,6 +128,12 @@ def test_a_worker_loads_no_torch() -> None:
 
 def test_the_server_imports_torch_only_to_open_the_model() -> None:
     assert not {"torch", "transformers", "models.engine"} & loaded_by("server")
+
+
+def test_upstreams_need_no_torch() -> None:
+    loaded = loaded_by("server", *modules_in("upstream"))
+    assert "models.upstream.upstream_chat" in loaded
+    assert not {"torch", "transformers", "models.engine"} & loaded
 
 
 def test_the_server_imports_redis_only_to_open_it() -> None:
