@@ -167,7 +167,7 @@ class Chat {
 
   async connected(session) {
     loggedIn();
-    this.options.showDefaults(session.options);
+    this.options.model.offer(session.models);
     await this.conversation.connected();
     this.sidebar.refresh();
   }

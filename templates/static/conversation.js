@@ -95,7 +95,7 @@ export class Conversation {
     this.rescue(before.filter((message) => !this.log.list.includes(message)));
     const response = nodes.findLast((node) => node.object === 'response');
     this.log.divide(response?.parley.left_out);
-    this.options.learn(id, response?.parley.options ?? {});
+    this.options.learn(id, response);
     this.follow(nodes.at(-1)?.status === 'in_progress');
     this.onTitle(title);
     this.refresh();

@@ -1,3 +1,4 @@
+import { ModelChoice } from './model_choice.js';
 import { say } from './words.js';
 
 const NUMBERS = ['temperature', 'top_p', 'max_output_tokens', 'seed'];
@@ -12,7 +13,7 @@ export class Options {
     this.form = this.dialog.querySelector('form');
     this.fields = this.form.elements;
     this.values = new Map();
-    this.defaults = {};
+    this.model = new ModelChoice((defaults) => this.showDefaults(defaults));
     this.opener.addEventListener('click', () => this.edit());
     this.form.addEventListener('submit', (event) => this.submitted(event));
     this.form.addEventListener('input', ({ target }) => target.setCustomValidity(this.complaint(target)));
@@ -24,27 +25,30 @@ export class Options {
     return this.values.get(this.conversation) ?? {};
   }
 
-  /** The current options as parameters of a request. */
+  /** The current options, and the model, as parameters of a request. */
   get request() {
     const { reasoning_effort: effort, ...options } = this.current;
-    return effort ? { ...options, reasoning: { effort } } : options;
+    return { ...this.model.request, ...options, ...(effort && { reasoning: { effort } }) };
   }
 
   open(conversation) {
     this.conversation = conversation;
     if (conversation === null) this.values.delete(null);
+    this.model.open(conversation);
     this.mark();
   }
 
   /** Takes over the options of the last reply of a conversation, unless they were changed here since. */
-  learn(conversation, options) {
-    if (!this.values.has(conversation)) this.values.set(conversation, options);
+  learn(conversation, response) {
+    if (!this.values.has(conversation)) this.values.set(conversation, response?.parley.options ?? {});
+    if (response) this.model.learn(conversation, response.model);
     this.mark();
   }
 
   /** The new conversation has an id now. */
   named(conversation) {
     this.values.set(conversation, this.current);
+    this.model.named(conversation);
     this.open(conversation);
   }
 

@@ -98,7 +98,7 @@ export class Reply extends Message {
       this.part(index, item).end(item, share * parley.decode_seconds);
     });
     this.status = status;
-    this.note(reasonNote(parley.reason) || (this.isSilent ? say('nothing_said') : ''));
+    this.note(reasonNote(parley.reason, node.error) || (this.isSilent ? say('nothing_said') : ''));
     this.footer = this.article.appendChild(element('footer', 'foot'));
     if (this.versions) this.placeVersions(this.versions.node);
     this.footer.append(element('span', 'usage', usageLine(usage, parley.decode_seconds)));
@@ -128,8 +128,8 @@ export class Reply extends Message {
   }
 }
 
-function reasonNote(reason) {
-  return reason && reason !== 'stop' ? say(`reason_${reason}`) : '';
+function reasonNote(reason, error) {
+  return reason && reason !== 'stop' ? say(`reason_${reason}`, error ?? {}) : '';
 }
 
 function usageLine(usage, seconds) {
