@@ -70,6 +70,11 @@ def test_an_empty_value_counts_as_none() -> None:
         ),
         ("MODEL_ALIASES", "gpt-4o, org/other:7b", "model_aliases", ("gpt-4o", "org/other:7b")),
         ("MODEL_ALIASES", "*", "model_aliases", ("*",)),
+        ("MODEL_ALIASES", "gpt-4o=org/large", "model_aliases", ("gpt-4o=org/large",)),
+        ("UPSTREAM", "http://gpu1:8000/v1", "upstream", ("http://gpu1:8000/v1",)),
+        ("UPSTREAM", "http://gpu1:8000, https://b/api/", "upstream", ("http://gpu1:8000/v1", "https://b/api")),
+        ("UPSTREAM_MODEL", "org/large,small", "upstream_model", ("org/large", "small")),
+        ("UPSTREAM_KEY", "sk-1", "upstream_key", "sk-1"),
         ("RATE", "60/minute", "rate", "60/minute"),
         ("RATE", "5 per 10 seconds", "rate", "5 per 10 seconds"),
         ("TOKEN_RATE", "100000/day", "token_rate", "100000/day"),
@@ -272,9 +277,28 @@ def test_settings_are_shown_without_secrets(show: Callable[[Settings], str], sec
 def test_every_setting_without_secrets_can_be_written_as_json() -> None:
     settings = read(DATA="/data", CHAT_TEMPLATE="a.jinja", ORIGINS="http://a")
     shown = json.loads(json.dumps(settings.without_secrets()))
-    secret = {"users", "key", "database_url", "redis_url"}
+    secret = {"users", "key", "upstream_key", "database_url", "redis_url"}
     assert shown.keys() == {field.name for field in dataclasses.fields(Settings)} - secret
     assert (shown["data"], shown["chat_template"], shown["origins"]) == ("/data", "a.jinja", ["http://a"])
+
+
+@pytest.mark.parametrize(
+    "url", ["gpu1:8000", "ftp://gpu1", "http://", "http://ann:secret@gpu1", "http://a?b", "http://a,"]
+)
+def test_a_url_of_an_upstream_that_cannot_be_is_refused(url: str) -> None:
+    with pytest.raises(SettingsError, match="PARLEY_UPSTREAM"):
+        read(UPSTREAM=url)
+
+
+def test_an_upstream_is_in_place_of_a_model() -> None:
+    with pytest.raises(SettingsError, match="PARLEY_UPSTREAM is in place of PARLEY_MODEL"):
+        read(UPSTREAM="http://gpu1:8000/v1", MODEL="org/model")
+
+
+def test_other_names_are_those_of_the_default_model_unless_they_name_another() -> None:
+    settings = read(MODEL_ALIASES="a,b=large,*")
+    assert settings.aliases_of("small", "small") == ("a", "*")
+    assert settings.aliases_of("large", "small") == ("b",)
 
 
 def test_the_reasoning_is_the_default_effort() -> None:

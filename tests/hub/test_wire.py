@@ -174,7 +174,7 @@ VALUES: dict[str, Any] = {  # of the parameters of errors
     "code": "no_number",
     "tokens": 5,
     "id": "resp_1",
-    "loaded": "scripted",
+    "names": ["scripted", "large"],
 }
 
 

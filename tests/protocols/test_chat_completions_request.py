@@ -65,7 +65,8 @@ def refusal(body: Any = None, **values: Any) -> APIError:
 
 
 def test_a_request_without_options_has_none() -> None:
-    assert parse() == CompletionRequest(ChatRequest("ann", [{"role": "user", "content": "Hi"}], Options()), "scripted")
+    chat = ChatRequest("ann", [{"role": "user", "content": "Hi"}], Options(), model="scripted")
+    assert parse() == CompletionRequest(chat, "scripted")
 
 
 def test_options_that_a_request_leaves_out_are_the_models_own() -> None:

@@ -37,7 +37,7 @@ def refusal(**values: Any) -> APIError:
 
 
 def test_a_prompt_is_continued_for_sixteen_tokens() -> None:
-    chat = ChatRequest("ann", [], Options(max_output_tokens=16), prompt="Once ")
+    chat = ChatRequest("ann", [], Options(max_output_tokens=16), prompt="Once ", model="scripted")
     assert parse(prompt="Once ") == CompletionRequest(chat, "scripted")
     assert parse(prompt=["Once "]) == parse(prompt="Once ")
 
@@ -59,7 +59,7 @@ def test_what_benchmarks_send_is_accepted() -> None:
         stream_options={"include_usage": True, "continuous_usage_stats": True},
     )
     options = Options(max_output_tokens=256, temperature=0, seed=7)
-    assert request.chat == ChatRequest("ann", [], options, prompt="Once", ignore_eos=True)
+    assert request.chat == ChatRequest("ann", [], options, prompt="Once", ignore_eos=True, model="scripted")
     assert (request.stream, request.include_usage, request.continuous_usage) == (True, True, True)
 
 

@@ -42,6 +42,7 @@ class ScriptedChat:
     """
 
     model_name = "scripted"
+    other_models: tuple[str, ...] = ()
     context = 4096
     capabilities = ("tools", "reasoning")
     trouble: str | None = None
@@ -51,7 +52,7 @@ class ScriptedChat:
     def __init__(self) -> None:
         self.defaults = Options()
         self.arguments: dict[str, Any] = {"model": self.model_name}
-        self.models = ModelList([self._info()])
+        self.models = ModelList([self._info(self.model_name)])
         self.admission: Admission = ScriptedAdmission(self)
         self.heard: list[tuple[list[Message], Options]] = []
         self.requests: list[ChatRequest] = []
@@ -65,11 +66,13 @@ class ScriptedChat:
     async def opened(self, app: Starlette) -> AsyncIterator[Any]:
         """What `create_app` takes as `open_chat`."""
         app.state.admission = self.admission
-        self.models.replace([self._info(app.state.settings.aliases_of(self.model_name, self.model_name))])
+        settings: Settings = app.state.settings
+        names = [self.model_name, *self.other_models]
+        self.models.replace([self._info(name, settings.aliases_of(name, self.model_name)) for name in names])
         yield self
 
-    def _info(self, aliases: tuple[str, ...] = ()) -> ModelInfo:
-        return ModelInfo(self.model_name, self.context, self.defaults, aliases, self.capabilities)
+    def _info(self, name: str, aliases: tuple[str, ...] = ()) -> ModelInfo:
+        return ModelInfo(name, self.context, self.defaults, aliases, self.capabilities)
 
     def release(self) -> None:
         """Let the replies to "wait X" and "hold X" go on. To be called in the event loop."""
