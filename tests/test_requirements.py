@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
-from importlib.metadata import PackageNotFoundError, requires
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
+OPTIONAL = {"setuptools", "sniffio"}  # imported only where they are installed
 CUDA = re.compile(r"torch|triton|(nvidia|cuda)-.*")
 
 
@@ -73,6 +77,28 @@ def test_the_lock_has_what_a_package_needs(name: str) -> None:
 
 def test_the_lock_fits_each_build_of_torch() -> None:
     assert [name for name in NAMES if CUDA.fullmatch(name)] == []
+
+
+def test_the_short_list_for_upstreams_is_complete() -> None:
+    """What a server in front of others imports is on the list of README.md, or needed by what is on it."""
+    (line,) = re.findall(r"pip install -c requirements.txt (.*)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    listed = {canonicalize_name(name) for name in line.split()}
+    assert listed <= {*PINS}
+    installed = {*listed}
+    while more := {needed for name in installed for needed in needs(name)} - installed:
+        installed |= more
+    probe = (
+        "import sys, aiosqlite, server, models.hub.program, models.upstream.upstream_chat\n"
+        "import uvicorn.protocols.http.h11_impl, uvicorn.protocols.websockets.websockets_sansio_impl\n"
+        "print(*{name.partition('.')[0] for name in sys.modules})"
+    )
+    environment = os.environ | {"PARLEY_UPSTREAM": "http://127.0.0.1:9/v1"}
+    done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    packages = packages_distributions()
+    used = {canonicalize_name(name) for module in done.stdout.split() for name in packages.get(module, ())}
+    assert "starlette" in used
+    assert used - OPTIONAL <= installed
 
 
 def test_the_lock_names_no_package_index() -> None:

@@ -53,6 +53,16 @@ NOT_RUN = {
     ".venv/bin/python tests/browser/screenshots.py": "it replaces the pictures of README.md",
     ".venv/bin/python tests/browser/smoothness.py": "takes minutes, and only its numbers matter",
     "PARLEY_MODEL=Qwen/Qwen3-0.6B .venv/bin/python server.py": "needs the Hub",
+    "PARLEY_UPSTREAM=http://gpu1:8000/v1,http://gpu2:8000/v1 .venv/bin/python server.py": "needs other machines",
+    ".venv/bin/pip install -c requirements.txt starlette uvicorn websockets httpx2 msgspec sqlalchemy greenlet"
+    " aiosqlite click itsdangerous jinja2 limits prometheus-client python-json-logger python-multipart": (
+        "tests/test_requirements.py sees to it that the list is complete"
+    ),
+    "python3 -m venv .bench/llama && .bench/llama/bin/pip install xllamacpp": "needs the package index",
+    ".bench/llama/bin/python tests/bench/llama_server.py ~/.cache/parley/SmolLM2-135M-Instruct-bcc81830d10c.gguf": (
+        "needs the package of llama.cpp"
+    ),
+    "PARLEY_UPSTREAM=http://127.0.0.1:7802/v1 .venv/bin/python server.py": "needs the server before it",
     "python3 -m venv .bench/peers": "the peers of the benchmark take gigabytes",
     '.bench/peers/bin/pip install torch==2.13.0 xllamacpp "transformers[serving]==5.23.0"': "the same",
     ".venv/bin/python tests/bench/compare.py --peers .bench/peers": "takes twenty minutes",
