@@ -66,6 +66,7 @@ class Endpoint:
         self._patience = patience  # seconds for an answer to a look
         self._clock = clock
         self._cool_at = 0.0  # until then, others are preferred
+        self._failed = asyncio.Event()  # since the last look
         self._missed = 0  # looks in a row without an answer
         self._waiting: set[asyncio.Timeout] = set()  # for the next piece of a reply
 
@@ -75,8 +76,9 @@ class Endpoint:
         return self._clock() < self._cool_at
 
     def cool(self, seconds: float) -> None:
-        """Prefer other upstreams for some seconds."""
+        """Prefer other upstreams for some seconds, and look at this one soon."""
         self._cool_at = self._clock() + seconds
+        self._failed.set()
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -87,10 +89,13 @@ class Endpoint:
     # Looks
 
     async def watch(self) -> None:
-        """Look at the upstream every few seconds, for ever."""
+        """Look at the upstream every few seconds, and when a reply has failed, for ever."""
         while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(AWAY_SECONDS if self._missed else POLL_SECONDS):
+                    await self._failed.wait()
+            self._failed.clear()
             await self.look()
-            await asyncio.sleep(AWAY_SECONDS if self._missed else POLL_SECONDS)
 
     async def look(self) -> None:
         """Ask the upstream for its models. One that does not answer several times is away."""
