@@ -84,7 +84,7 @@ def test_the_short_list_for_upstreams_is_complete() -> None:
     (line,) = re.findall(r"pip install -c requirements.txt (.*)", (ROOT / "README.md").read_text(encoding="utf-8"))
     listed = {canonicalize_name(name) for name in line.split()}
     assert listed <= {*PINS}
-    installed = {*listed}
+    installed: set[str] = {*listed}
     while more := {needed for name in installed for needed in needs(name)} - installed:
         installed |= more
     probe = (
