@@ -189,7 +189,14 @@ async def main() -> None:
     parser.add_argument("--number", type=int, default=0, help="each number gives other prompts")
     arguments = parser.parse_args()
     fresh = httpx2.Limits(max_keepalive_connections=0)  # the server of llama.cpp closes idle connections without notice
-    async with httpx2.AsyncClient(base_url=arguments.url, timeout=LIMIT, trust_env=False, limits=fresh) as client:
+    client = httpx2.AsyncClient(
+        base_url=arguments.url,
+        timeout=LIMIT,
+        trust_env=False,
+        limits=fresh,
+        headers={"Authorization": f"Bearer {arguments.secret}"} if arguments.secret else {},
+    )
+    async with client:
 
         async def ask(messages: Messages, tokens: int) -> Reply:
             if arguments.kind == "parley":

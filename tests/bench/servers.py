@@ -56,7 +56,7 @@ class Server:
 
 
 @contextmanager
-def _running(
+def running(
     name: str,
     kind: str,
     command: list[str],
@@ -106,7 +106,7 @@ def parley(root: Path = ROOT, port: int = 7801, compiled: bool = True, model: Pa
     if model:
         settings["PARLEY_MODEL"] = str(model.resolve())
     name = "Parley" if root == ROOT else BEFORE
-    with _running(name, "parley", command, "/ready", port, folder=root, **settings) as server:
+    with running(name, "parley", command, "/ready", port, folder=root, **settings) as server:
         while compiled and not httpx2.get(server.url + "/args", trust_env=False).json()["args"]["compiled"]:
             time.sleep(0.1)
         yield server
@@ -125,7 +125,7 @@ def llama_cpp(python: Path, gguf: Path, port: int = 7802) -> Iterator[Server]:
     )
     command = [str(python), "-c", script, str(gguf), str(port), str(os.cpu_count())]
     name = f"llama.cpp {gguf.stem.rpartition('.')[2]}"
-    with _running(name, "openai", command, "/health", port) as server:
+    with running(name, "openai", command, "/health", port) as server:
         yield server
 
 
@@ -134,7 +134,7 @@ def transformers_serve(python: Path, folder: Path, port: int = 7803) -> Iterator
     """The server of transformers, with continuous batching, in bfloat16."""
     command = [str(python.parent / "transformers"), "serve", str(folder), "--continuous-batching"]
     command += ["--dtype", "bfloat16", "--device", "cpu", "--port", str(port)]
-    with _running("transformers", "openai", command, "/health", port, str(folder)) as server:
+    with running("transformers", "openai", command, "/health", port, str(folder)) as server:
         yield server
 
 
