@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NotRequired, TypedDict
 
@@ -19,11 +20,19 @@ class ToolCall(TypedDict):
     arguments: str
 
 
+class Image(TypedDict):
+    """A picture in a message: a `data:` URL, and how many characters of the content come before it."""
+
+    url: str
+    at: int
+
+
 class Message(TypedDict):
     """One message of a conversation. `content` may be empty in messages of the assistant."""
 
     role: Role
     content: str
+    images: NotRequired[list[Image]]  # of the user, in their order
     reasoning: NotRequired[str]  # what the assistant thought before
     tool_calls: NotRequired[list[ToolCall]]  # of the assistant, after the content
     tool_call_id: NotRequired[str]  # of a message with the role "tool": the call that it answers
@@ -32,7 +41,20 @@ class Message(TypedDict):
 def length(message: Message) -> int:
     """The characters of a message."""
     called = sum(len(call["name"]) + len(call["arguments"]) for call in message.get("tool_calls", ()))
-    return len(message["content"]) + len(message.get("reasoning", "")) + called
+    pictures = sum(len(image["url"]) for image in message.get("images", ()))
+    return len(message["content"]) + len(message.get("reasoning", "")) + called + pictures
+
+
+def parts_of(message: Message) -> Iterator[str | Image]:
+    """The text and the pictures of a message, in their order; texts of several parts stood in lines."""
+    content, start = message["content"], 0
+    for image in message.get("images", ()):
+        if text := content[start : image["at"]].removeprefix("\n" if start else ""):
+            yield text
+        yield image
+        start = image["at"]
+    if text := content[start:].removeprefix("\n" if start else ""):
+        yield text
 
 
 @dataclass

@@ -20,7 +20,12 @@ class ModelInfo:
     context: int | None  # how many tokens a prompt and its reply may have together; None is unknown
     defaults: Options
     aliases: tuple[str, ...] = ()
-    capabilities: tuple[str, ...] = ()  # "tools", "reasoning"
+    capabilities: tuple[str, ...] = ()  # "tools", "reasoning", "images"
+
+    @property
+    def has_images(self) -> bool:
+        """Whether it reads pictures."""
+        return "images" in self.capabilities
 
     @property
     def names(self) -> tuple[str, ...]:

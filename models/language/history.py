@@ -50,7 +50,8 @@ def without_empty(messages: Iterable[Message]) -> list[Message]:
     kept: list[Message] = []
     skipped = False
     for message in messages:
-        empty = not message["content"] and not message.get("tool_calls") and message["role"] != "tool"
+        said = message["content"] or message.get("images") or message.get("tool_calls")
+        empty = not said and message["role"] != "tool"
         if empty:
             skipped = True
             continue
@@ -64,6 +65,8 @@ def without_empty(messages: Iterable[Message]) -> list[Message]:
 
 def can_join(before: Message, message: Message) -> bool:
     """Whether two messages of one role can become one, with both their texts."""
+    if before.get("images") or message.get("images"):
+        return False
     return message["role"] != "tool" and not before.get("tool_calls") and not message.get("tool_calls")
 
 

@@ -79,13 +79,14 @@ class ChatChoice(Choice):
 
 def render_model(model: ModelInfo, created: int, name: str | None = None) -> Json:
     """The model as OpenAI's API lists it, by its own or another name; `created` is in Unix seconds."""
-    return {
+    told: Json = {
         "id": name or model.name,
         "object": "model",
         "created": created,
         "owned_by": "parley",
         "max_model_len": model.context,
     }
+    return told | {"architecture": {"input_modalities": ["text", "image"]}} if model.has_images else told
 
 
 def _text_of(reply: Item, kind: str) -> str:

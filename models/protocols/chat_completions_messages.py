@@ -10,7 +10,8 @@ from msgspec import Meta, Struct
 from models.errors import InvalidValueError, UnsupportedParameterError
 from models.messages import MAX_MESSAGES, Message, Role, ToolCall
 from models.protocols.function_tools import FunctionName
-from models.validation import NO_SURROGATE, Text
+from models.protocols.image_parts import PART_TYPES, Content as MessageContent
+from models.validation import NO_SURROGATE, Text, convert
 
 MAX_CALLS = 128  # in one message
 
@@ -124,10 +125,41 @@ def _without_neutral(message: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def make_messages(messages: list[ChatMessage]) -> list[Message]:
+def take_images(messages: Any) -> dict[int, MessageContent]:
+    """Take the parts out of the messages of users that have pictures; returns them, by the places of the messages.
+
+    Raises InvalidValueError.
+    """
+    taken: dict[int, MessageContent] = {}
+    for index, message in enumerate(messages if isinstance(messages, list) else ()):
+        match message:
+            case {"role": "user", "content": [*parts]} if any(map(_is_image, parts)):
+                taken[index] = _with_images(parts, f"messages[{index}].content")
+                message["content"] = taken[index].text
+    return taken
+
+
+def _is_image(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") in PART_TYPES
+
+
+def _with_images(parts: list[Any], at: str) -> MessageContent:
+    content = MessageContent()
+    for index, part in enumerate(parts):
+        param = f"{at}[{index}]"
+        if _is_image(part):
+            content.add_image(part, param, has_images=True)
+        else:
+            content.add_text(convert(part, TextPart, param).text)
+    return content
+
+
+def make_messages(messages: list[ChatMessage], images: Mapping[int, MessageContent] | None = None) -> list[Message]:
     """The messages in the form of the domain. Raises InvalidValueError or UnsupportedParameterError."""
     made = [message.as_message(f"messages[{index}]") for index, message in enumerate(messages)]
-    if not any(message["content"].strip() for message in made):
+    for index, content in (images or {}).items():
+        made[index]["images"] = content.images
+    if not any(message["content"].strip() or "images" in message for message in made):
         raise InvalidValueError("messages must contain text", "messages")
     return made
 

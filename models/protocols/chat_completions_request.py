@@ -12,7 +12,7 @@ from models.errors import InvalidValueError, UnsupportedParameterError
 from models.model_info import ModelList
 from models.options import ReasoningEffort
 from models.output_format import PLAIN_TEXT
-from models.protocols.chat_completions_messages import PART_PARAM, Messages, make_messages, without_neutral
+from models.protocols.chat_completions_messages import PART_PARAM, Messages, make_messages, take_images, without_neutral
 from models.protocols.completion_request import (
     CompletionBody,
     CompletionRequest,
@@ -58,11 +58,12 @@ def parse_chat_completion(body: bytes, models: ModelList, user: str) -> Completi
     model, chosen, values = take_values(body, models)
     if "messages" in values:
         values["messages"] = without_neutral(values["messages"])
+    images = take_images(values.get("messages")) if model.has_images else {}
     guided = {name: values.pop(f"guided_{name}") for name in GUIDED if f"guided_{name}" in values}
     if guided:
         values.setdefault("structured_outputs", guided)
     parsed = _convert(values)
-    messages = make_messages(parsed.messages)
+    messages = make_messages(parsed.messages, images)
     if parsed.reasoning and parsed.reasoning.effort:
         chosen.setdefault("reasoning_effort", parsed.reasoning.effort)
     format = parsed.response_format.as_format() if parsed.response_format else PLAIN_TEXT

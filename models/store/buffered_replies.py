@@ -53,6 +53,7 @@ class BufferedReply:
         size = REPLY_BYTES + ITEM_BYTES * len(self.input)
         for item in (*self.input, self.reply):
             texts = [item.content, item.reasoning, *(call["arguments"] for call in item.tool_calls or ())]
+            texts += [image["url"] for image in item.images or ()]
             values = [*(item.options or {}).values(), *(item.request or {}).values()]
             size += sum(map(sys.getsizeof, texts)) + sum(map(_size, values))
         for part in self.reply.output:

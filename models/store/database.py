@@ -94,7 +94,7 @@ items_table = table(
     column("role", Text),
     column("content", Text),
     column("created", Double),
-    column("details", JSON(none_as_null=True)),  # reasoning, tool calls, tool call id; of a reply: failure
+    column("details", JSON(none_as_null=True)),  # images, reasoning, tool calls, tool call id; of a reply: failure
     column("status", StatusText),  # this column and the following ones belong to replies only
     column("reason", Text),
     column("usage", JSON(none_as_null=True)),

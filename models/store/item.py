@@ -10,7 +10,7 @@ from enum import Enum, StrEnum
 from itertools import takewhile
 from typing import Any
 
-from models.messages import Message, Role, ToolCall
+from models.messages import Image, Message, Role, ToolCall
 from models.output_item import OutputItem, OutputType
 
 TITLE_LENGTH = 60
@@ -49,7 +49,8 @@ class Item:
     content: str
     created: float  # Unix seconds
     parent: str | None = None  # None: it is the first
-    reasoning: str | None = None  # this field and the next two are those of an input message
+    images: Sequence[Image] | None = None  # this field and the next three are those of an input message
+    reasoning: str | None = None
     tool_calls: Sequence[ToolCall] | None = None
     tool_call_id: str | None = None
     status: Status | None = None
@@ -72,6 +73,7 @@ class Item:
             message["role"],
             message["content"],
             created,
+            images=message.get("images"),
             reasoning=message.get("reasoning"),
             tool_calls=message.get("tool_calls"),
             tool_call_id=message.get("tool_call_id"),
@@ -104,6 +106,8 @@ class Item:
                 for part in self.output
                 if part.type == "function_call" and part.name
             ]
+        if self.images:
+            message["images"] = list(self.images)
         if reasoning:
             message["reasoning"] = reasoning
         if calls:

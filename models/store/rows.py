@@ -21,7 +21,7 @@ CONVERSATION, ITEM, TEXT = conversations_table.c, items_table.c, texts_table.c
 SAME = ("id", "role", "content", "created", "status", "reason", "usage", "left_out", "previous", "ended")
 GROWING = ("content", "status", "reason", "details", "usage", "left_out", "output", "ended", "decode_seconds", "bytes")
 TEXTS = ("content", "output", "bytes")  # what changes if a part of a reply is deleted
-DETAILS = ("reasoning", "tool_calls", "tool_call_id", "failure")
+DETAILS = ("images", "reasoning", "tool_calls", "tool_call_id", "failure")
 BLANK = {  # what is left of a deleted item
     "content": "",
     "details": None,

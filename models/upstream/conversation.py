@@ -16,6 +16,7 @@ from models.language.history import (
 from models.messages import Message
 
 USUAL_BYTES = 3.0  # of text for each token, until an upstream has told how many tokens a prompt had
+IMAGE_BYTES = 4000  # of text that need as many tokens as a picture, more or less
 FEWEST_BYTES, MOST_BYTES = 0.5, 12.0
 
 
@@ -80,7 +81,8 @@ class BytesPerToken:
 
 def _size(messages: Sequence[Message]) -> int:
     """The bytes of text, but for reasoning: chat templates leave out that of earlier replies."""
-    return sum(len(text_of({**message, "reasoning": ""}).encode()) for message in messages)
+    text = sum(len(text_of({**message, "reasoning": ""}).encode()) for message in messages)
+    return text + IMAGE_BYTES * sum(len(message.get("images", ())) for message in messages)
 
 
 def _message_of(system: Sequence[Message]) -> Message:

@@ -15,8 +15,8 @@ from httpx2 import AsyncClient, EventSource, HTTPError, Limits, Response, Timeou
 
 from models.errors import APIError, UpstreamFailedError, one_line
 from models.upstream.failures import failure_of
-from models.upstream.kinds import LLAMA_CPP, OTHER, PARLEY, Body, Kind, kind_of
-from models.upstream.wire import Args, Model, Models, Props
+from models.upstream.kinds import LLAMA_CPP, OPENAI, OTHER, PARLEY, VLLM, Body, Kind, kind_of
+from models.upstream.wire import Args, Counted, Model, Models, Props
 
 logger = logging.getLogger("parley")
 
@@ -29,6 +29,11 @@ KEEP_SECONDS = 3.0  # an unused connection: uvicorn, and so vLLM, closes it afte
 BODY_BYTES = 2**16  # of an error that is read
 EVENT_BYTES = 2**20  # of one event of a stream
 
+PIXEL = (  # a picture of one pixel
+    "data:image/png;base64,"
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=="
+)
+
 T = TypeVar("T")
 
 
@@ -39,6 +44,7 @@ class UpstreamModel:
     name: str
     context: int | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)  # of our options, by their names
+    images: bool = False  # whether it reads pictures
 
 
 class Endpoint:
@@ -119,7 +125,10 @@ class Endpoint:
         if self.trouble or kind is not self.kind or {model.id for model in listed} != self.models.keys():
             context, defaults = await self._details(kind)
             self.kind = kind
-            self.models = {one.id: UpstreamModel(one.id, context or _context_of(one), defaults) for one in listed}
+            self.models = {
+                one.id: UpstreamModel(one.id, context or _context_of(one), defaults, await self._reads_images(one))
+                for one in listed
+            }
 
     async def _details(self, kind: Kind) -> tuple[int | None, Mapping[str, Any]]:
         """The context and the options of an upstream that tells them; it also tells its slots."""
@@ -134,6 +143,21 @@ class Endpoint:
                 self.slots = args.slots
                 return None, args.options
         return None, {}
+
+    async def _reads_images(self, model: Model) -> bool:
+        """Whether a model reads pictures. vLLM does not tell: it is asked to count the tokens of one."""
+        if model.architecture:
+            return "image" in model.architecture.input_modalities
+        if self.kind is not VLLM:
+            return self.kind is OPENAI
+        content = [{"type": "image_url", "image_url": {"url": PIXEL}}]
+        try:
+            await self.count(
+                "/tokenize", {"model": model.id, "messages": [{"role": "user", "content": content}]}, Counted
+            )
+        except APIError:
+            return False
+        return True
 
     async def _ask(self, path: str, kind: type[T], at_root: bool = False) -> T:
         """What a GET answers. Raises UpstreamFailedError, or HTTPError if there is no answer."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from models.chat_request import ChatRequest
 from models.errors import UnsupportedParameterError
-from models.messages import Message
+from models.messages import Image, Message, parts_of
 from models.options import Options
 from models.tools import Tool, Tools
 from models.upstream.kinds import Body, Kind
@@ -88,8 +88,16 @@ def render_messages(messages: Sequence[Message], kind: Kind) -> list[Mapping[str
     return [_message(message, kind) for message in messages]
 
 
+def _part(part: str | Image) -> Body:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    return {"type": "image_url", "image_url": {"url": part["url"]}}
+
+
 def _message(message: Message, kind: Kind) -> Body:
     told: Body = {"role": message["role"], "content": message["content"]}
+    if "images" in message:
+        told["content"] = [_part(part) for part in parts_of(message)]
     if reasoning := message.get("reasoning"):
         told |= dict.fromkeys(kind.reasoning_fields, reasoning)
     if calls := message.get("tool_calls"):

@@ -182,7 +182,8 @@ class UpstreamChat:
                 contexts.append(self._settings.context)
             defaults = _learned(told[0].defaults if told else {}).updated(self._settings.options)
             aliases = self._settings.aliases_of(name, names[0])
-            yield ModelInfo(name, min(contexts, default=None), defaults, aliases, CAPABILITIES)
+            images = ("images",) if told and all(one.images for one in told) else ()
+            yield ModelInfo(name, min(contexts, default=None), defaults, aliases, (*CAPABILITIES, *images))
 
 
 def _bodies(request: ChatRequest, kinds: set[Kind], model: str) -> dict[Kind, Body]:

@@ -15,6 +15,12 @@ class Meta(Struct):
     n_ctx_train: int | None = None
 
 
+class Architecture(Struct):
+    """What llama-server, OpenRouter and Parley tell of a model."""
+
+    input_modalities: list[str] = field(default_factory=list)
+
+
 class Model(Struct):
     """One entry of `GET /v1/models`."""
 
@@ -23,6 +29,7 @@ class Model(Struct):
     max_model_len: int | None = None  # vLLM, SGLang, Parley
     context_length: int | None = None  # OpenRouter and others
     meta: Meta | None = None
+    architecture: Architecture | None = None
 
 
 class Models(Struct):

@@ -19,10 +19,11 @@ class Chat {
     for (const id of ['title', 'status', 'error', 'notice']) this[id] = document.getElementById(id);
     this.announcer = new Announcer();
     this.drawer = new Drawer();
-    this.options = new Options();
+    this.options = new Options({ onModel: ({ capabilities }) => this.composer.pictures.allow(capabilities.includes('images')) });
     this.composer = new Composer(document.body.dataset.user, {
       onSend: (text) => this.send(text),
       onStop: () => this.conversation.cancel(),
+      onError: (text) => this.fail(text),
     });
     this.sidebar = new Sidebar({
       onCurrent: (title) => this.showTitle(title),
@@ -153,7 +154,9 @@ class Chat {
   }
 
   send(text) {
-    if (this.conversation.ask(text)) this.composer.write('');
+    if (!this.conversation.ask(text, null, this.composer.pictures.urls)) return;
+    this.composer.pictures.take();
+    this.composer.write('');
   }
 
   // Esc stops the reply, unless it closes a dialog or a menu, clears the search, or belongs to an input method.

@@ -1,9 +1,12 @@
+import { Pictures } from './pictures.js';
+
 /** The field for a message, with a draft for each conversation, and the button that sends it or stops the reply. */
 export class Composer {
-  constructor(user, { onSend, onStop }) {
+  constructor(user, { onSend, onStop, onError }) {
     for (const id of ['composer', 'message', 'send', 'stop']) this[id] = document.getElementById(id);
     this.drafts = `parley.draft.${user}.`;
     this.draftKey = this.keyOf(null);
+    this.pictures = new Pictures({ onChange: () => this.refresh(), onError });
     this.ready = false;
     this.busy = false;
     this.composer.addEventListener('submit', (event) => {
@@ -30,9 +33,10 @@ export class Composer {
     this.refresh();
   }
 
-  /** Puts back a text that was not sent: into the draft, before anything that was written since. */
-  giveBack(text, conversation) {
+  /** Puts back what was not sent: into the draft, before anything that was written since. */
+  giveBack(text, conversation, pictures = []) {
     const key = this.keyOf(conversation);
+    this.pictures.giveBack(pictures, key);
     const isOpen = key === this.draftKey;
     const written = isOpen ? this.text : sessionStorage.getItem(key) ?? '';
     const draft = [text, written].filter((part) => part.trim()).join('\n\n');
@@ -60,6 +64,7 @@ export class Composer {
   /** Shows the draft for a conversation; null is a conversation that does not exist yet. */
   open(conversation) {
     this.draftKey = this.keyOf(conversation);
+    this.pictures.open(this.draftKey);
     this.write(sessionStorage.getItem(this.draftKey) ?? '');
   }
 
@@ -67,6 +72,7 @@ export class Composer {
   named(conversation) {
     sessionStorage.removeItem(this.draftKey);
     this.draftKey = this.keyOf(conversation);
+    this.pictures.named(this.draftKey);
     this.keepDraft(this.text);
   }
 
@@ -83,7 +89,7 @@ export class Composer {
 
   refresh() {
     const stopFocused = document.activeElement === this.stop;
-    this.send.disabled = !this.ready || !this.text.trim();
+    this.send.disabled = !this.ready || !(this.text.trim() || this.pictures.urls.length);
     this.send.hidden = this.busy;
     this.stop.hidden = !this.busy;
     if (stopFocused && this.stop.hidden) this.focus();

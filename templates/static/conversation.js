@@ -153,11 +153,11 @@ export class Conversation {
   // Asking
 
   /** Sends a question, at the end or as another version of an earlier one. Returns whether it was sent. */
-  ask(text, edited = null) {
-    if (!text.trim()) return false;
-    const question = this.messages.question(text);
+  ask(text, edited = null, pictures = edited?.pictures ?? []) {
+    if (!text.trim() && !pictures.length) return false;
+    const question = this.messages.question(text, pictures);
     question.parent = edited ? edited.parent : this.log.last?.id ?? null;
-    return this.begin(new Turn(this.id, question, this.messages.reply()), text, question.parent, edited);
+    return this.begin(new Turn(this.id, question, this.messages.reply()), question.input, question.parent, edited);
   }
 
   /** Asks for another reply to the same question. */
@@ -285,17 +285,17 @@ export class Conversation {
   /** The server never accepted the turn: restores the page, and puts the text back into the composer. */
   withdraw(turn, outdated = false) {
     this.untaken.delete(turn.streamId);
-    const text = turn.question?.text;
-    if (turn !== this.turn) return text && this.composer.giveBack(text, turn.conversation);
+    const { text, pictures } = turn.question ?? {};
+    if (turn !== this.turn) return turn.question && this.composer.giveBack(text, turn.conversation, pictures);
     this.turn = null;
     this.loader.noteChange();
     this.log.cut(turn.messages[0]);
     this.log.append(...turn.replaced);
     this.refresh();
     if (outdated || this.loader.outdated) this.sync();
-    if (!text) return;
+    if (!turn.question) return;
     const [edited] = turn.replaced;
-    if (!edited || outdated) this.composer.giveBack(text, this.id);
+    if (!edited || outdated) this.composer.giveBack(text, this.id, pictures);
     else edited.edit(text);
   }
 

@@ -1,5 +1,5 @@
 import { element } from './elements.js';
-import { textOf } from './item.js';
+import { picturesOf, textOf } from './item.js';
 import { Message } from './message.js';
 import { Question } from './question.js';
 import { Reply } from './reply.js';
@@ -27,13 +27,13 @@ export class MessageFactory {
   create(node) {
     for (const { call_id: id, name } of node.output ?? [node]) if (name) this.tools.set(id, name);
     if (node.type === 'function_call_output') return new ToolResult(node, this.tools.get(node.call_id));
-    if (node.role === 'user') return this.question(textOf(node), node);
+    if (node.role === 'user') return this.question(textOf(node), picturesOf(node), node);
     if (node.role === 'system') return new Message('system', say('system'), element('div', 'content', textOf(node)), node);
     return Reply.of(node, this.callbacks);
   }
 
-  question(text, node) {
-    return new Question(text, this.callbacks.onAsk, node);
+  question(text, pictures, node) {
+    return new Question(text, pictures, this.callbacks.onAsk, node);
   }
 
   /** A reply that the server has not accepted yet. */

@@ -59,10 +59,10 @@ export class ModelChoice {
 
   show() {
     if (!this.models.length) return;
-    const { model, options } = this.current;
+    const { model } = this.current;
     this.select.value = model;
     this.select.title = model;
     this.name.textContent = model;
-    this.onChange(options);
+    this.onChange(this.current);
   }
 }

@@ -7,13 +7,16 @@ const STOP_LENGTH = 256;
 
 /** The options of each conversation; null is a conversation that does not exist yet. */
 export class Options {
-  constructor() {
+  constructor({ onModel }) {
     this.dialog = document.getElementById('options');
     this.opener = document.getElementById('open-options');
     this.form = this.dialog.querySelector('form');
     this.fields = this.form.elements;
     this.values = new Map();
-    this.model = new ModelChoice((defaults) => this.showDefaults(defaults));
+    this.model = new ModelChoice((model) => {
+      this.showDefaults(model.options);
+      onModel(model);
+    });
     this.opener.addEventListener('click', () => this.edit());
     this.form.addEventListener('submit', (event) => this.submitted(event));
     this.form.addEventListener('input', ({ target }) => target.setCustomValidity(this.complaint(target)));

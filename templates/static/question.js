@@ -1,12 +1,22 @@
 import { button, element, fromTemplate } from './elements.js';
 import { Message } from './message.js';
+import { pictureOf } from './pictures.js';
 import { say } from './words.js';
 
 /** A message of the user. It can be edited, and asked again by `onAsk`. */
 export class Question extends Message {
-  constructor(text, onAsk, node) {
+  constructor(text, pictures, onAsk, node) {
     super('user', say('you'), element('div', 'content', text), node);
-    this.onAsk = onAsk;
+    this.body.prepend(...pictures.map(pictureOf));
+    Object.assign(this, { pictures, onAsk });
+  }
+
+  /** The message as the input of a request. */
+  get input() {
+    if (!this.pictures.length) return this.text;
+    const content = this.pictures.map((url) => ({ type: 'input_image', image_url: url }));
+    if (this.text) content.push({ type: 'input_text', text: this.text });
+    return [{ role: 'user', content }];
   }
 
   takeUnsent() {
@@ -39,7 +49,7 @@ export class Question extends Message {
   }
 
   save(text) {
-    if (text.trim() && this.onAsk(this, text)) this.endEdit();
+    if ((text.trim() || this.pictures.length) && this.onAsk(this, text)) this.endEdit();
   }
 
   endEdit() {

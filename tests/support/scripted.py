@@ -44,7 +44,7 @@ class ScriptedChat:
     model_name = "scripted"
     other_models: tuple[str, ...] = ()
     context = 4096
-    capabilities = ("tools", "reasoning")
+    capabilities: tuple[str, ...] = ("tools", "reasoning")
     trouble: str | None = None
     warning: str | None = None
     cache_usage = 0.0

@@ -221,3 +221,43 @@ async def test_the_key_is_sent(upstream: FakeUpstream) -> None:
     async with chat_over(upstream, upstream_key="the-key") as chat:
         await reply_of(chat)
     assert upstream.asked[0].headers["authorization"] == "Bearer the-key"
+
+
+# Pictures
+
+PNG = "data:image/png;base64,iVBORw0KGgo="
+
+
+def modalities(*names: str) -> dict[str, object]:
+    return {"architecture": {"input_modalities": [*names]}}
+
+
+@pytest.mark.parametrize(
+    ("owner", "told", "pages", "reads"),
+    [
+        ("llamacpp", modalities("text", "image"), {}, True),
+        ("llamacpp", modalities("text"), {}, False),
+        ("parley", modalities("text", "image"), {}, True),
+        ("parley", {}, {}, False),
+        ("vllm", {}, {"/tokenize": {"count": 3}}, True),
+        ("vllm", {}, {"/tokenize": 400}, False),
+        ("openai", {}, {}, True),
+        ("somebody", {}, {}, False),
+    ],
+)
+async def test_whether_a_model_reads_pictures_is_found_out(
+    owner: str, told: dict[str, object], pages: dict[str, object], reads: bool
+) -> None:
+    async with FakeUpstream.running(owner=owner) as upstream:
+        upstream.models[0] |= told
+        upstream.pages |= pages
+        async with chat_over(upstream) as chat:
+            assert chat.models.default.has_images == reads
+
+
+async def test_pictures_are_passed_on(upstream: FakeUpstream) -> None:
+    async with chat_over(upstream) as chat:
+        await reply_of(chat, [{"role": "user", "content": "Look", "images": [{"url": PNG, "at": 4}]}])
+    (message,) = upstream.asked[0].body["messages"]
+    picture = {"type": "image_url", "image_url": {"url": PNG}}
+    assert message == {"role": "user", "content": [{"type": "text", "text": "Look"}, picture]}

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, Struct
 
 from models.errors import InvalidValueError, ItemNotFoundError, UnsupportedParameterError
-from models.messages import MAX_MESSAGES, Message, Role, ToolCall, length
+from models.messages import MAX_MESSAGES, Image, Message, Role, ToolCall, length, parts_of
+from models.protocols.image_parts import Content as MessageContent
 from models.validation import NO_SURROGATE, Json, Text, convert, printable
 
 ROLES: Mapping[str, Role] = {"developer": "system", "system": "system", "user": "user", "assistant": "assistant"}
@@ -72,13 +73,13 @@ class _Part(Struct):
     refusal: Text | None = None
 
 
-def parse_input(value: Any, at: str = "input") -> list[InputItem]:
-    """The messages of an input: text, or a list of items. Raises InvalidRequestError."""
+def parse_input(value: Any, at: str = "input", has_images: bool = False) -> list[InputItem]:
+    """The messages of an input: text, or a list of items; `has_images` allows pictures. Raises InvalidRequestError."""
     if isinstance(value, str):
         return [{"role": "user", "content": convert(value, Text, at)}]
     if not isinstance(value, list) or len(value) > MAX_MESSAGES:
         raise InvalidValueError(f"{at} must be text, or a list of at most {MAX_MESSAGES} items", at)
-    return [_parse_item(item, f"{at}[{index}]") for index, item in enumerate(value)]
+    return [_parse_item(item, f"{at}[{index}]", has_images) for index, item in enumerate(value)]
 
 
 async def resolve(items: Iterable[InputItem], find: Callable[[str], Awaitable[Message]]) -> list[Message]:
@@ -105,11 +106,10 @@ async def resolve(items: Iterable[InputItem], find: Callable[[str], Awaitable[Me
     return messages
 
 
-def _parse_item(item: Any, at: str) -> InputItem:
+def _parse_item(item: Any, at: str, has_images: bool) -> InputItem:
     match convert(item, _Typed, at).type:
         case "message":
-            message = convert(item, _Message, at)
-            return {"role": ROLES[message.role], "content": _text(message.content, f"{at}.content")}
+            return _parse_message(convert(item, _Message, at), f"{at}.content", has_images)
         case "function_call":
             call = convert(item, _FunctionCall, at)
             tool_call: ToolCall = {"id": call.call_id, "name": call.name, "arguments": call.arguments}
@@ -128,21 +128,35 @@ def _parse_item(item: Any, at: str) -> InputItem:
             raise UnsupportedParameterError(f"{at}: items of type {printable(other, 64)} are not supported", at)
 
 
+def _parse_message(message: _Message, at: str, has_images: bool) -> Message:
+    content = _content(message.content, at, has_images and message.role == "user")
+    parsed: Message = {"role": ROLES[message.role], "content": content.text}
+    return {**parsed, "images": content.images} if content.images else parsed
+
+
 def _text(content: str | Sequence[Any], at: str) -> str:
     """The text of a content; that of several parts in lines. Raises UnsupportedParameterError."""
+    return _content(content, at, has_images=False).text
+
+
+def _content(content: str | Sequence[Any], at: str, has_images: bool) -> MessageContent:
+    result = MessageContent()
     if isinstance(content, str):
-        return content
-    texts = []
+        result.add_text(content)
+        return result
     for index, value in enumerate(content):
         part, param = convert(value, _Part, f"{at}[{index}]"), f"{at}[{index}]"
+        if part.type == "input_image":
+            result.add_image(value, param, has_images)
+            continue
         if part.type not in TEXT_PARTS:
             kind = printable(part.type, 64)
             raise UnsupportedParameterError(f"{param}: {kind} is not supported, this server reads only text", param)
         text = part.refusal if part.type == "refusal" else part.text
         if text is None:
             raise InvalidValueError(f"{param}.text must be text", f"{param}.text")
-        texts.append(text)
-    return "\n".join(texts)
+        result.add_text(text)
+    return result
 
 
 def render_message(id: str, message: Message) -> Json:
@@ -155,9 +169,17 @@ def render_message(id: str, message: Message) -> Json:
         answered = {"call_id": message.get("tool_call_id", ""), "output": message["content"]}
         return {"id": id, "type": "function_call_output", "status": "completed"} | answered
     if "reasoning" in message:
-        content = [{"type": "reasoning_text", "text": message["reasoning"]}]
-        return {"id": id, "type": "reasoning", "summary": [], "content": content, "status": "completed"}
-    part: Json = {"type": "input_text", "text": message["content"]}
+        thought = [{"type": "reasoning_text", "text": message["reasoning"]}]
+        return {"id": id, "type": "reasoning", "summary": [], "content": thought, "status": "completed"}
+    content: list[Json] = [{"type": "input_text", "text": message["content"]}]
     if message["role"] == "assistant":
-        part = {"type": "output_text", "text": message["content"], "annotations": [], "logprobs": []}
-    return {"id": id, "type": "message", "role": message["role"], "status": "completed", "content": [part]}
+        content = [{"type": "output_text", "text": message["content"], "annotations": [], "logprobs": []}]
+    elif "images" in message:
+        content = [_render_part(part) for part in parts_of(message)]
+    return {"id": id, "type": "message", "role": message["role"], "status": "completed", "content": content}
+
+
+def _render_part(part: str | Image) -> Json:
+    if isinstance(part, str):
+        return {"type": "input_text", "text": part}
+    return {"type": "input_image", "image_url": part["url"], "detail": "auto"}

@@ -194,9 +194,10 @@ class ResponsesRequest:
         values = {name: value for name, value in values.items() if value is not None and name not in IGNORED}
         take_unsupported(values, UNSUPPORTED)
         options = {name: read_option(name, values.pop(name), name) for name in OPTIONS if name in values}
-        messages = parse_input(values.pop("input", []))
+        input = values.pop("input", [])
         body = convert_parameters(values, _Body)
         model = models.choose(body.model)
+        messages = parse_input(input, has_images=model.has_images)
         if body.reasoning.effort is not None:
             options["reasoning_effort"] = body.reasoning.effort
         conversation = body.conversation
