@@ -5,13 +5,25 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import msgspec
-from httpx2 import AsyncClient, EventSource, HTTPError, Limits, Response, Timeout, TimeoutException
+from httpx2 import (
+    AsyncClient,
+    EventSource,
+    HTTPError,
+    Limits,
+    ReadError,
+    RemoteProtocolError,
+    Request,
+    Response,
+    Timeout,
+    TimeoutException,
+    WriteError,
+)
 
 from models.errors import APIError, UpstreamFailedError, one_line
 from models.upstream.failures import failure_of
@@ -25,6 +37,7 @@ AWAY_SECONDS = 1.0  # the same, while it does not answer
 ANSWER_SECONDS = 5.0  # for an answer to a look, and for a connection
 MISSED = 3  # looks without an answer, after which it is away
 SILENCE_SECONDS = 600.0  # without a byte of a reply: a long prompt may take minutes
+END_SECONDS = 0.1  # from the last event of a stream to its end
 KEEP_SECONDS = 3.0  # an unused connection: uvicorn, and so vLLM, closes it after 5
 BODY_BYTES = 2**16  # of an error that is read
 EVENT_BYTES = 2**20  # of one event of a stream
@@ -63,6 +76,7 @@ class Endpoint:
         self.url = url
         self.kind: Kind = OTHER
         self.models: Mapping[str, UpstreamModel] = {}
+        self._listed: list[Model] = []
         self.slots: int | None = None  # replies that it runs at once, if it tells
         self.trouble: str | None = "it has not answered yet"  # why it is away; None: it answers
         self.running = 0
@@ -121,24 +135,24 @@ class Endpoint:
 
     async def _learn(self) -> None:
         listed = (await self._ask("/models", Models)).data
-        kind = kind_of(next((model.owned_by for model in listed if model.owned_by), ""))
-        if self.trouble or kind is not self.kind or {model.id for model in listed} != self.models.keys():
-            context, defaults = await self._details(kind)
-            self.kind = kind
+        if self.trouble or listed != self._listed:
+            self.kind = kind_of(next((model.owned_by for model in listed if model.owned_by), ""))
+            context, defaults = await self._details()
+            self._listed = listed
             self.models = {
                 one.id: UpstreamModel(one.id, context or _context_of(one), defaults, await self._reads_images(one))
                 for one in listed
             }
 
-    async def _details(self, kind: Kind) -> tuple[int | None, Mapping[str, Any]]:
+    async def _details(self) -> tuple[int | None, Mapping[str, Any]]:
         """The context and the options of an upstream that tells them; it also tells its slots."""
         with suppress(UpstreamFailedError):
-            if kind is LLAMA_CPP:
+            if self.kind is LLAMA_CPP:
                 props = await self._ask("/props", Props, at_root=True)
                 self.slots = props.total_slots
                 told = props.default_generation_settings
-                return told.n_ctx, {ours: told.params.get(theirs) for ours, theirs in kind.options.items()}
-            if kind is PARLEY:
+                return told.n_ctx, {ours: told.params.get(theirs) for ours, theirs in self.kind.options.items()}
+            if self.kind is PARLEY:
                 args = (await self._ask("/args", Args, at_root=True)).args
                 self.slots = args.slots
                 return None, args.options
@@ -193,7 +207,7 @@ class Endpoint:
     # Replies
 
     @contextmanager
-    def _held(self) -> Any:
+    def _held(self) -> Iterator[None]:
         self.running += 1
         self.used = self._clock()
         try:
@@ -213,10 +227,7 @@ class Endpoint:
 
     @asynccontextmanager
     async def _opened(self, path: str, body: Body) -> AsyncIterator[Response]:
-        request = self._client.build_request("POST", self._url(path, at_root=False), content=encode(body))
-        with self._told():
-            async with self._patient():
-                response = await self._client.send(request, stream=True)
+        response = await self._send(path, encode(body))
         try:
             if response.status_code != 200:
                 with self._told():
@@ -227,15 +238,32 @@ class Endpoint:
         finally:
             await response.aclose()
 
+    async def _send(self, path: str, body: bytes) -> Response:
+        """Send a request, and wait for the head of its answer."""
+        with self._told():
+            async with self._patient():
+                with suppress(RemoteProtocolError, ReadError, WriteError):  # it closed a kept connection
+                    return await self._client.send(self._request(path, body), stream=True)
+                return await self._client.send(self._request(path, body), stream=True)
+
+    def _request(self, path: str, body: bytes) -> Request:
+        return self._client.build_request("POST", self._url(path, at_root=False), content=body)
+
     async def _data(self, response: Response) -> AsyncIterator[str]:
         events = aiter(EventSource(response, EVENT_BYTES))
         while True:
             with self._told():
                 async with self._patient():
                     event = await anext(events, None)
-            if event is None or event.data == "[DONE]":
+            if event is None:
                 return
-            yield event.data
+            if event.data != "[DONE]":
+                yield event.data
+                continue
+            with suppress(TimeoutError, HTTPError):  # a connection is kept if its stream is read to its end
+                async with asyncio.timeout(END_SECONDS):
+                    await anext(events, None)
+            return
 
     @asynccontextmanager
     async def _patient(self) -> AsyncIterator[None]:
@@ -248,7 +276,7 @@ class Endpoint:
                 self._waiting.discard(waiting)
 
     @contextmanager
-    def _told(self) -> Any:
+    def _told(self) -> Iterator[None]:
         """Raise UpstreamFailedError for what is wrong with a connection."""
         try:
             yield

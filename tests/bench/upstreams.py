@@ -21,7 +21,7 @@ from platformdirs import user_cache_path
 
 from models.language.model_files import find_model
 from models.settings import Settings
-from tests.bench.servers import ROOT, SECRET, Server, running, llama_cpp, parley
+from tests.bench.servers import ROOT, SECRET, Server, llama_cpp, parley, running
 
 STREAMS = (1, 8, 32)
 TOKENS = 128

@@ -65,7 +65,13 @@ def running_upstream(kind: str, data: Path, port: int) -> Iterator[str]:
         with process(command, {}, f"http://127.0.0.1:{port}/health"):
             yield f"http://127.0.0.1:{port}/v1"
     else:
-        settings = {"USERS": f"front:{ANN}", "DATA": data, "COMPILE": "false", "CONTEXT": CONTEXT, "RESPONSES_PER_USER": 8}
+        settings = {
+            "USERS": f"front:{ANN}",
+            "DATA": data,
+            "COMPILE": "false",
+            "CONTEXT": CONTEXT,
+            "RESPONSES_PER_USER": 8,
+        }
         environment = {f"PARLEY_{name}": str(value) for name, value in settings.items()}
         command = [sys.executable, "server.py", "--port", str(port)]
         with process(command, environment, f"http://127.0.0.1:{port}/ready"):

@@ -65,9 +65,7 @@ def front(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def ask(front: Front, text: str = "What is the capital of France?", **options: Any) -> Any:
     """The completion of a question."""
     messages = options.pop("messages", [{"role": "user", "content": text}])
-    return front.client.chat.completions.create(
-        model=front.model, messages=messages, **{"max_tokens": 24, **options}
-    )
+    return front.client.chat.completions.create(model=front.model, messages=messages, **{"max_tokens": 24, **options})
 
 
 def text(completion: Any) -> str:

@@ -204,7 +204,7 @@ async def test_metrics_tell_the_upstreams_apart(upstream: FakeUpstream) -> None:
 
     metrics = Metrics()
     async with UpstreamChat.opened(Settings(upstream=(upstream.url,)), metrics) as chat:
-        upstream.will(fail, wait)
+        upstream.will(fail, fail, wait)
         with pytest.raises(Exception, match="has failed"):
             await reply_of(chat)
         reply = await chat.prepare(request_of(chat))

@@ -206,7 +206,6 @@ BEFORE = {
     "HTML": html,
     "HTML and 502": html_error,
     "JSON in place of a stream": status(200, {"choices": []}),
-    "no answer": vanish,
     "half a chunk": half_a_chunk,
     "no chunk": streaming("nonsense"),
     "an error in the stream": streaming({"error": {"message": "dead", "code": 500}}),
@@ -241,6 +240,23 @@ async def test_a_single_upstream_that_fails_is_asked_again_next_time(upstream: F
             await reply_of(chat)
         assert await reply_of(chat) == HELLO
     await upstream.wait_unused()
+
+
+async def test_a_request_whose_connection_was_just_closed_is_sent_again_once(upstream: FakeUpstream) -> None:
+    upstream.will(vanish)
+    async with chat_over(upstream) as chat:
+        assert await reply_of(chat) == HELLO
+        upstream.will(vanish, vanish)
+        with pytest.raises(UpstreamFailedError):
+            await reply_of(chat)
+    assert len(upstream.asked) == 4
+
+
+async def test_replies_one_after_the_other_share_a_connection(upstream: FakeUpstream) -> None:
+    async with chat_over(upstream) as chat:
+        for _ in range(3):
+            assert await reply_of(chat) == HELLO
+    assert len({id(asked.writer) for asked in upstream.asked}) == 1
 
 
 async def test_a_failure_after_the_first_piece_ends_the_reply(upstream: FakeUpstream, other: FakeUpstream) -> None:
