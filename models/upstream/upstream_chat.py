@@ -76,6 +76,7 @@ class UpstreamChat:
             watching = [asyncio.create_task(endpoint.watch()) for endpoint in endpoints]
             try:
                 await chat._wait_for_models()
+                chat._compare_slots()
                 yield chat
             finally:
                 for task in watching:
@@ -164,6 +165,17 @@ class UpstreamChat:
                 async with asyncio.timeout(WAIT_SECONDS):
                     self._changed.clear()
                     await self._changed.wait()
+
+    def _compare_slots(self) -> None:
+        """Warn if more replies may run than the upstreams run at once, if all of them tell."""
+        told = [one.slots for one in self._pool.endpoints]
+        if None not in told and (there := sum(filter(None, told))) < self._settings.slots:
+            logger.warning(
+                "PARLEY_SLOTS=%d is more than the %d replies that the upstreams run at once: the others wait there, where "
+                "users do not take turns",
+                self._settings.slots,
+                there,
+            )
 
     def _learn(self) -> None:
         """Offer what the upstreams have by now."""

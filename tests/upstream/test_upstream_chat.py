@@ -185,6 +185,17 @@ async def test_only_upstreams_that_can_do_it_are_asked() -> None:
 # What operators learn
 
 
+@pytest.mark.parametrize(("slots", "warned"), [(2, False), (3, True)])
+async def test_more_slots_than_the_upstreams_have_are_warned_of(
+    caplog: pytest.LogCaptureFixture, slots: int, warned: bool
+) -> None:
+    async with FakeUpstream.running(owner="llamacpp") as upstream:
+        upstream.pages["/props"] = {"total_slots": 2}
+        async with chat_over(upstream, slots=slots):
+            pass
+    assert ("PARLEY_SLOTS=3 is more than the 2 replies" in caplog.text) == warned
+
+
 async def test_an_upstream_that_is_away_is_named(upstream: FakeUpstream, other: FakeUpstream) -> None:
     async with chat_over(upstream, other) as chat:
         assert (chat.trouble, chat.warning) == (None, None)
