@@ -171,8 +171,8 @@ class UpstreamChat:
         told = [one.slots for one in self._pool.endpoints]
         if None not in told and (there := sum(filter(None, told))) < self._settings.slots:
             logger.warning(
-                "PARLEY_SLOTS=%d is more than the %d replies that the upstreams run at once: the others wait there, where "
-                "users do not take turns",
+                "PARLEY_SLOTS=%d is more than the %d replies that the upstreams run at once: "
+                "the others wait there, where users do not take turns",
                 self._settings.slots,
                 there,
             )
