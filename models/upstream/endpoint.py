@@ -58,6 +58,7 @@ class UpstreamModel:
     context: int | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)  # of our options, by their names
     images: bool = False  # whether it reads pictures
+    tools: bool = True  # whether it can call tools, as far as is known
 
 
 class Endpoint:
@@ -137,26 +138,31 @@ class Endpoint:
         listed = (await self._ask("/models", Models)).data
         if self.trouble or listed != self._listed:
             self.kind = kind_of(next((model.owned_by for model in listed if model.owned_by), ""))
-            context, defaults = await self._details()
+            details = await self._details()
             self._listed = listed
             self.models = {
-                one.id: UpstreamModel(one.id, context or _context_of(one), defaults, await self._reads_images(one))
+                one.id: UpstreamModel(
+                    one.id, **{"context": _context_of(one), **details}, images=await self._reads_images(one)
+                )
                 for one in listed
             }
 
-    async def _details(self) -> tuple[int | None, Mapping[str, Any]]:
-        """The context and the options of an upstream that tells them; it also tells its slots."""
+    async def _details(self) -> dict[str, Any]:
+        """The fields of all its models that an upstream tells in another place, where it also tells its slots."""
         with suppress(UpstreamFailedError):
             if self.kind is LLAMA_CPP:
                 props = await self._ask("/props", Props, at_root=True)
                 self.slots = props.total_slots
-                told = props.default_generation_settings
-                return told.n_ctx, {ours: told.params.get(theirs) for ours, theirs in self.kind.options.items()}
+                params, names = props.default_generation_settings.params, self.kind.options.items()
+                defaults = {ours: params.get(theirs) for ours, theirs in names}
+                context = props.default_generation_settings.n_ctx
+                told = {"defaults": defaults, "tools": props.chat_template_caps.supports_tools}
+                return told | ({"context": context} if context else {})
             if self.kind is PARLEY:
                 args = (await self._ask("/args", Args, at_root=True)).args
                 self.slots = args.slots
-                return None, args.options
-        return None, {}
+                return {"defaults": args.options}
+        return {}
 
     async def _reads_images(self, model: Model) -> bool:
         """Whether a model reads pictures. vLLM does not tell: it is asked to count the tokens of one."""

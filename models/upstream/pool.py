@@ -7,7 +7,6 @@ from collections import OrderedDict
 from collections.abc import Collection, Sequence
 
 from models.chat_request import ChatRequest
-from models.errors import UpstreamUnavailableError
 from models.upstream.endpoint import Endpoint
 
 REMEMBERED = 10_000  # beginnings of conversations, with the upstream that has them in its prefix cache
@@ -36,10 +35,8 @@ class Pool:
         return all(one.trouble for one in self.endpoints)
 
     def offering(self, model: str) -> list[Endpoint]:
-        """The upstreams that answer and have a model. Raises UpstreamUnavailableError if there are none."""
-        if found := [one for one in self.endpoints if not one.trouble and model in one.models]:
-            return found
-        raise UpstreamUnavailableError
+        """The upstreams that answer and have a model."""
+        return [one for one in self.endpoints if not one.trouble and model in one.models]
 
     def choose(self, endpoints: Collection[Endpoint], beginning: bytes) -> Endpoint:
         """The one of some upstreams for a reply in a conversation."""

@@ -10,7 +10,13 @@ from functools import partial
 from typing import Any
 
 from models.chat_request import ChatRequest
-from models.errors import ContextLengthExceededError, InvalidValueError, UnsupportedParameterError, UpstreamFailedError
+from models.errors import (
+    ContextLengthExceededError,
+    InvalidValueError,
+    UnsupportedParameterError,
+    UpstreamFailedError,
+    UpstreamUnavailableError,
+)
 from models.model_info import ModelInfo, ModelList
 from models.ops.metrics import Metrics
 from models.options import Options
@@ -35,7 +41,6 @@ OWN = Options(  # of a request that leaves all to the upstream
     presence_penalty=None,
 )
 LEARNED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
-CAPABILITIES = ("tools", "reasoning")  # an upstream refuses what its model cannot do
 WAIT_SECONDS = 10.0  # until the log says again what the start waits for
 COUNTED = ("model", "tools", "chat_template_kwargs")  # fields of a request that the count of its tokens needs
 CERTAIN = 0.75  # of the limit: a prompt that seems to be shorter is not counted
@@ -113,7 +118,7 @@ class UpstreamChat:
         Raises UnsupportedParameterError, ContextLengthExceededError or UpstreamUnavailableError.
         """
         model = self.models.of(request.model)
-        endpoints = self._pool.offering(model.name)
+        endpoints = self._offering(model.name, bool(request.tools.callable))
         bodies = _bodies(request, {one.kind for one in endpoints}, model.name)
         conversation = Conversation(request, self._settings.options.get("instructions"))
         bytes_per_token = self._bytes_per_token.setdefault(model.name, BytesPerToken())
@@ -127,9 +132,19 @@ class UpstreamChat:
             conversation,
             request.prompt,
             request.truncate,
+            bool(request.tools.callable),
             beginning_of(request, model.name),
         )
         return UpstreamReply(asked, self._pool, bytes_per_token, self._metrics)
+
+    def _offering(self, model: str, has_tools: bool) -> list[Endpoint]:
+        """The upstreams for a request. Raises UpstreamUnavailableError, or UnsupportedParameterError for tools."""
+        offering = self._pool.offering(model)
+        if not offering:
+            raise UpstreamUnavailableError
+        if fitting := [one for one in offering if one.models[model].tools or not has_tools]:
+            return fitting
+        raise UnsupportedParameterError("tools are not supported by the chat template of this model", "tools")
 
     async def look(self) -> None:
         """Look at all upstreams now."""
@@ -194,8 +209,14 @@ class UpstreamChat:
                 contexts.append(self._settings.context)
             defaults = _learned(told[0].defaults if told else {}).updated(self._settings.options)
             aliases = self._settings.aliases_of(name, names[0])
-            images = ("images",) if told and all(one.images for one in told) else ()
-            yield ModelInfo(name, min(contexts, default=None), defaults, aliases, (*CAPABILITIES, *images))
+            tools, images = all(one.tools for one in told), bool(told) and all(one.images for one in told)
+            knows = {
+                "tools": tools,
+                "reasoning": True,
+                "images": images,
+            }  # an upstream refuses what its model cannot do
+            capabilities = tuple(capability for capability, known in knows.items() if known)
+            yield ModelInfo(name, min(contexts, default=None), defaults, aliases, capabilities)
 
 
 def _bodies(request: ChatRequest, kinds: set[Kind], model: str) -> dict[Kind, Body]:

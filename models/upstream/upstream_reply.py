@@ -45,7 +45,12 @@ class Asked:
     conversation: Conversation
     prompt: str | None
     truncate: bool
+    has_tools: bool
     beginning: bytes  # of the conversation, see Pool
+
+    def fits(self, endpoint: Endpoint) -> bool:
+        """Whether an upstream with the model can do all that is asked for."""
+        return endpoint.kind in self.bodies and (endpoint.models[self.model].tools or not self.has_tools)
 
 
 class UpstreamReply:
@@ -93,10 +98,7 @@ class UpstreamReply:
         raise error
 
     def _candidates(self) -> list[Endpoint]:
-        try:
-            return [one for one in self._pool.offering(self._asked.model) if one.kind in self._asked.bodies]
-        except UpstreamUnavailableError:
-            return []
+        return [one for one in self._pool.offering(self._asked.model) if self._asked.fits(one)]
 
     def _note(self, endpoint: Endpoint, failure: APIError) -> None:
         """Log a failure of an upstream, count it, and prefer others for a while."""

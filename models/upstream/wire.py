@@ -43,11 +43,16 @@ class GenerationSettings(Struct):
     params: dict[str, Any] = field(default_factory=dict)
 
 
+class TemplateCapabilities(Struct):
+    supports_tools: bool = True
+
+
 class Props(Struct):
     """`GET /props` of llama-server."""
 
     default_generation_settings: GenerationSettings = field(default_factory=GenerationSettings)
     total_slots: int | None = None
+    chat_template_caps: TemplateCapabilities = field(default_factory=TemplateCapabilities)
 
 
 class Arguments(Struct):

@@ -12,12 +12,14 @@ from models.ops.metrics import Metrics
 from models.options import Options
 from models.output_format import OutputFormat
 from models.settings import Settings
-from models.upstream.upstream_chat import CAPABILITIES, OWN, UpstreamChat
+from models.tools import Tool, Tools
+from models.upstream.upstream_chat import OWN, UpstreamChat
 from tests.support.fake_upstream import Exchange, FakeUpstream
 from tests.support.upstreams import chat_over, reply_of, request_of, user
 
 pytestmark = pytest.mark.anyio
 
+USUAL = ("tools", "reasoning")
 REGEX = OutputFormat("regex", "[0-9]+", "structured_outputs.regex")
 
 
@@ -61,7 +63,7 @@ async def test_a_model_has_the_options_of_the_operator_and_else_those_of_the_ups
         upstream.pages["/props"] = {"default_generation_settings": {"n_ctx": 512, "params": params}, "total_slots": 3}
         async with chat_over(upstream, options={"top_k": 5, "instructions": "Rhyme."}) as chat:
             told = OWN.updated({"temperature": 0.8, "top_k": 5, "repetition_penalty": 1.0, "instructions": "Rhyme."})
-            assert chat.models.default == ModelInfo("tiny", 512, told, (), CAPABILITIES)
+            assert chat.models.default == ModelInfo("tiny", 512, told, (), USUAL)
             assert chat.arguments["upstreams"][0]["slots"] == 3
             assert chat.arguments["models"]["tiny"]["options"]["instructions"] is None
             await reply_of(chat)
@@ -77,7 +79,7 @@ async def test_the_options_of_another_parley_are_its_own() -> None:
 
 async def test_an_upstream_of_an_unknown_kind_keeps_its_options() -> None:
     async with FakeUpstream.running(owner="somebody", context=None) as upstream, chat_over(upstream) as chat:
-        assert chat.models.default == ModelInfo("tiny", None, OWN, (), CAPABILITIES)
+        assert chat.models.default == ModelInfo("tiny", None, OWN, (), USUAL)
         await reply_of(chat)
     assert upstream.asked[0].body.keys() == {"model", "messages", "stream", "stream_options"}
 
@@ -180,6 +182,22 @@ async def test_only_upstreams_that_can_do_it_are_asked() -> None:
             with pytest.raises(UnsupportedParameterError) as caught:
                 await chat.prepare(request_of(chat, format=REGEX))
         assert caught.value.param == "structured_outputs.regex"
+
+
+async def test_only_upstreams_whose_template_knows_tools_get_them() -> None:
+    tools = Tools((Tool("f"),))
+    async with FakeUpstream.running(owner="llamacpp") as cannot, FakeUpstream.running(owner="vllm") as can:
+        cannot.pages["/props"] = {"chat_template_caps": {"supports_tools": False}}
+        async with chat_over(cannot, can) as chat:
+            for _ in range(2):
+                await reply_of(chat, tools=tools)
+        assert (len(can.asked), len(cannot.asked)) == (2, 0)
+        async with chat_over(cannot) as chat:
+            assert chat.models.default.capabilities == ("reasoning",)
+            with pytest.raises(UnsupportedParameterError) as caught:
+                await chat.prepare(request_of(chat, tools=tools))
+            await reply_of(chat, tools=Tools((Tool("f"),), "none"))
+        assert caught.value.param == "tools"
 
 
 # What operators learn
