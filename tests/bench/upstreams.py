@@ -50,7 +50,9 @@ def front(behind: Server, port: int = 7841, workers: int = 1) -> Iterator[Server
         "PARLEY_RESPONSES_PER_USER": "64",
         "PARLEY_DATA": str(ROOT / ".bench" / f"data-{port}"),
     }
-    with running(f"Parley before {behind.name}", "openai", command, "/ready", port, **settings) as server:
+    with running(
+        f"Parley before {behind.name}", "openai", command, "/ready", port, "model", ROOT, **settings
+    ) as server:
         yield server
 
 
