@@ -23,11 +23,12 @@ FEWEST_BYTES, MOST_BYTES = 0.5, 12.0
 class Conversation:
     """The messages of a request. The oldest turns can be left out, but not the system prompt and the last turn.
 
-    `instructions` are the operator's.
+    `instructions` are the operator's. A model that reads only text gets the messages of a conversation without the
+    pictures that another model has seen.
     """
 
-    def __init__(self, request: ChatRequest, instructions: str | None) -> None:
-        system, turns = split_turns(request.messages)
+    def __init__(self, request: ChatRequest, instructions: str | None, has_images: bool = False) -> None:
+        system, turns = split_turns(request.messages if has_images else list(map(_without_images, request.messages)))
         system = with_instructions(system, request.options.instructions, instructions)
         self._system = [_message_of(system)] if system else []
         self._turns = turns
@@ -83,6 +84,14 @@ def _size(messages: Sequence[Message]) -> int:
     """The bytes of text, but for reasoning: chat templates leave out that of earlier replies."""
     text = sum(len(text_of({**message, "reasoning": ""}).encode()) for message in messages)
     return text + IMAGE_BYTES * sum(len(message.get("images", ())) for message in messages)
+
+
+def _without_images(message: Message) -> Message:
+    if "images" not in message:
+        return message
+    text = message.copy()
+    del text["images"]
+    return text
 
 
 def _message_of(system: Sequence[Message]) -> Message:

@@ -29,11 +29,6 @@ class Pool:
         told = [f"{one.url} is away: {one.trouble}" for one in self.endpoints if one.trouble]
         return "; ".join(told) or None
 
-    @property
-    def is_away(self) -> bool:
-        """Whether all upstreams are away."""
-        return all(one.trouble for one in self.endpoints)
-
     def offering(self, model: str) -> list[Endpoint]:
         """The upstreams that answer and have a model."""
         return [one for one in self.endpoints if not one.trouble and model in one.models]

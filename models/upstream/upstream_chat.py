@@ -91,12 +91,18 @@ class UpstreamChat:
     @property
     def trouble(self) -> str | None:
         """Why no model can answer at the moment; None if one can."""
-        return self._pool.trouble if self._pool.is_away else None
+        return None if len(self._missing) < len(self.models.all) else self.warning
 
     @property
     def warning(self) -> str | None:
-        """Which upstreams are away; None if none is."""
-        return self._pool.trouble
+        """Which upstreams are away, or which models no upstream has; None if all are there."""
+        missing = f"no upstream has {', '.join(self._missing)}" if self._missing else None
+        return self._pool.trouble or missing
+
+    @property
+    def _missing(self) -> list[str]:
+        """The models that no upstream can answer with at the moment."""
+        return [model.name for model in self.models.all if not self._pool.offering(model.name)]
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -120,7 +126,7 @@ class UpstreamChat:
         model = self.models.of(request.model)
         endpoints = self._offering(model.name, bool(request.tools.callable))
         bodies = _bodies(request, {one.kind for one in endpoints}, model.name)
-        conversation = Conversation(request, self._settings.options.get("instructions"))
+        conversation = Conversation(request, self._settings.options.get("instructions"), model.has_images)
         bytes_per_token = self._bytes_per_token.setdefault(model.name, BytesPerToken())
         if request.truncate and model.context:
             await self._fit(conversation, request.options.max_output_tokens, model, endpoints, bodies)
@@ -210,11 +216,8 @@ class UpstreamChat:
             defaults = _learned(told[0].defaults if told else {}).updated(self._settings.options)
             aliases = self._settings.aliases_of(name, names[0])
             tools, images = all(one.tools for one in told), bool(told) and all(one.images for one in told)
-            knows = {
-                "tools": tools,
-                "reasoning": True,
-                "images": images,
-            }  # an upstream refuses what its model cannot do
+            # Of reasoning, no upstream tells; it refuses what its model cannot do.
+            knows = {"tools": tools, "reasoning": True, "images": images}
             capabilities = tuple(capability for capability, known in knows.items() if known)
             yield ModelInfo(name, min(contexts, default=None), defaults, aliases, capabilities)
 

@@ -15,6 +15,7 @@ from models.errors import (
     UpstreamBusyError,
     UpstreamFailedError,
     UpstreamUnavailableError,
+    one_line,
 )
 from models.language.events import Event
 from models.messages import Usage
@@ -47,6 +48,11 @@ class Asked:
     truncate: bool
     has_tools: bool
     beginning: bytes  # of the conversation, see Pool
+
+    @property
+    def size(self) -> int:
+        """The bytes of text in it."""
+        return self.conversation.size if self.prompt is None else len(self.prompt.encode())
 
     def fits(self, endpoint: Endpoint) -> bool:
         """Whether an upstream with the model can do all that is asked for."""
@@ -102,7 +108,7 @@ class UpstreamReply:
 
     def _note(self, endpoint: Endpoint, failure: APIError) -> None:
         """Log a failure of an upstream, count it, and prefer others for a while."""
-        logger.warning("%s failed: %s", endpoint.url, failure)
+        logger.warning("%s failed: %s", endpoint.url, one_line(failure))
         self._metrics.upstream_failures.labels(endpoint.url).inc()
         pause = failure.retry_after if isinstance(failure, RateLimitError) else None
         endpoint.cool(COOL_SECONDS if pause is None else pause)
@@ -116,11 +122,17 @@ class UpstreamReply:
                 for event in reader.read(data):
                     if is_first:
                         is_first = False
+                        # Until the upstream tells: a reply that is cancelled counts too.
+                        self.usage.input_tokens = self.usage.input_tokens or self._estimate()
                         self._metrics.upstream_first_token.labels(endpoint.url).observe(time.monotonic() - started)
                     yield event
             done = reader.done()
-        self._bytes_per_token.learn(self._asked.conversation.size, self.usage.input_tokens)
+        self._bytes_per_token.learn(self._asked.size, self.usage.input_tokens)
         yield done
+
+    def _estimate(self) -> int:
+        """How many tokens the prompt has, more or less."""
+        return int(self._asked.size / self._bytes_per_token.value)
 
     def _body(self, kind: Kind) -> Body:
         asked = self._asked

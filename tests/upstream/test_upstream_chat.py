@@ -227,6 +227,13 @@ async def test_an_upstream_that_is_away_is_named(upstream: FakeUpstream, other: 
         assert upstream.url in str(chat.trouble)
 
 
+async def test_a_model_that_no_upstream_has_is_named(upstream: FakeUpstream) -> None:
+    async with chat_over(upstream, upstream_model=("tiny", "huge")) as chat:
+        assert (chat.trouble, chat.warning) == (None, "no upstream has huge")
+    async with chat_over(upstream, upstream_model=("huge",)) as chat:
+        assert chat.trouble == "no upstream has huge"
+
+
 async def test_metrics_tell_the_upstreams_apart(upstream: FakeUpstream) -> None:
     async def fail(exchange: Exchange) -> None:
         exchange.vanish()
@@ -284,9 +291,11 @@ async def test_whether_a_model_reads_pictures_is_found_out(
             assert chat.models.default.has_images == reads
 
 
-async def test_pictures_are_passed_on(upstream: FakeUpstream) -> None:
+@pytest.mark.parametrize("reads", [True, False])
+async def test_pictures_are_passed_on_to_models_that_read_them(upstream: FakeUpstream, reads: bool) -> None:
+    upstream.models[0] |= modalities("text", *["image"] * reads)
     async with chat_over(upstream) as chat:
         await reply_of(chat, [{"role": "user", "content": "Look", "images": [{"url": PNG, "at": 4}]}])
     (message,) = upstream.asked[0].body["messages"]
     picture = {"type": "image_url", "image_url": {"url": PNG}}
-    assert message == {"role": "user", "content": [{"type": "text", "text": "Look"}, picture]}
+    assert message["content"] == ([{"type": "text", "text": "Look"}, picture] if reads else "Look")

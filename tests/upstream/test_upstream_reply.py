@@ -159,6 +159,15 @@ async def test_a_prompt_goes_to_completions(upstream: FakeUpstream) -> None:
     assert (asked.path, asked.body["prompt"], asked.body["logprobs"]) == ("/v1/completions", "Once", 1)
 
 
+async def test_a_reply_without_counts_has_those_that_are_likely() -> None:
+    async with FakeUpstream.running(owner="unknown") as upstream, chat_over(upstream) as chat:
+        upstream.will(half_a_reply)
+        reply = await chat.prepare(request_of(chat, user("a" * 300)))
+        with pytest.raises(UpstreamFailedError):
+            _ = [event async for event in reply.events()]
+    assert (reply.usage.input_tokens, reply.usage.output_tokens) == (100, 1)
+
+
 @pytest.mark.parametrize(
     ("usage", "counts"),
     [
