@@ -18,6 +18,7 @@ class OutputFormat:
     type: Literal["text", "json_object", "json_schema", "regex", "choice", "grammar"] = "text"
     value: Mapping[str, Any] | str | tuple[str, ...] | None = None
     param: str = "text.format"  # the name of the parameter, for errors
+    strict: bool | None = None  # what the request says of its schema; our engine always keeps to it
 
 
 PLAIN_TEXT = OutputFormat()

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import limits
 
@@ -193,7 +194,8 @@ def _urls(value: str) -> tuple[str, ...]:
 
 
 def _url(url: str) -> str:
-    _choice(r"https?://[^/?#@\s]+(/[^?#@\s]*)?")(url)
+    if urlsplit(_choice(r"https?://[^/?#@\s]+(/[^?#@\s]*)?")(url)).port == 0:  # `port` raises ValueError too
+        raise ValueError(url)
     return url if url.count("/") > 2 else f"{url}/v1"
 
 

@@ -283,7 +283,18 @@ def test_every_setting_without_secrets_can_be_written_as_json() -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["gpu1:8000", "ftp://gpu1", "http://", "http://ann:secret@gpu1", "http://a?b", "http://a,"]
+    "url",
+    [
+        "gpu1:8000",
+        "ftp://gpu1",
+        "http://",
+        "http://ann:secret@gpu1",
+        "http://a?b",
+        "http://a,",
+        "http://a:b",
+        "http://[::1",
+        "http://a:0",
+    ],
 )
 def test_a_url_of_an_upstream_that_cannot_be_is_refused(url: str) -> None:
     with pytest.raises(SettingsError, match="PARLEY_UPSTREAM"):

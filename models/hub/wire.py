@@ -14,7 +14,7 @@ from msgspec.msgpack import Decoder, Encoder
 
 from models.errors import APIError, ServerError
 
-VERSION = 1  # of the frames and of all types in them: other versions are refused
+VERSION = 2  # of the frames and of all types in them: other versions are refused
 FRAME_BYTES = 2**30  # of one frame: a long reply with all its probabilities has some hundred MiB
 
 _LENGTH = struct.Struct(">I")

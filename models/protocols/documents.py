@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 from models.errors import InvalidValueError
+from models.messages import parts_of
 from models.protocols.conversations import render_conversation
 from models.protocols.responses.lists import render_node
 from models.store.branches import Fork
@@ -63,10 +64,12 @@ class MarkdownDocument(Document):
         self._beginnings[item.id] = title_of([item])
         if fork:
             self._heading = f"\n\n## {self._said(fork)}"
-        if not item.content:
+        # A picture is as long as a hundred messages.
+        parts = [part if isinstance(part, str) else "[picture]" for part in parts_of(item.message)]
+        if not parts:
             return ""
         heading, self._heading = self._heading, ""
-        return f"{heading}\n\n**{item.role.capitalize()}**\n\n{item.content}"
+        return "\n\n".join([heading, f"**{item.role.capitalize()}**", *parts])
 
     def _said(self, fork: Fork) -> str:
         """Where a branch begins."""

@@ -29,6 +29,7 @@ class JsonSchema(Struct):
 
     name: Text | None = None
     schema: Schema | None = None
+    strict: Annotated[bool | None, Meta(description="true or false")] = None
 
 
 class ResponseFormat(Struct, forbid_unknown_fields=True):
@@ -42,13 +43,15 @@ class ResponseFormat(Struct, forbid_unknown_fields=True):
         """The format in the form of the domain. Raises InvalidValueError."""
         if self.type == "text":
             return PLAIN_TEXT
-        schema, at = self.schema, "response_format.schema"
+        schema, at, strict = self.schema, "response_format.schema", None
         if self.type == "json_schema":
             at = "response_format.json_schema"
             if self.json_schema is None:
                 raise InvalidValueError(f"{at} is missing", at)
-            schema, at = self.json_schema.schema, f"{at}.schema"
-        return OutputFormat("json_object", None, "response_format") if schema is None else _of_schema(schema, at)
+            schema, at, strict = self.json_schema.schema, f"{at}.schema", self.json_schema.strict
+        if schema is None:
+            return OutputFormat("json_object", None, "response_format")
+        return _of_schema(schema, at, strict)
 
 
 class StructuredOutputs(Struct, forbid_unknown_fields=True):
@@ -92,6 +95,6 @@ def choose_format(format: OutputFormat, structured: StructuredOutputs | None, pa
     return format if other == PLAIN_TEXT else other
 
 
-def _of_schema(schema: dict[str, Any], at: str) -> OutputFormat:
+def _of_schema(schema: dict[str, Any], at: str, strict: bool | None = None) -> OutputFormat:
     check_json(schema, at, SCHEMA_BYTES)
-    return OutputFormat("json_schema", schema, at)
+    return OutputFormat("json_schema", schema, at, strict)

@@ -219,6 +219,7 @@ MIGRATIONS = (
         "beats BIGINT NOT NULL)",
         "CREATE TABLE key_fingerprint (place INTEGER PRIMARY KEY, fingerprint BYTEA NOT NULL)",
     ),
+    (),  # details may have images, or the failure of a reply, which earlier versions cannot read
 )
 
 ENGINE_ARGUMENTS: dict[str, dict[str, Any]] = {

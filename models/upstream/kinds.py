@@ -75,7 +75,9 @@ def _schema_format(format: OutputFormat) -> Body | None:
         case "json_object":
             return {"response_format": {"type": "json_object"}}
         case "json_schema":
-            schema = {"name": "reply", "schema": format.value, "strict": True}
+            schema: Body = {"name": "reply", "schema": format.value}
+            if format.strict is not None:
+                schema["strict"] = format.strict
             return {"response_format": {"type": "json_schema", "json_schema": schema}}
     return None
 

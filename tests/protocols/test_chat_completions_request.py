@@ -488,7 +488,7 @@ def schema_format(schema: Any, **more: Any) -> Json:
         ({"response_format": {"type": "json_object"}}, OutputFormat("json_object", None, "response_format")),
         (
             {"response_format": schema_format(SCHEMA, strict=True)},
-            OutputFormat("json_schema", SCHEMA, "response_format.json_schema.schema"),
+            OutputFormat("json_schema", SCHEMA, "response_format.json_schema.schema", True),
         ),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"name": "any"}}},

@@ -58,6 +58,9 @@ NOT_RUN = {
     " aiosqlite click itsdangerous jinja2 limits prometheus-client python-json-logger python-multipart": (
         "tests/test_requirements.py sees to it that the list is complete"
     ),
+    "vllm serve Qwen/Qwen3-32B --tensor-parallel-size 4 --enable-auto-tool-choice --tool-call-parser hermes"
+    " --reasoning-parser qwen3 --enable-prompt-tokens-details": "needs GPUs",
+    "PARLEY_UPSTREAM=http://gpu1:8000/v1 PARLEY_SLOTS=256 .venv/bin/python server.py --workers 4": "the same",
     "python3 -m venv .bench/llama && .bench/llama/bin/pip install xllamacpp==2026.10.11549": "`.ci/run` does it",
     ".bench/llama/bin/python tests/bench/llama_server.py ~/.cache/parley/SmolLM2-135M-Instruct-bcc81830d10c.gguf": (
         "needs the package of llama.cpp"

@@ -137,8 +137,10 @@ def test_a_format_is_told_as_the_kind_knows_it(kind: Kind, format: OutputFormat,
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_a_schema_is_told_as_in_the_standard(kind: Kind) -> None:
-    told = {"type": "json_schema", "json_schema": {"name": "reply", "schema": SCHEMA, "strict": True}}
-    assert asked(kind, format=OutputFormat("json_schema", SCHEMA)) == {"response_format": told}
+    schema = {"name": "reply", "schema": SCHEMA}
+    for strict, said in ((None, {}), (True, {"strict": True}), (False, {"strict": False})):
+        told = {"type": "json_schema", "json_schema": schema | said}
+        assert asked(kind, format=OutputFormat("json_schema", SCHEMA, strict=strict)) == {"response_format": told}
     assert asked(kind, format=OutputFormat("json_object")) == {"response_format": {"type": "json_object"}}
 
 

@@ -316,7 +316,7 @@ def _text_format(format: _Format | None) -> OutputFormat:
         return OutputFormat("json_object")
     at = "text.format.schema"
     check_json(format.schema, at, SCHEMA_BYTES)
-    return OutputFormat("json_schema", format.schema, at)
+    return OutputFormat("json_schema", format.schema, at, format.strict)
 
 
 def _details(values: Json, body: _Body, tools: Tools) -> Json:

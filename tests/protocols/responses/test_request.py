@@ -312,7 +312,7 @@ def test_one_call_at_a_time_can_be_asked_for() -> None:
         ({"text": {"format": {"type": "json_object"}}}, OutputFormat("json_object")),
         (
             {"text": {"format": {"type": "json_schema", "name": "x", "schema": SCHEMA, "strict": True}}},
-            OutputFormat("json_schema", SCHEMA, "text.format.schema"),
+            OutputFormat("json_schema", SCHEMA, "text.format.schema", True),
         ),
         ({"text": {"format": {"type": "json_schema"}}}, OutputFormat("json_object")),  # of the AI SDK
         ({"structured_outputs": {"regex": "a+"}}, OutputFormat("regex", "a+", "structured_outputs.regex")),
