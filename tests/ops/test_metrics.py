@@ -13,7 +13,8 @@ from tests.support.samples import Samples, read_samples
 
 HISTOGRAMS = {"time_to_first_token", "inter_token_latency", "request_queue_time", "e2e_request_latency", "engine_step"}
 COUNTERS = {"prompt_tokens", "prompt_tokens_cached", "generation_tokens", "responses", "login_failures"}
-COUNTERS |= {"slow_clients_closed"}
+COUNTERS |= {"slow_clients_closed", "upstream_failures"}
+HISTOGRAMS |= {"upstream_time_to_first_token"}
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def test_every_metric_has_a_name_a_type_and_a_description(metrics: Metrics) -> N
     families = list(text_string_to_metric_families(metrics.text().decode()))
     types = {f"parley_{name}_seconds": "histogram" for name in HISTOGRAMS}
     types |= {f"parley_{name}": "counter" for name in COUNTERS}
-    types |= {f"parley_{name}": "gauge" for name in GAUGES}
+    types |= {f"parley_{name}": "gauge" for name in (*GAUGES, "upstream_requests_running")}
     assert {family.name: family.type for family in families if not family.name.endswith("_created")} == types
     assert all(family.documentation for family in families)
 

@@ -102,7 +102,13 @@ def converse(client: TestClient, *inputs: str, conversation: str = "new", secret
     return conversation
 
 
-CONTENT_SECURITY_POLICY = {"default-src 'self'", "base-uri 'none'", "form-action 'self'", "frame-ancestors 'none'"}
+CONTENT_SECURITY_POLICY = {
+    "default-src 'self'",
+    "img-src 'self' data:",
+    "base-uri 'none'",
+    "form-action 'self'",
+    "frame-ancestors 'none'",
+}
 
 
 def assert_security_headers(response: Any, cache: str = "no-store") -> None:

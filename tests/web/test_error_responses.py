@@ -133,6 +133,7 @@ SENT = {  # status, type, code, param, retry_after: programs depend on these
     ),
     "UnsupportedEncodingError": (415, "invalid_request_error", "unsupported_encoding", None, None),
     "FormatFailedError": (400, "invalid_request_error", "format_failed", None, None),
+    "UpstreamRefusedError": (400, "invalid_request_error", "upstream_refused", None, None),
     "BodyTooLargeError": (413, "invalid_request_error", "body_too_large", None, None),
     "ConversationNotFoundError": (404, "invalid_request_error", "conversation_not_found", None, None),
     "ItemNotFoundError": (404, "invalid_request_error", "item_not_found", "after", None),
@@ -150,10 +151,13 @@ SENT = {  # status, type, code, param, retry_after: programs depend on these
     "TooManyConnectionsError": (429, "rate_limit_error", "too_many_sockets", None, None),
     "TooManyLoginsError": (429, "rate_limit_error", "too_many_failures", None, 60),
     "QueueFullError": (503, "rate_limit_error", "queue_full", None, 5),
+    "UpstreamBusyError": (503, "rate_limit_error", "upstream_busy", None, 5),
     "ServerError": (500, "server_error", "server_error", None, None),
     "ServerStoppingError": (503, "server_error", "server_shutdown", None, 5),
     "ServerUnavailableError": (503, "server_error", "server_unavailable", None, 5),
     "DatabaseUnavailableError": (503, "server_error", "database_unavailable", None, 5),
+    "UpstreamFailedError": (502, "server_error", "upstream_failed", None, None),
+    "UpstreamUnavailableError": (503, "server_error", "upstream_unavailable", None, 5),
     "NotStoredError": (500, "server_error", "not_kept", None, None),
 }
 # fmt: on
