@@ -38,7 +38,7 @@ class ModelInfo:
 
 
 class ModelList:
-    """The models that clients may choose from, never empty; the first one is the default.
+    """The models that clients may choose from; the first one is the default. Once a server has started, there is one.
 
     They can change while the server runs; `on_change` is called then.
     """

@@ -42,6 +42,8 @@ ReasoningEffort = Annotated[
     Meta(description="none, minimal, low, medium, high, xhigh, max, or null"),
 ]
 
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
+
 
 class Options(Struct, frozen=True, forbid_unknown_fields=True):
     """The options of a reply.

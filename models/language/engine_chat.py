@@ -40,10 +40,8 @@ from models.language.text_logprobs import TextLogprobs
 from models.language.token_bytes import TokenBytes
 from models.messages import Usage
 from models.model_info import ModelInfo, ModelList
-from models.options import Options
+from models.options import SAMPLING, Options
 from models.settings import Settings
-
-SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
 
 
 class EngineChat:

@@ -19,7 +19,7 @@ from models.errors import (
 )
 from models.model_info import ModelInfo, ModelList
 from models.ops.metrics import Metrics
-from models.options import Options
+from models.options import SAMPLING, Options
 from models.settings import Settings
 from models.upstream.conversation import BytesPerToken, Conversation
 from models.upstream.endpoint import ANSWER_SECONDS, Endpoint, new_client
@@ -31,16 +31,7 @@ from models.upstream.wire import Counted
 
 logger = logging.getLogger("parley")
 
-OWN = Options(  # of a request that leaves all to the upstream
-    temperature=None,
-    top_p=None,
-    top_k=None,
-    min_p=None,
-    repetition_penalty=None,
-    frequency_penalty=None,
-    presence_penalty=None,
-)
-LEARNED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
+OWN = Options().updated(dict.fromkeys(SAMPLING))  # of a request that leaves all to the upstream
 WAIT_SECONDS = 10.0  # until the log says again what the start waits for
 COUNTED = ("model", "tools", "chat_template_kwargs")  # fields of a request that the count of its tokens needs
 CERTAIN = 0.75  # of the limit: a prompt that seems to be shorter is not counted
@@ -239,7 +230,7 @@ def _bodies(request: ChatRequest, kinds: set[Kind], model: str) -> dict[Kind, Bo
 def _learned(told: Mapping[str, Any]) -> Options:
     """The default options of an upstream, as far as it tells them and ours can be the same."""
     options = OWN
-    for name in LEARNED:
+    for name in SAMPLING:
         if (value := told.get(name)) is not None:
             with suppress(InvalidValueError):
                 # llama-server tells float32 numbers with all digits of a double.

@@ -26,11 +26,10 @@ from models.engine.sampler import Sampler
 from models.engine.sampling_params import SamplingParams
 from models.engine.sequence import Sequence
 from models.engine.token_masks import TokenMasks
-from models.language.engine_chat import SAMPLING
 from models.language.grammar.constraint import GrammarConstraint
 from models.language.grammar.grammars import Grammars
 from models.language.loader import load
-from models.options import Options
+from models.options import SAMPLING, Options
 from models.output_format import OutputFormat
 from models.settings import Settings
 from tests.bench.load import story

@@ -77,6 +77,13 @@ async def hello(exchange: Exchange) -> None:
     await exchange.finish(usage={"prompt_tokens": 7, "completion_tokens": 2})
 
 
+async def endless(exchange: Exchange) -> None:
+    """Begin a reply that does not end."""
+    await exchange.begin()
+    await exchange.say("Hel")
+    await exchange.ended.wait()
+
+
 class FakeUpstream:
     """The server. `asked` has all requests for replies; the next ones are answered by what `will` has got."""
 

@@ -14,20 +14,13 @@ from models.output_format import OutputFormat
 from models.settings import Settings
 from models.tools import Tool, Tools
 from models.upstream.upstream_chat import OWN, UpstreamChat
-from tests.support.fake_upstream import Exchange, FakeUpstream
+from tests.support.fake_upstream import Exchange, FakeUpstream, endless
 from tests.support.upstreams import chat_over, reply_of, request_of, user
 
 pytestmark = pytest.mark.anyio
 
 USUAL = ("tools", "reasoning")
 REGEX = OutputFormat("regex", "[0-9]+", "structured_outputs.regex")
-
-
-async def wait(exchange: Exchange) -> None:
-    """Begin a reply that does not end."""
-    await exchange.begin()
-    await exchange.say("Hel")
-    await exchange.ended.wait()
 
 
 # Models
@@ -124,7 +117,7 @@ async def test_the_start_does_not_wait_for_models_that_the_settings_name(upstrea
 
 async def test_replies_go_to_the_upstream_that_runs_the_fewest(upstream: FakeUpstream, other: FakeUpstream) -> None:
     for fake in (upstream, other):
-        fake.will(*[wait] * 4)
+        fake.will(*[endless] * 4)
     async with chat_over(upstream, other) as chat:
         replying = [asyncio.create_task(reply_of(chat, user(f"Hi {number}"))) for number in range(8)]
         for _ in range(4):
@@ -151,7 +144,7 @@ async def test_a_conversation_leaves_an_upstream_that_is_busy(upstream: FakeUpst
     async with chat_over(upstream, other) as chat:
         await reply_of(chat, user("Hi"))
         first, second = (upstream, other) if upstream.asked else (other, upstream)
-        first.will(*[wait] * 5)
+        first.will(*[endless] * 5)
         replying = [asyncio.create_task(reply_of(chat, user("Hi"))) for _ in range(6)]
         for _ in range(6):
             await first.next()
@@ -240,7 +233,7 @@ async def test_metrics_tell_the_upstreams_apart(upstream: FakeUpstream) -> None:
 
     metrics = Metrics()
     async with UpstreamChat.opened(Settings(upstream=(upstream.url,)), metrics) as chat:
-        upstream.will(fail, fail, wait)
+        upstream.will(fail, fail, endless)
         with pytest.raises(Exception, match="has failed"):
             await reply_of(chat)
         reply = await chat.prepare(request_of(chat))

@@ -18,7 +18,7 @@ from models.errors import (
 from models.language.events import ArgumentsDelta, Done, Event, ReasoningDelta, TextDelta, ToolCallStarted
 from models.messages import Message
 from models.output_item import TokenLogprob
-from tests.support.fake_upstream import Answer, Exchange, FakeUpstream, Json, chunk
+from tests.support.fake_upstream import Answer, Exchange, FakeUpstream, Json, chunk, endless
 from tests.support.upstreams import chat_over, reply_of, request_of, user
 
 pytestmark = pytest.mark.anyio
@@ -349,14 +349,7 @@ async def test_a_reply_that_goes_on_survives_an_upstream_that_takes_no_more(upst
 
 
 async def test_a_cancelled_reply_closes_its_connection(upstream: FakeUpstream) -> None:
-    waiting = asyncio.Event()
-
-    async def wait(exchange: Exchange) -> None:
-        await exchange.begin()
-        await exchange.say("Hel")
-        await waiting.wait()
-
-    upstream.will(wait)
+    upstream.will(endless)
     async with chat_over(upstream) as chat:
         replying = asyncio.create_task(reply_of(chat))
         asked = await upstream.next()
@@ -366,10 +359,8 @@ async def test_a_cancelled_reply_closes_its_connection(upstream: FakeUpstream) -
 
 
 async def test_a_cancelled_reply_that_has_not_begun_closes_its_connection(upstream: FakeUpstream) -> None:
-    waiting = asyncio.Event()
-
     async def wait(exchange: Exchange) -> None:
-        await waiting.wait()
+        await exchange.ended.wait()
 
     upstream.will(wait)
     async with chat_over(upstream) as chat:
