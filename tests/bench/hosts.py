@@ -2,9 +2,11 @@
 
     sudo .venv/bin/python tests/bench/hosts.py
     sudo .venv/bin/python tests/bench/hosts.py --workers 2 --chapter freeze
+    sudo .venv/bin/python tests/bench/hosts.py --upstreams
 
 Needs root, `ip`, PostgreSQL and redis-server. Each host is a network namespace; a third one has the databases, the
-clients and a bridge. Replies count: "0 1 2 3 ...", so that any gap shows. A trigger notes who writes which reply.
+clients and a bridge, and with `--upstreams` two servers that answer in place of the hosts' own chat. Replies count:
+"0 1 2 3 ...", so that any gap shows. A trigger notes who writes which reply.
 """
 
 from __future__ import annotations
@@ -156,10 +158,25 @@ class NetworkRedis:
         self._process.wait()
 
 
-class Host:
-    """A host, and its process."""
+class Upstream:
+    """A server that counts for all hosts."""
 
-    def __init__(self, number: int, data: Path, workers: int) -> None:
+    def __init__(self, port: int) -> None:
+        self.url = f"http://{NETWORK}.254:{port}/v1"
+        self._command = [sys.executable, str(ROOT / "tests/bench/paced_upstream.py"), str(port), f"{NETWORK}.254"]
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(self._command)
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+class Host:
+    """A host, and its process. It counts by itself, or has upstreams for that."""
+
+    def __init__(self, number: int, data: Path, workers: int, upstreams: Sequence[Upstream]) -> None:
         self.number = number
         self.workers = workers  # 0: one process
         self.address = f"{NETWORK}.{number}:7777"
@@ -171,13 +188,17 @@ class Host:
             "PARLEY_REDIS_URL": f"redis://{NETWORK}.254:6379/0",
             "PARLEY_PEER_ADDRESS": f"{NETWORK}.{number}:7778",
             "PARLEY_RESPONSES_PER_USER": "50",
+            "PARLEY_UPSTREAM": ",".join(upstream.url for upstream in upstreams),
         }
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         address = f"{NETWORK}.{self.number}"
         command = [__file__, "host", address]
-        if self.workers:
+        if self._settings["PARLEY_UPSTREAM"]:
+            options = [f"--host={address}", "--port=7777", f"--workers={self.workers or 1}"]
+            command = [str(ROOT / "server.py"), *options]
+        elif self.workers:
             options = [f"--workers={self.workers}", f"--host={address}", "--port=7777", "--factory"]
             command = ["-m", "uvicorn", *options, "tests.bench.hosts:worker"]
         self.process = self._popen(command)
@@ -307,16 +328,26 @@ def counted(count: int) -> str:
 
 # What happens
 
-CHAPTERS = ("resume", "cancel", "remove_user", "cut_hosts_apart", "stop_redis", "stop_postgresql", "freeze", "unplug")
+CHAPTERS = (
+    *("resume", "cancel", "remove_user", "cut_hosts_apart", "stop_redis", "stop_postgresql", "freeze", "unplug"),
+    "stop_upstreams",
+)
 
 
 class Story:
     """The two hosts, what fails, and what is said about it."""
 
-    def __init__(self, hosts: tuple[Host, Host], postgresql: NetworkPostgreSQL, redis: NetworkRedis):
+    def __init__(
+        self,
+        hosts: tuple[Host, Host],
+        postgresql: NetworkPostgreSQL,
+        redis: NetworkRedis,
+        upstreams: Sequence[Upstream],
+    ) -> None:
         self.one, self.two = hosts
         self._postgresql = postgresql
         self._redis = redis
+        self._upstreams = upstreams
         self._said: dict[str, str] = {}  # what clients have seen of each reply, and must be stored
         self._failures = 0
 
@@ -453,6 +484,35 @@ class Story:
         """The cable of host 1 is pulled while its reply is followed at host 2."""
         await self._lose(lambda: plug(1, "down"), lambda: plug(1, "up"))
 
+    async def stop_upstreams(self) -> None:
+        """Both upstreams are killed in turn while host 1 has replies, which are followed at host 2."""
+        for upstream in self._upstreams:
+            async with Client.of(self.one) as client, Client.of(self.two) as other:
+                _, made = await self.one.call("POST", "/v1/conversations", json={})
+                # Another text begins another conversation, which is free to go to another upstream.
+                ids = [await client.ask(200, conversation=made["id"]), await client.ask(201), await client.ask(202)]
+                for id in ids:
+                    await other.resume(id)
+                    await other.until(lambda id=id: bool(other.text(id)))  # type: ignore[misc]
+                began = time.monotonic()
+                upstream.stop()
+                ends = {id: await other.ended(id) for id in ids}
+                failed = [id for id in ids if ends[id] == "failed"]
+                self.check(0 < len(failed) < 3, f"{len(failed)} of 3 replies failed, the others are completed")
+                at = max((when for when, event in other.events if event["type"] == "response.failed"), default=0)
+                self.check(at - began < 1, f"host 2 heard of it after {1000 * (at - began):.0f} ms")
+                for id in ids:
+                    await client.ended(id)
+                    self.check(client.text(id) == other.text(id), f"both clients have the same {ends[id]} text")
+                    self._keep(id, client.text(id))
+                new = await other.ask(20, conversation=made["id"])
+                self.check(await other.ended(new) == "completed", "the conversation goes on, at host 2")
+                self._keep(new, counted(20))
+                self.check(upstream.url in await self.two.ready(), f"/ready says: {await self.two.ready()}")
+                upstream.start()
+                await self._until_ready(self.one)
+                await self._until_ready(self.two)
+
     async def _lose(self, lose: Callable[[], None], find: Callable[[], None]) -> None:
         async with Client.of(self.one) as client, Client.of(self.two) as other:
             _, made = await self.one.call("POST", "/v1/conversations", json={})
@@ -528,6 +588,7 @@ async def story(
     hosts: tuple[Host, Host],
     postgresql: NetworkPostgreSQL,
     redis: NetworkRedis,
+    upstreams: Sequence[Upstream],
 ) -> int:
     """Start the hosts, and tell what happens."""
     hosts[0].start()
@@ -539,7 +600,7 @@ async def story(
     await connection.execute(WRITES)
     await connection.close()
     await asyncio.sleep(1)
-    return await Story(hosts, postgresql, redis).tell([*chapters, "audit"])
+    return await Story(hosts, postgresql, redis, upstreams).tell([*chapters, "audit"])
 
 
 # The command line
@@ -547,31 +608,48 @@ async def story(
 
 @click.group(invoke_without_command=True)
 @click.option("--workers", default=0, help="Workers of each host; with 0, it is one process.")
+@click.option("--upstreams", default=False, is_flag=True, help="Two upstreams in place of the hosts' own chat.")
 @click.option("--chapter", "chapters", multiple=True, type=click.Choice(CHAPTERS), default=CHAPTERS)
 @click.pass_context
-def main(context: click.Context, workers: int, chapters: Sequence[str]) -> None:
+def main(context: click.Context, workers: int, upstreams: bool, chapters: Sequence[str]) -> None:
     """Tell what happens to two hosts. Ends with 1 if something is wrong."""
     if context.invoked_subcommand is None:
         with network():
-            again = ["ip", "netns", "exec", MIDDLE, sys.executable, __file__, "middle", str(workers), *chapters]
+            again = [
+                "ip",
+                "netns",
+                "exec",
+                MIDDLE,
+                sys.executable,
+                __file__,
+                "middle",
+                str(workers),
+                str(2 * upstreams),
+                *chapters,
+            ]
             sys.exit(subprocess.run(again, cwd=ROOT).returncode)
 
 
 @main.command(hidden=True)
 @click.argument("workers", type=int)
+@click.argument("upstream_count", type=int)
 @click.argument("chapters", nargs=-1)
-def middle(workers: int, chapters: Sequence[str]) -> None:
+def middle(workers: int, upstream_count: int, chapters: Sequence[str]) -> None:
     """Run the databases and the clients, in the middle of the network."""
     with ExitStack() as stack:
         data = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="parley-hosts-")))
-        hosts = Host(1, data, workers), Host(2, data, workers)
+        upstreams = [Upstream(8001 + number) for number in range(upstream_count)]
+        hosts = Host(1, data, workers, upstreams), Host(2, data, workers, upstreams)
         postgresql = stack.enter_context(NetworkPostgreSQL.running())
         redis = NetworkRedis()
-        redis.start()
+        servers: tuple[NetworkRedis | Upstream, ...] = redis, *upstreams
+        for server in servers:
+            server.start()
         try:
-            failures = asyncio.run(story(chapters, hosts, postgresql, redis))
+            failures = asyncio.run(story(chapters, hosts, postgresql, redis, upstreams))
         finally:
-            redis.stop()
+            for server in servers:
+                server.stop()
             for host in hosts:
                 host.send(signal.SIGKILL)
                 print(f"the log of host {host.number}:\n{host.log.read_text()}", file=sys.stderr)

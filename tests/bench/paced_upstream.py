@@ -1,11 +1,14 @@
-"""A server with OpenAI's API whose replies come at a fixed pace: `paced_upstream.py port`."""
+"""A server with OpenAI's API whose replies come at a fixed pace: `paced_upstream.py port [host]`.
+
+"count N R" as the last message makes it count up to N, R numbers a second.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import uvicorn
 from starlette.applications import Starlette
@@ -25,18 +28,23 @@ async def models(request: Request) -> Response:
 
 
 async def complete(request: Request) -> Response:
-    tokens = (await request.json()).get("max_tokens", 128)
-    return StreamingResponse(chunks(tokens), media_type="text/event-stream")
+    body = await request.json()
+    match str(body["messages"][-1]["content"]).split():
+        case ["count", count, rate]:
+            reply = chunks([f"{number} " for number in range(int(count))], 1 / int(rate))
+        case _:
+            reply = chunks([" word"] * body.get("max_tokens", 128), STEP_SECONDS)
+    return StreamingResponse(reply, media_type="text/event-stream")
 
 
-async def chunks(tokens: int) -> AsyncIterator[str]:
-    """The chunks of a reply; a late one does not delay those after it."""
-    loop = asyncio.get_running_loop()
+async def chunks(pieces: Sequence[str], step: float) -> AsyncIterator[str]:
+    """The chunks of a reply, one each `step` seconds; a late one does not delay those after it."""
+    loop, tokens = asyncio.get_running_loop(), len(pieces)
     begin = loop.time() + FIRST_SECONDS
-    for number in range(tokens):
-        await asyncio.sleep(begin + number * STEP_SECONDS - loop.time())
+    for number, piece in enumerate(pieces):
+        await asyncio.sleep(begin + number * step - loop.time())
         usage = {"prompt_tokens": 20, "completion_tokens": number + 1, "total_tokens": 21 + number}
-        yield frame([{"index": 0, "delta": {"content": " word"}, "finish_reason": None}], usage)
+        yield frame([{"index": 0, "delta": {"content": piece}, "finish_reason": None}], usage)
     yield frame([{"index": 0, "delta": {}, "finish_reason": "stop"}], None)
     yield frame([], {"prompt_tokens": 20, "completion_tokens": tokens, "total_tokens": 20 + tokens})
     yield "data: [DONE]\n\n"
@@ -57,4 +65,5 @@ app = Starlette(
 )
 
 if __name__ == "__main__":
-    uvicorn.run(app, port=int(sys.argv[1]), log_level="warning")
+    port, *host = sys.argv[1:]
+    uvicorn.run(app, host=host[0] if host else "127.0.0.1", port=int(port), log_level="warning")
