@@ -11,7 +11,7 @@ from models.language.events import ArgumentsDelta, Done, Event, ReasoningDelta, 
 from models.messages import FinishReason, Usage
 from models.output_item import TokenLogprob
 from models.upstream.failures import failure_in_stream
-from models.upstream.wire import Choice, Chunk, Delta, Logprob, Logprobs, TopLogprob, decode_chunk
+from models.upstream.wire import Choice, Chunk, Delta, Logprob, Logprobs, ToolCall, TopLogprob, decode_chunk
 
 SMALLEST_LOGPROB = -9999.0
 
@@ -25,7 +25,8 @@ class ChunkReader:
     def __init__(self, usage: Usage, max_tokens: int | None) -> None:
         self._usage = usage
         self._max_tokens = max_tokens
-        self._calls = 0  # the calls of tools that have begun
+        self._index = -1  # of the tool call that has begun last
+        self._id: str | None = None
         self._finish_reason: str | None = None
         self._counted = False  # whether the upstream tells how much of the output is reasoning
 
@@ -80,13 +81,19 @@ class ChunkReader:
         if text := delta.content or delta.refusal:
             yield TextDelta(text, logprobs)
         for call in delta.tool_calls or ():
-            if call.index >= self._calls and call.function.name:
-                self._calls = call.index + 1
-                yield ToolCallStarted(call.function.name)
-            elif call.index != self._calls - 1:
-                raise UpstreamFailedError("it sends pieces of several tool calls in turn")
-            if call.function.arguments:
-                yield ArgumentsDelta(call.function.arguments)
+            yield from self._events_of_call(call)
+
+    def _events_of_call(self, call: ToolCall) -> Iterator[Event]:
+        """A new call has another index or another id: some servers leave out one of them."""
+        index = max(self._index, 0) if call.index is None else call.index
+        is_new = index > self._index or call.id not in (None, self._id)
+        if is_new and call.function.name:
+            self._index, self._id = index, call.id
+            yield ToolCallStarted(call.function.name)
+        elif index != self._index:
+            raise UpstreamFailedError("it sends pieces of several tool calls in turn")
+        if call.function.arguments:
+            yield ArgumentsDelta(call.function.arguments)
 
     def _count(self, chunk: Chunk) -> None:
         """Take over the counts of the upstream."""

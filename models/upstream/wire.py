@@ -83,7 +83,8 @@ class CalledFunction(Struct):
 
 
 class ToolCall(Struct):
-    index: int = 0
+    index: int | None = None
+    id: str | None = None
     function: CalledFunction = field(default_factory=CalledFunction)
 
 

@@ -138,6 +138,15 @@ def transformers_serve(python: Path, folder: Path, port: int = 7803) -> Iterator
         yield server
 
 
+@contextmanager
+def vllm(python: Path, folder: Path, port: int = 7804) -> Iterator[Server]:
+    """The server of vLLM. Where it runs on a CPU, the environment must have what it needs for that."""
+    command = [str(python.parent / "vllm"), "serve", str(folder), "--served-model-name", "model", "--port", str(port)]
+    command += ["--host", "127.0.0.1", "--max-model-len", "2048"]
+    with running("vLLM", "openai", command, "/health", port) as server:
+        yield server
+
+
 def python_of(root: Path) -> Path:
     """The interpreter for a checkout: that of its own environment, or ours."""
     own = root / ".venv" / "bin" / "python"

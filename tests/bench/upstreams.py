@@ -21,7 +21,7 @@ from platformdirs import user_cache_path
 
 from models.language.model_files import find_model
 from models.settings import Settings
-from tests.bench.servers import ROOT, SECRET, Server, llama_cpp, parley, running
+from tests.bench.servers import ROOT, SECRET, Server, llama_cpp, parley, running, vllm
 
 STREAMS = (1, 8, 32)
 TOKENS = 128
@@ -90,6 +90,8 @@ def main() -> None:
     parser.add_argument("--llama", type=Path, help="the Python of an environment with xllamacpp")
     parser.add_argument("--parley", action="store_true", help="in front of another Parley")
     parser.add_argument("--paced", action="store_true", help="in front of a server with a fixed pace")
+    parser.add_argument("--vllm", type=Path, metavar="PYTHON", help="the Python of an environment with vLLM")
+    parser.add_argument("--folder", type=Path, help="the folder of the model for vLLM")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     with ExitStack() as stack:
@@ -98,6 +100,8 @@ def main() -> None:
         if arguments.llama:
             gguf = find_model(Settings(), user_cache_path("parley"))
             compare(stack.enter_context(llama_cpp(arguments.llama, gguf)), arguments.rounds)
+        if arguments.vllm:
+            compare(stack.enter_context(vllm(arguments.vllm, arguments.folder)), arguments.rounds)
         if arguments.parley:
             compare(stack.enter_context(parley()), arguments.rounds)
 

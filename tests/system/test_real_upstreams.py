@@ -31,6 +31,7 @@ WEATHER = {
     "type": "function",
     "function": {
         "name": "weather",
+        "strict": True,  # else vLLM does not keep to the parameters
         "parameters": {
             "type": "object",
             "properties": {"rain": {"type": "boolean"}},

@@ -94,9 +94,9 @@ async def test_reasoning_is_apart_from_the_text(upstream: FakeUpstream, name: st
     assert (reply.usage.output_tokens, reply.usage.reasoning_tokens) == (2, 1)
 
 
-def call(index: int, name: str | None, arguments: str | None) -> Json:
+def call(index: int | None, name: str | None, arguments: str | None, id: str | None = "call_1") -> Json:
     function = {"name": name, "arguments": arguments}
-    return chunk({"tool_calls": [{"index": index, "id": "call_1", "type": "function", "function": function}]})
+    return chunk({"tool_calls": [{"index": index, "id": id, "type": "function", "function": function}]})
 
 
 async def test_calls_of_tools_come_one_after_the_other(upstream: FakeUpstream) -> None:
@@ -107,6 +107,23 @@ async def test_calls_of_tools_come_one_after_the_other(upstream: FakeUpstream) -
             ToolCallStarted("f"),
             ArgumentsDelta('{"a"'),
             ArgumentsDelta(": 1}"),
+            ToolCallStarted("g"),
+            ArgumentsDelta("{}"),
+            Done("stop"),
+        ]
+
+
+@pytest.mark.parametrize("index", [None, 0])
+async def test_calls_without_an_index_of_their_own_are_told_by_their_ids(
+    upstream: FakeUpstream, index: int | None
+) -> None:
+    pieces = call(index, "f", "{", "call_1"), call(index, "f", "}", "call_1"), call(index, "g", "{}", "call_2")
+    upstream.will(streaming(*pieces, reason="tool_calls"))
+    async with chat_over(upstream) as chat:
+        assert await reply_of(chat) == [
+            ToolCallStarted("f"),
+            ArgumentsDelta("{"),
+            ArgumentsDelta("}"),
             ToolCallStarted("g"),
             ArgumentsDelta("{}"),
             Done("stop"),
