@@ -465,4 +465,4 @@ def one_line(error: BaseException | str, limit: int = 300) -> str:
         text = " ".join(str(error).split())
         prefix = [] if text and isinstance(error, ParleyError) else [type(error).__name__]
         error = ": ".join([*prefix, text] if text else prefix)
-    return " ".join(error.split())[:limit]
+    return "".join(filter(str.isprintable, " ".join(error.split())[:limit]))  # an escape code would reach the terminal

@@ -112,7 +112,7 @@ def _read(lookup: Lookup, name: str, allowed: str, convert: Callable[[str], Any]
     try:
         return convert(value)
     except (ValueError, InvalidValueError):
-        shown = "" if name in SECRET else f"={value!r}"
+        shown = "" if name in HIDDEN else f"={value!r}"
         raise SettingsError(f"{PREFIX}{name.upper()}{shown} is not allowed: it must be {allowed}") from None
 
 
@@ -190,13 +190,19 @@ def _hosts(value: str) -> tuple[str, ...]:
 
 
 def _urls(value: str) -> tuple[str, ...]:
-    return tuple(_url(url.strip().rstrip("/")) for url in value.split(","))
+    return tuple(dict.fromkeys(_url(url.strip().rstrip("/")) for url in value.split(",")))
 
 
 def _url(url: str) -> str:
-    if urlsplit(_choice(r"https?://[^/?#@\s]+(/[^?#@\s]*)?")(url)).port == 0:  # `port` raises ValueError too
+    if (
+        urlsplit(_choice(r"https?://[^/?#@\s]+(/[^?#@\s]*)?")(url)).port == 0 or not url.isprintable()
+    ):  # `port` raises ValueError too
         raise ValueError(url)
     return url if url.count("/") > 2 else f"{url}/v1"
+
+
+def _header(value: str) -> str:
+    return _choice(r"[!-~]+")(value.strip())  # a secret that is a file often has a newline at its end
 
 
 def _proxies(value: str) -> tuple[str, ...]:
@@ -212,13 +218,14 @@ def _rate(value: str) -> str:
 
 
 SECRET = ("users", "key", "upstream_key", "database_url", "redis_url")  # settings that contain secrets
+HIDDEN = (*SECRET, "upstream")  # values that are not shown when they are wrong: the URL may have a password
 
 USER_ID = r"[\w.@-]{1,64}"
 
 RULES: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "model": ("a Hub id, a folder or a .gguf file", str),
     "upstream": ("a list of URLs, such as http://gpu1:8000/v1, with commas between them and no passwords", _urls),
-    "upstream_key": ("a key", str),
+    "upstream_key": ("a key of ASCII characters without spaces", _header),
     "upstream_model": ("a list of names without spaces, with commas between them", _names),
     "model_aliases": (
         "a list of names without spaces, or of name=model, with commas between them, or * for every name",

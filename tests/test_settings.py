@@ -74,7 +74,9 @@ def test_an_empty_value_counts_as_none() -> None:
         ("UPSTREAM", "http://gpu1:8000/v1", "upstream", ("http://gpu1:8000/v1",)),
         ("UPSTREAM", "http://gpu1:8000, https://b/api/", "upstream", ("http://gpu1:8000/v1", "https://b/api")),
         ("UPSTREAM_MODEL", "org/large,small", "upstream_model", ("org/large", "small")),
+        ("UPSTREAM", "http://a, http://a/v1", "upstream", ("http://a/v1",)),
         ("UPSTREAM_KEY", "sk-1", "upstream_key", "sk-1"),
+        ("UPSTREAM_KEY", "sk-1\n", "upstream_key", "sk-1"),
         ("RATE", "60/minute", "rate", "60/minute"),
         ("RATE", "5 per 10 seconds", "rate", "5 per 10 seconds"),
         ("TOKEN_RATE", "100000/day", "token_rate", "100000/day"),
@@ -294,11 +296,18 @@ def test_every_setting_without_secrets_can_be_written_as_json() -> None:
         "http://a:b",
         "http://[::1",
         "http://a:0",
+        "http://a\x01b",
     ],
 )
-def test_a_url_of_an_upstream_that_cannot_be_is_refused(url: str) -> None:
-    with pytest.raises(SettingsError, match="PARLEY_UPSTREAM"):
+def test_a_url_of_an_upstream_that_cannot_be_is_refused_and_not_repeated(url: str) -> None:
+    with pytest.raises(SettingsError, match="PARLEY_UPSTREAM is not allowed"):
         read(UPSTREAM=url)
+
+
+@pytest.mark.parametrize("key", ["sk 1", "sk-\x00", "schlüssel"])
+def test_a_key_that_no_header_can_have_is_refused_and_not_repeated(key: str) -> None:
+    with pytest.raises(SettingsError, match="PARLEY_UPSTREAM_KEY is not allowed"):
+        read(UPSTREAM_KEY=key)
 
 
 def test_an_upstream_is_in_place_of_a_model() -> None:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import binascii
 import re
 from typing import Any
 
 from models.errors import InvalidValueError, UnsupportedParameterError
 from models.messages import Image
 
-URL = re.compile(r"data:image/(png|jpeg|webp|gif);base64,[A-Za-z0-9+/]+={0,2}")
+URL = re.compile(r"data:image/(png|jpeg|webp|gif);base64,([A-Za-z0-9+/]+={0,2})")
 ALLOWED = "a data: URL of a PNG, JPEG, WebP or GIF picture: this server fetches none"
+MOST_IMAGES = 20  # of one message
+BEGINNINGS = {  # of a file, by its kind
+    "png": re.compile(rb"\x89PNG\r\n\x1a\n"),
+    "jpeg": re.compile(rb"\xff\xd8\xff"),
+    "webp": re.compile(rb"RIFF....WEBP", re.DOTALL),
+    "gif": re.compile(rb"GIF8[79]a"),
+}
 PART_TYPES = ("image_url", "input_image")
 
 
@@ -34,6 +42,21 @@ class Content:
         url = part.get("image_url")
         if isinstance(url, dict):
             url = url.get("url")
-        if not isinstance(url, str) or not URL.fullmatch(url):
+        if not isinstance(url, str) or not _is_image(url):
             raise InvalidValueError(f"{param}.image_url must be {ALLOWED}", f"{param}.image_url", ALLOWED)
+        if len(self.images) == MOST_IMAGES:
+            allowed = f"one of at most {MOST_IMAGES} pictures of a message"
+            raise InvalidValueError(f"{param} must be {allowed}", param, allowed)
         self.images.append({"url": url, "at": len(self.text)})
+
+
+def _is_image(url: str) -> bool:
+    """Whether a URL has the beginning of a picture of the kind that it names."""
+    found = URL.fullmatch(url)
+    if not found:
+        return False
+    try:
+        data = binascii.a2b_base64(found[2], strict_mode=True)
+    except binascii.Error:
+        return False
+    return BEGINNINGS[found[1]].match(data) is not None

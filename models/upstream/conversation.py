@@ -13,7 +13,7 @@ from models.language.history import (
     with_instructions,
     without_empty,
 )
-from models.messages import Message
+from models.messages import Message, parts_of
 
 USUAL_BYTES = 3.0  # of text for each token, until an upstream has told how many tokens a prompt had
 IMAGE_BYTES = 4000  # of text that need as many tokens as a picture, more or less
@@ -23,8 +23,8 @@ FEWEST_BYTES, MOST_BYTES = 0.5, 12.0
 class Conversation:
     """The messages of a request. The oldest turns can be left out, but not the system prompt and the last turn.
 
-    `instructions` are the operator's. A model that reads only text gets the messages of a conversation without the
-    pictures that another model has seen.
+    `instructions` are the operator's. A model that reads only text gets "[picture]" in place of each picture that
+    another model has seen.
     """
 
     def __init__(self, request: ChatRequest, instructions: str | None, has_images: bool = False) -> None:
@@ -90,6 +90,7 @@ def _without_images(message: Message) -> Message:
     if "images" not in message:
         return message
     text = message.copy()
+    text["content"] = "\n".join(part if isinstance(part, str) else "[picture]" for part in parts_of(message))
     del text["images"]
     return text
 

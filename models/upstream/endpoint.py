@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import http.cookiejar
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, TypeVar
 
 import msgspec
 from httpx2 import (
     AsyncClient,
+    ConnectError,
     EventSource,
     HTTPError,
     Limits,
@@ -25,22 +28,29 @@ from httpx2 import (
     WriteError,
 )
 
-from models.errors import APIError, UpstreamFailedError, one_line
+from models.errors import APIError, InvalidRequestError, UpstreamFailedError, one_line
 from models.upstream.failures import failure_of
 from models.upstream.kinds import LLAMA_CPP, OPENAI, OTHER, PARLEY, VLLM, Body, Kind, kind_of
-from models.upstream.wire import Args, Counted, Model, Models, Props
+from models.upstream.wire import Args, Counted, Model, Models, Props, decode_model
+from models.validation import printable
 
 logger = logging.getLogger("parley")
 
 POLL_SECONDS = 5.0  # from one look at an upstream to the next
 AWAY_SECONDS = 1.0  # the same, while it does not answer
 ANSWER_SECONDS = 5.0  # for an answer to a look, and for a connection
-MISSED = 3  # looks without an answer, after which it is away
+PAUSE_SECONDS = 0.5  # between two looks at least: replies may fail all at once
+MISSED = 3  # looks in a row without a good answer, after which it is away
 SILENCE_SECONDS = 600.0  # without a byte of a reply: a long prompt may take minutes
 END_SECONDS = 0.1  # from the last event of a stream to its end
 KEEP_SECONDS = 3.0  # an unused connection: uvicorn, and so vLLM, closes it after 5
 BODY_BYTES = 2**16  # of an error that is read
 EVENT_BYTES = 2**20  # of one event of a stream
+LOOK_BYTES = 2**22  # of an answer to a look: OpenRouter lists 400 models in 500 kB
+MODELS = 1000  # of one upstream
+TURN = 50  # events that are read before others have a turn: a compressed stream of empty ones took 4 s
+RESEND_SECONDS = 0.25  # within which a kept connection that the upstream has closed is noticed
+SHOWN = 20  # models in the log
 
 PIXEL = (  # a picture of one pixel
     "data:image/png;base64,"
@@ -88,7 +98,8 @@ class Endpoint:
         self._clock = clock
         self._cool_at = 0.0  # until then, others are preferred
         self._failed = asyncio.Event()  # since the last look
-        self._missed = 0  # looks in a row without an answer
+        self._is_learned = True  # whether it has answered all questions
+        self._missed = 0  # looks in a row without a good answer
         self._waiting: set[asyncio.Timeout] = set()  # for the next piece of a reply
 
     @property
@@ -117,39 +128,44 @@ class Endpoint:
                     await self._failed.wait()
             self._failed.clear()
             await self.look()
+            await asyncio.sleep(PAUSE_SECONDS)
 
     async def look(self) -> None:
-        """Ask the upstream for its models. One that does not answer several times is away."""
+        """Ask the upstream for its models. It is away if it refuses a connection, or after several bad answers."""
         try:
             async with asyncio.timeout(self._patience):
                 await self._learn()
         except (TimeoutError, TimeoutException):
-            self._missed += 1
-            if self.trouble or self._missed >= MISSED:
-                self._lose(f"it does not answer within {self._patience:g} s")
-        except (APIError, HTTPError, OSError) as error:
-            self._missed += 1
+            self._miss(f"it does not answer within {self._patience:g} s")
+        except ConnectError as error:
             self._lose(one_line(error))
+        except (APIError, HTTPError, OSError) as error:
+            self._miss(one_line(error))
+        except Exception as error:  # nothing that an upstream says may end the looks
+            logger.exception("the look at %s has failed", self.url)
+            self._miss(one_line(error))
         else:
             self._missed = 0
             self._find()
 
     async def _learn(self) -> None:
-        listed = (await self._ask("/models", Models)).data
-        if self.trouble or listed != self._listed:
+        listed = _models_of((await self._ask("/models", Models)).data)
+        if self.trouble or not self._is_learned or listed != self._listed:
+            self._is_learned = True
             self.kind = kind_of(next((model.owned_by for model in listed if model.owned_by), ""))
             details = await self._details()
+            images = self.kind is OPENAI or (self.kind is VLLM and await self._counts_images(listed))
             self._listed = listed
             self.models = {
                 one.id: UpstreamModel(
-                    one.id, **{"context": _context_of(one), **details}, images=await self._reads_images(one)
+                    one.id, **{"context": _context_of(one), **details}, images=_reads_images(one, images)
                 )
                 for one in listed
             }
 
     async def _details(self) -> dict[str, Any]:
         """The fields of all its models that an upstream tells in another place, where it also tells its slots."""
-        with suppress(UpstreamFailedError):
+        with self._asked_again():
             if self.kind is LLAMA_CPP:
                 props = await self._ask("/props", Props, at_root=True)
                 self.slots = props.total_slots
@@ -164,43 +180,74 @@ class Endpoint:
                 return {"defaults": args.options}
         return {}
 
-    async def _reads_images(self, model: Model) -> bool:
-        """Whether a model reads pictures. vLLM does not tell: it is asked to count the tokens of one."""
-        if model.architecture:
-            return "image" in model.architecture.input_modalities
-        if self.kind is not VLLM:
-            return self.kind is OPENAI
+    async def _counts_images(self, listed: Sequence[Model]) -> bool:
+        """Whether a vLLM reads pictures. It does not tell: it is asked to count the tokens of one.
+
+        All its models are the same one, by other names or with adapters.
+        """
         content = [{"type": "image_url", "image_url": {"url": PIXEL}}]
+        for model in listed[:1]:
+            with self._asked_again(), suppress(InvalidRequestError):
+                await self.count(
+                    "/tokenize", {"model": model.id, "messages": [{"role": "user", "content": content}]}, Counted
+                )
+                return True
+        return False
+
+    @contextmanager
+    def _asked_again(self) -> Iterator[None]:
+        """Ask again at the next look what the upstream fails to answer."""
         try:
-            await self.count(
-                "/tokenize", {"model": model.id, "messages": [{"role": "user", "content": content}]}, Counted
-            )
+            yield
         except APIError:
-            return False
-        return True
+            self._is_learned = False
 
     async def _ask(self, path: str, kind: type[T], at_root: bool = False) -> T:
         """What a GET answers. Raises UpstreamFailedError, or HTTPError if there is no answer."""
-        return _decoded(await self._client.get(self._url(path, at_root)), kind)
+        status, answer = await self._answer(self._client.build_request("GET", self._url(path, at_root)))
+        if status != 200:  # anybody may read this: it has nothing of what the upstream says, such as a wrong key
+            raise UpstreamFailedError(f"GET {path} is answered with status {status}")
+        return _decoded(answer, kind)
 
     async def count(self, path: str, body: Body, kind: type[T]) -> T:
-        """What a POST at the root answers, within seconds. Raises UpstreamFailedError."""
+        """What a POST at the root answers, within seconds. Raises APIError."""
+        request = self._client.build_request("POST", self._url(path, at_root=True), content=encode(body))
         try:
             async with asyncio.timeout(self._patience):
-                return _decoded(await self._client.post(self._url(path, at_root=True), content=encode(body)), kind)
+                status, answer = await self._answer(request)
         except (HTTPError, TimeoutError) as error:
             raise UpstreamFailedError(f"{self.url}: {one_line(error)}") from error
+        if status != 200:
+            raise failure_of(status, answer)
+        return _decoded(answer, kind)
+
+    async def _answer(self, request: Request) -> tuple[int, bytes]:
+        response = await self._client.send(request, stream=True)
+        try:
+            return response.status_code, await _beginning(response, LOOK_BYTES)
+        finally:
+            await response.aclose()
 
     def _url(self, path: str, at_root: bool) -> str:
         return f"{self.url.removesuffix('/v1') if at_root else self.url}{path}"
 
     def _find(self) -> None:
         if self.trouble:
-            logger.info("%s answers (%s): %s", self.url, self.kind.name, ", ".join(self.models))
+            more = f" and {len(self.models) - SHOWN} more" if len(self.models) > SHOWN else ""
+            logger.info("%s answers (%s): %s%s", self.url, self.kind.name, ", ".join([*self.models][:SHOWN]), more)
         self.trouble = None
+        for waiting in self._waiting:
+            if not waiting.expired():
+                waiting.reschedule(None)
         self.on_change()
 
+    def _miss(self, trouble: str) -> None:
+        self._missed += 1
+        if self.trouble or self._missed >= MISSED:
+            self._lose(trouble)
+
     def _lose(self, trouble: str) -> None:
+        self._missed = max(self._missed, 1)
         if self.trouble != trouble:
             logger.warning("%s is away: %s", self.url, trouble)
         self.trouble = trouble
@@ -234,12 +281,15 @@ class Endpoint:
     @asynccontextmanager
     async def _opened(self, path: str, body: Body) -> AsyncIterator[Response]:
         response = await self._send(path, encode(body))
+        kind = response.headers.get("content-type", "")
         try:
-            if response.status_code != 200:
+            if response.status_code != 200 or not kind.startswith("text/event-stream"):
                 with self._told():
                     async with self._patient():
-                        answer = await _beginning(response)
-                raise failure_of(response.status_code, answer, response.headers.get("retry-after"))
+                        answer = await _beginning(response, BODY_BYTES)
+                if response.status_code != 200:
+                    raise failure_of(response.status_code, answer, response.headers.get("retry-after"))
+                raise UpstreamFailedError(f"it answers with {kind!r}, not with a stream: {printable(answer)}")
             yield response
         finally:
             await response.aclose()
@@ -248,23 +298,34 @@ class Endpoint:
         """Send a request, and wait for the head of its answer."""
         with self._told():
             async with self._patient():
-                with suppress(RemoteProtocolError, ReadError, WriteError):  # it closed a kept connection
+                began = self._clock()
+                try:
                     return await self._client.send(self._request(path, body), stream=True)
+                except (RemoteProtocolError, ReadError, WriteError):  # it may have closed a kept connection
+                    if self._clock() - began > RESEND_SECONDS:
+                        raise
                 return await self._client.send(self._request(path, body), stream=True)
 
     def _request(self, path: str, body: bytes) -> Request:
         return self._client.build_request("POST", self._url(path, at_root=False), content=body)
 
     async def _data(self, response: Response) -> AsyncIterator[str]:
+        if response.headers.get("content-encoding", "identity") != "identity":
+            raise UpstreamFailedError(f"{self.url} compresses its answer, which it was not asked for")
+        response.encoding = "utf-8-sig"  # of all streams of events
         events = aiter(EventSource(response, EVENT_BYTES))
-        while True:
+        for number in count(1):
             with self._told():
                 async with self._patient():
                     event = await anext(events, None)
             if event is None:
                 return
-            if event.data != "[DONE]":
-                yield event.data
+            if number % TURN == 0:
+                await asyncio.sleep(0)
+            data = event.data.strip()
+            if data != "[DONE]":
+                if data:
+                    yield data
                 continue
             with suppress(TimeoutError, HTTPError):  # a connection is kept if its stream is read to its end
                 async with asyncio.timeout(END_SECONDS):
@@ -294,9 +355,11 @@ class Endpoint:
 
 def new_client(key: str | None) -> AsyncClient:
     """A client for all upstreams, with a key if they want one."""
-    headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
+    headers = {"content-type": "application/json", "accept-encoding": "identity"}
+    no_cookies = http.cookiejar.DefaultCookiePolicy(allowed_domains=[])  # else users would share those of a reply
     return AsyncClient(
-        headers=headers,
+        headers=headers | ({"authorization": f"Bearer {key}"} if key else {}),
+        cookies=http.cookiejar.CookieJar(no_cookies),
         timeout=Timeout(ANSWER_SECONDS, read=SILENCE_SECONDS, write=SILENCE_SECONDS, pool=None),
         limits=Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEP_SECONDS),
     )
@@ -305,23 +368,37 @@ def new_client(key: str | None) -> AsyncClient:
 encode = msgspec.json.Encoder().encode
 
 
-def _decoded(response: Response, kind: type[T]) -> T:
-    if response.status_code != 200:
-        raise failure_of(response.status_code, response.content)
+def _decoded(answer: bytes, kind: type[T]) -> T:
     try:
-        return msgspec.json.decode(response.content, type=kind)
+        return msgspec.json.decode(answer, type=kind)
     except (msgspec.DecodeError, RecursionError) as error:
-        raise UpstreamFailedError(f"{response.url} answers with something else: {one_line(error)}") from error
+        raise UpstreamFailedError(f"it answers with something else: {one_line(error)}") from error
 
 
-async def _beginning(response: Response) -> bytes:
+async def _beginning(response: Response, limit: int) -> bytes:
     """The first bytes of a body."""
     body = bytearray()
-    async for piece in response.aiter_bytes():
+    async for piece in response.aiter_raw():
         body += piece
-        if len(body) >= BODY_BYTES:
+        if len(body) >= limit:
             break
-    return bytes(body[:BODY_BYTES])
+    return bytes(body[:limit])
+
+
+def _models_of(listed: Sequence[msgspec.Raw]) -> list[Model]:
+    """The entries of a list that can be read as models."""
+    models = []
+    for entry in listed[:MODELS]:
+        with suppress(msgspec.ValidationError):
+            models.append(decode_model(entry))
+    return [model for model in models if model.id.isprintable()]
+
+
+def _reads_images(model: Model, otherwise: bool) -> bool:
+    """Whether a model reads pictures, if it tells."""
+    if model.architecture is None or model.architecture.input_modalities is None:
+        return otherwise
+    return "image" in model.architecture.input_modalities
 
 
 def _context_of(model: Model) -> int | None:

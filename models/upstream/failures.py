@@ -45,7 +45,9 @@ def _failure(status: int, body: Any, retry_after: str | None = None) -> APIError
     error = body.get("error", body) if isinstance(body, dict) else {}
     error = error if isinstance(error, dict) else {"message": str(error)}
     message = printable(error.get("message") or error.get("detail") or "", MESSAGE_LENGTH)
-    told = f"it answers with status {status}" + (f": {message}" if message else "")
+    told = f"it answers with status {status}"
+    if message and status not in (401, 403):  # they may repeat the key
+        told += f": {message}"
     if status in (429, 503):
         return UpstreamBusyError(told, _seconds(retry_after))
     if status not in (400, 409, 413, 415, 422):

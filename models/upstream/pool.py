@@ -51,6 +51,8 @@ def beginning_of(request: ChatRequest, model: str) -> bytes:
     digest = hashlib.blake2b(f"{model}\0{request.user}".encode(), digest_size=16)
     for message in request.messages:
         digest.update(b"\0" + message["content"].encode())
+        for image in message.get("images", ()):
+            digest.update(b"\0" + image["url"].encode())
         if message["role"] == "user":
             break
     return digest.digest()

@@ -11,10 +11,9 @@ from typing import Any
 
 from models.chat_request import ChatRequest
 from models.errors import (
-    ContextLengthExceededError,
+    APIError,
     InvalidValueError,
     UnsupportedParameterError,
-    UpstreamFailedError,
     UpstreamUnavailableError,
 )
 from models.model_info import ModelInfo, ModelList
@@ -49,7 +48,8 @@ class UpstreamChat:
         self._metrics = metrics
         self._bytes_per_token: dict[str, BytesPerToken] = {}  # by the model
         self._changed = asyncio.Event()
-        self.models = ModelList(self._offered())
+        self.models = ModelList(())
+        self.models.replace(self._offered())
         for endpoint in endpoints:
             endpoint.on_change = self._learn
             metrics.upstream_running.labels(endpoint.url).set_function(partial(getattr, endpoint, "running"))
@@ -115,6 +115,8 @@ class UpstreamChat:
         Raises UnsupportedParameterError, ContextLengthExceededError or UpstreamUnavailableError.
         """
         model = self.models.of(request.model)
+        if request.model not in (None, *model.names):  # it has gone a moment ago
+            raise UpstreamUnavailableError
         endpoints = self._offering(model.name, bool(request.tools.callable))
         bodies = _bodies(request, {one.kind for one in endpoints}, model.name)
         conversation = Conversation(request, self._settings.options.get("instructions"), model.has_images)
@@ -165,7 +167,7 @@ class UpstreamChat:
         if tokens > CERTAIN * limit and counting:
             asked = {name: bodies[VLLM][name] for name in COUNTED if name in bodies[VLLM]}
             body = {**asked, "messages": render_messages(conversation.messages, VLLM)}
-            with suppress(UpstreamFailedError, ContextLengthExceededError):
+            with suppress(APIError):
                 tokens = (await counting.count("/tokenize", body, Counted)).count
                 self._bytes_per_token[model.name].learn(conversation.size, tokens)
         conversation.fit(tokens, limit)
@@ -198,7 +200,8 @@ class UpstreamChat:
     def _offered(self) -> Iterator[ModelInfo]:
         """The models of the settings, or else those of the upstreams."""
         found = [name for endpoint in self._pool.endpoints for name in endpoint.models]
-        names = list(dict.fromkeys(self._settings.upstream_model or found))
+        kept = [model.name for model in self.models.all[:1] if model.name in found]  # the default model stays
+        names = list(dict.fromkeys(self._settings.upstream_model or [*kept, *found]))
         for name in names:
             told = [one.models[name] for one in self._pool.endpoints if name in one.models]
             contexts = [one.context for one in told if one.context]

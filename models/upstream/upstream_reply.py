@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 
 from models.errors import (
@@ -30,6 +31,7 @@ from models.upstream.request_body import render_messages
 logger = logging.getLogger("parley")
 
 COOL_SECONDS = 10.0  # for which an upstream that has failed comes last
+COUNTS_SECONDS = 2.0  # from the end of a reply to the counts of its tokens
 
 
 @dataclass(frozen=True)
@@ -116,17 +118,24 @@ class UpstreamReply:
     async def _events_of(self, endpoint: Endpoint) -> AsyncGenerator[Event, None]:
         reader, started = ChunkReader(self.usage, self._max_tokens), time.monotonic()
         path = "/chat/completions" if self._asked.prompt is None else "/completions"
-        async with endpoint.stream(path, self._body(endpoint.kind)) as chunks:
-            is_first = True
-            async for data in chunks:
-                for event in reader.read(data):
-                    if is_first:
-                        is_first = False
-                        # Until the upstream tells: a reply that is cancelled counts too.
-                        self.usage.input_tokens = self.usage.input_tokens or self._estimate()
-                        self._metrics.upstream_first_token.labels(endpoint.url).observe(time.monotonic() - started)
-                    yield event
+        # Until the upstream tells: a reply that is cancelled counts too, but not one that never begins.
+        self.usage.input_tokens = self._estimate()
+        begun = False
+        try:
+            async with endpoint.stream(path, self._body(endpoint.kind)) as chunks:
+                async for data in chunks:
+                    for event in reader.read(data):
+                        if not begun:
+                            begun = True
+                            self._metrics.upstream_first_token.labels(endpoint.url).observe(time.monotonic() - started)
+                        yield event
+                    if reader.has_finished:
+                        break
+                await _read_counts(chunks, reader)
             done = reader.done()
+        except APIError:
+            self.usage.input_tokens *= begun
+            raise
         self._bytes_per_token.learn(self._asked.size, self.usage.input_tokens)
         yield done
 
@@ -161,6 +170,15 @@ class UpstreamReply:
         self._bytes_per_token.learn(size, tokens)
         fits = asked.context / tokens if asked.context and tokens else 1.0
         return asked.conversation.shorten(size * min(fits, 1.0) / 2)
+
+
+async def _read_counts(chunks: AsyncIterator[str], reader: ChunkReader) -> None:
+    """Read the counts of tokens, which come after the end of a reply. Some upstreams send none, or never end."""
+    with suppress(TimeoutError, APIError):
+        async with asyncio.timeout(COUNTS_SECONDS):
+            async for data in chunks:
+                for _ in reader.read(data):
+                    pass
 
 
 def _told(failure: APIError) -> APIError:

@@ -2,44 +2,47 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
-from msgspec import Struct, field
+from msgspec import Meta as Limit, Raw, Struct, field
+
+Name = Annotated[str, Limit(min_length=1, max_length=256)]
+Length = Annotated[int, Limit(ge=0, le=2**31 - 1)]  # in tokens
 
 
 class Meta(Struct):
     """What llama-server tells of a model."""
 
-    n_ctx: int | None = None
-    n_ctx_train: int | None = None
+    n_ctx: Length | None = None
+    n_ctx_train: Length | None = None
 
 
 class Architecture(Struct):
     """What llama-server, OpenRouter and Parley tell of a model."""
 
-    input_modalities: list[str] = field(default_factory=list)
+    input_modalities: list[str] | None = None
 
 
 class Model(Struct):
     """One entry of `GET /v1/models`."""
 
-    id: str
+    id: Name
     owned_by: str | None = None
-    max_model_len: int | None = None  # vLLM, SGLang, Parley
-    context_length: int | None = None  # OpenRouter and others
+    max_model_len: Length | None = None  # vLLM, SGLang, Parley
+    context_length: Length | None = None  # OpenRouter and others
     meta: Meta | None = None
     architecture: Architecture | None = None
 
 
 class Models(Struct):
-    """`GET /v1/models`."""
+    """`GET /v1/models`, with models that are read one by one."""
 
-    data: list[Model]
+    data: list[Raw]
 
 
 class GenerationSettings(Struct):
-    n_ctx: int | None = None
+    n_ctx: Length | None = None
     params: dict[str, Any] = field(default_factory=dict)
 
 
@@ -51,14 +54,14 @@ class Props(Struct):
     """`GET /props` of llama-server."""
 
     default_generation_settings: GenerationSettings = field(default_factory=GenerationSettings)
-    total_slots: int | None = None
+    total_slots: Length | None = None
     chat_template_caps: TemplateCapabilities = field(default_factory=TemplateCapabilities)
 
 
 class Arguments(Struct):
     """`GET /args` of Parley, without what surrounds it."""
 
-    slots: int | None = None
+    slots: Length | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -85,7 +88,7 @@ class CalledFunction(Struct):
 class ToolCall(Struct):
     index: int | None = None
     id: str | None = None
-    function: CalledFunction = field(default_factory=CalledFunction)
+    function: CalledFunction | None = None
 
 
 class Delta(Struct):
@@ -98,7 +101,7 @@ class Delta(Struct):
 
 class TopLogprob(Struct):
     token: str
-    logprob: float
+    logprob: float | None = None
     bytes: list[int] | None = None
 
 
@@ -118,6 +121,7 @@ class Logprobs(Struct):
 class Choice(Struct):
     """Chat Completions have a `delta`, Completions a `text`."""
 
+    index: int | None = None
     delta: Delta | None = None
     text: str | None = None
     finish_reason: str | None = None
@@ -133,8 +137,8 @@ class CompletionDetails(Struct):
 
 
 class Usage(Struct):
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
     prompt_tokens_details: PromptDetails | None = None
     completion_tokens_details: CompletionDetails | None = None
 
@@ -150,10 +154,11 @@ class Timings(Struct):
 class Chunk(Struct):
     """One event of a stream; one with an `error` is the last."""
 
-    choices: list[Choice] = field(default_factory=list)
+    choices: list[Choice] | None = None
     usage: Usage | None = None
     timings: Timings | None = None
     error: Any = None
 
 
+decode_model = msgspec.json.Decoder(Model).decode
 decode_chunk = msgspec.json.Decoder(Chunk).decode

@@ -104,11 +104,22 @@ def test_a_model_that_reads_only_text_refuses_them_by_name(parse: Any) -> None:
         "data:image/png;base64,",
         "data:image/png;base64,<b>",
         "data:image/png,raw",
+        "data:image/png;base64,A",
+        "data:image/png;base64,QUFB",
+        "data:image/jpeg;base64,iVBORw0KGgo=",
     ],
 )
 def test_what_is_no_picture_is_refused(parse: Any, url: str) -> None:
     with pytest.raises(InvalidValueError, match="PNG, JPEG, WebP or GIF"):
         parse([url])
+
+
+@PARSERS
+def test_a_message_has_so_many_pictures_and_no_more(parse: Any) -> None:
+    (message,) = parse([PNG] * 20)
+    assert told(message) == [PNG] * 20
+    with pytest.raises(InvalidValueError, match="20 pictures"):
+        parse([PNG] * 21)
 
 
 @pytest.mark.parametrize("url", ["http://10.0.0.1/a.png", "https://example.com/a.png", "file:///etc/passwd", 5, None])

@@ -6,13 +6,15 @@ import asyncio
 
 import pytest
 
-from models.errors import ModelNotFoundError, UnsupportedParameterError
+from models.errors import ModelNotFoundError, UnsupportedParameterError, UpstreamUnavailableError
+from models.messages import Image
 from models.model_info import ModelInfo
 from models.ops.metrics import Metrics
 from models.options import Options
 from models.output_format import OutputFormat
 from models.settings import Settings
 from models.tools import Tool, Tools
+from models.upstream.endpoint import Endpoint, new_client
 from models.upstream.upstream_chat import OWN, UpstreamChat
 from tests.support.fake_upstream import Exchange, FakeUpstream, endless
 from tests.support.upstreams import chat_over, reply_of, request_of, user
@@ -90,6 +92,30 @@ async def test_models_that_come_later_are_offered_then(upstream: FakeUpstream) -
         upstream.models.append({"id": "new", "owned_by": "vllm"})
         await chat.look()
         assert changes == [["tiny", "new"]]
+
+
+async def test_entries_that_are_no_models_are_left_out() -> None:
+    async with FakeUpstream.running("tiny") as upstream:
+        bad = [{"id": ""}, {"id": "a\nb"}, {"id": "a" * 257}, {"id": "a", "max_model_len": 10**30}, {"owned_by": 5}, 7]
+        upstream.models.extend(bad)  # type: ignore[arg-type]
+        async with chat_over(upstream) as chat:
+            assert [model.name for model in chat.models.all] == ["tiny"]
+
+
+async def test_the_default_model_stays_as_long_as_it_is_offered() -> None:
+    async with FakeUpstream.running("a", "b") as upstream, chat_over(upstream) as chat:
+        upstream.models.reverse()
+        await chat.look()
+        assert [model.name for model in chat.models.all] == ["a", "b"]
+
+
+async def test_a_model_that_has_just_gone_is_not_replaced_by_another(upstream: FakeUpstream) -> None:
+    async with chat_over(upstream) as chat:
+        request = request_of(chat)
+        upstream.models[0] |= {"id": "new"}
+        await chat.look()
+        with pytest.raises(UpstreamUnavailableError):
+            await chat.prepare(request)
 
 
 async def test_the_start_waits_for_the_models_of_an_upstream(upstream: FakeUpstream) -> None:
@@ -220,6 +246,36 @@ async def test_an_upstream_that_is_away_is_named(upstream: FakeUpstream, other: 
         assert upstream.url in str(chat.trouble)
 
 
+async def test_an_upstream_is_away_after_three_bad_answers_and_nobody_reads_its_words(upstream: FakeUpstream) -> None:
+    async with chat_over(upstream) as chat:
+        upstream.pages["/v1/models"] = 401
+        for _ in range(2):
+            await chat.look()
+            assert chat.trouble is None
+        await chat.look()
+        assert chat.trouble == f"{upstream.url} is away: GET /models is answered with status 401"
+
+
+async def test_replies_go_on_at_an_upstream_that_comes_back(upstream: FakeUpstream) -> None:
+    upstream.will(endless)
+    async with new_client(None) as client:
+        endpoint = Endpoint(upstream.url, client)
+        await endpoint.look()
+        async with endpoint.stream("/chat/completions", {}) as data:
+            await anext(data)
+            waiting = asyncio.ensure_future(anext(data))
+            upstream.pages["/v1/models"] = 500
+            while not endpoint.trouble:
+                await endpoint.look()
+            (deadline,) = endpoint._waiting
+            assert deadline.when() is not None
+            del upstream.pages["/v1/models"]
+            await endpoint.look()
+            assert deadline.when() is None
+            waiting.cancel()
+            await asyncio.wait([waiting])
+
+
 async def test_a_model_that_no_upstream_has_is_named(upstream: FakeUpstream) -> None:
     async with chat_over(upstream, upstream_model=("tiny", "huge")) as chat:
         assert (chat.trouble, chat.warning) == (None, "no upstream has huge")
@@ -284,6 +340,34 @@ async def test_whether_a_model_reads_pictures_is_found_out(
             assert chat.models.default.has_images == reads
 
 
+async def test_a_vllm_is_asked_again_whether_it_reads_pictures_until_it_tells() -> None:
+    async with FakeUpstream.running("base", "adapter") as upstream:
+        upstream.pages["/tokenize"] = 503
+        async with chat_over(upstream) as chat:
+            assert not chat.models.default.has_images
+            upstream.pages["/tokenize"] = {"count": 3}
+            await chat.look()
+            assert [model.has_images for model in chat.models.all] == [True, True]
+
+
+async def test_conversations_that_begin_with_other_pictures_are_others(
+    upstream: FakeUpstream, other: FakeUpstream
+) -> None:
+    for fake in (upstream, other):
+        fake.models[0] |= modalities("image")
+    async with chat_over(upstream, other) as chat:
+        for end in "abcd":
+            images: list[Image] = [{"url": f"{PNG}{end}", "at": 0}]
+            await reply_of(chat, [{"role": "user", "content": "", "images": images}])
+    assert (len(upstream.asked), len(other.asked)) == (2, 2)
+
+
+async def test_a_question_that_is_a_picture_stays_one_for_a_model_that_reads_only_text(upstream: FakeUpstream) -> None:
+    async with chat_over(upstream) as chat:
+        await reply_of(chat, [{"role": "user", "content": "", "images": [{"url": PNG, "at": 0}]}])
+    assert upstream.asked[0].body["messages"] == user("[picture]")
+
+
 @pytest.mark.parametrize("reads", [True, False])
 async def test_pictures_are_passed_on_to_models_that_read_them(upstream: FakeUpstream, reads: bool) -> None:
     upstream.models[0] |= modalities("text", *["image"] * reads)
@@ -291,4 +375,4 @@ async def test_pictures_are_passed_on_to_models_that_read_them(upstream: FakeUps
         await reply_of(chat, [{"role": "user", "content": "Look", "images": [{"url": PNG, "at": 4}]}])
     (message,) = upstream.asked[0].body["messages"]
     picture = {"type": "image_url", "image_url": {"url": PNG}}
-    assert message["content"] == ([{"type": "text", "text": "Look"}, picture] if reads else "Look")
+    assert message["content"] == ([{"type": "text", "text": "Look"}, picture] if reads else "Look\n[picture]")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
+from contextlib import suppress
+from itertools import count
 from typing import Any
 
 import pytest
@@ -18,6 +21,7 @@ from models.errors import (
 from models.language.events import ArgumentsDelta, Done, Event, ReasoningDelta, TextDelta, ToolCallStarted
 from models.messages import Message
 from models.output_item import TokenLogprob
+from models.upstream.endpoint import Endpoint, new_client
 from tests.support.fake_upstream import Answer, Exchange, FakeUpstream, Json, chunk, endless
 from tests.support.upstreams import chat_over, reply_of, request_of, user
 
@@ -185,6 +189,25 @@ async def test_a_reply_without_counts_has_those_that_are_likely() -> None:
     assert (reply.usage.input_tokens, reply.usage.output_tokens) == (100, 1)
 
 
+async def test_a_prompt_that_an_upstream_reads_counts_before_the_first_piece(upstream: FakeUpstream) -> None:
+    async def wait(exchange: Exchange) -> None:
+        await exchange.begin()
+        await exchange.ended.wait()
+
+    upstream.will(wait, status(500))
+    async with chat_over(upstream) as chat:
+        reply = await chat.prepare(request_of(chat, user("a" * 300)))
+        waiting = asyncio.create_task(anext(reply.events()))
+        await upstream.next()
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        assert reply.usage.input_tokens == 100
+        failing = await chat.prepare(request_of(chat, user("a" * 300)))
+        with pytest.raises(UpstreamFailedError):
+            await anext(failing.events())
+    assert failing.usage.input_tokens == 0
+
+
 @pytest.mark.parametrize(
     ("usage", "counts"),
     [
@@ -197,6 +220,11 @@ async def test_a_reply_without_counts_has_those_that_are_likely() -> None:
                 "completion_tokens_details": {"reasoning_tokens": 3},
             },
             (9, 8, 5, 3),
+        ),
+        ({"prompt_tokens": -5, "completion_tokens": 10**400}, (0, 0, 2**31 - 1, 0)),
+        (
+            {"prompt_tokens": 9, "completion_tokens": None, "prompt_tokens_details": {"cached_tokens": None}},
+            (9, 0, 1, 0),
         ),
     ],
 )
@@ -218,6 +246,134 @@ async def test_the_counts_of_llama_cpp_are_taken_over() -> None:
             reply = await chat.prepare(request_of(chat))
             assert [event async for event in reply.events()][-1] == Done("stop")
     assert (reply.usage.input_tokens, reply.usage.cached_tokens, reply.usage.output_tokens) == (7, 3, 6)
+
+
+# What servers do differently
+
+
+@pytest.mark.parametrize(
+    "event",
+    [": ping", "retry: 3000", "event: ping", "data:", 'data: {"choices": null}', 'data: {"error": false}'],
+)
+async def test_events_that_say_nothing_are_no_pieces(upstream: FakeUpstream, event: str) -> None:
+    async def answer(exchange: Exchange) -> None:
+        await exchange.begin()
+        await exchange.say("Hel")
+        await exchange.send_raw(f"{len(event) + 2:x}\r\n{event}\n\n\r\n".encode())
+        await exchange.say("lo")
+        await exchange.finish()
+
+    upstream.will(answer)
+    async with chat_over(upstream) as chat:
+        assert await reply_of(chat) == HELLO
+
+
+async def test_a_reply_ends_although_its_stream_does_not(upstream: FakeUpstream) -> None:
+    async def answer(exchange: Exchange) -> None:
+        await exchange.begin()
+        await exchange.say("Hel", "lo")
+        await exchange.send_event(chunk({}, "stop"))
+        await exchange.ended.wait()
+
+    upstream.will(answer)
+    async with chat_over(upstream) as chat:
+        assert await reply_of(chat) == HELLO
+
+
+@pytest.mark.parametrize("last", [None, "nonsense", {"error": {"message": "late"}}])
+async def test_what_breaks_after_the_end_of_a_reply_does_no_harm(upstream: FakeUpstream, last: Any) -> None:
+    async def answer(exchange: Exchange) -> None:
+        await exchange.begin()
+        await exchange.say("Hel", "lo")
+        await exchange.send_event(chunk({}, "stop"))
+        if last:
+            await exchange.send_event(last)
+        exchange.vanish()
+
+    upstream.will(answer)
+    async with chat_over(upstream) as chat:
+        assert await reply_of(chat) == HELLO
+
+
+async def test_only_the_first_of_several_choices_is_read(upstream: FakeUpstream) -> None:
+    both = [{"index": index, "delta": {"content": text}} for index, text in enumerate(("a", "b"))]
+    upstream.will(streaming({"choices": both}))
+    async with chat_over(upstream) as chat:
+        assert await reply_of(chat) == [TextDelta("a"), Done("stop")]
+
+
+@pytest.mark.parametrize("charset", ["", "; charset=iso-8859-1", "; charset=base64"])
+async def test_streams_are_utf_8_whatever_they_say(upstream: FakeUpstream, charset: str) -> None:
+    body = b'\xef\xbb\xbfdata: {"choices": [{"delta": {"content": "gr\xc3\xbcn"}, "finish_reason": "stop"}]}\n\n'
+
+    async def answer(exchange: Exchange) -> None:
+        await exchange.send_body(body, f"text/event-stream{charset}")
+
+    upstream.will(answer)
+    async with chat_over(upstream) as chat:
+        assert await reply_of(chat) == [TextDelta("grün"), Done("stop")]
+
+
+async def test_white_space_between_the_pieces_of_a_call_is_left_out(upstream: FakeUpstream) -> None:
+    upstream.will(streaming(call(0, "f", "{"), chunk({"content": "\n"}), call(0, None, "}"), reason="tool_calls"))
+    async with chat_over(upstream) as chat:
+        assert await reply_of(chat) == [
+            ToolCallStarted("f"),
+            ArgumentsDelta("{"),
+            ArgumentsDelta("}"),
+            Done("stop"),
+        ]
+
+
+@pytest.mark.parametrize(
+    "pieces", [[call(0, "f", "{"), chunk({"content": "a"}), call(0, None, "}")], [call(-1, None, "}")]]
+)
+async def test_pieces_of_a_call_that_has_not_begun_or_has_ended_are_a_failure(
+    upstream: FakeUpstream, pieces: list[Json]
+) -> None:
+    upstream.will(streaming(*pieces))
+    async with chat_over(upstream) as chat:
+        with pytest.raises(UpstreamFailedError):
+            await reply_of(chat)
+
+
+async def test_a_reply_without_an_end_fails_at_a_limit(upstream: FakeUpstream) -> None:
+    async def flood(exchange: Exchange) -> None:
+        await exchange.begin()
+        with suppress(ConnectionError):
+            while True:
+                await exchange.say("a" * 500_000)
+
+    upstream.will(flood)
+    async with chat_over(upstream) as chat:
+        events = (await chat.prepare(request_of(chat))).events()
+        for _ in range(8):
+            assert await anext(events) == TextDelta("a" * 500_000)
+        with pytest.raises(UpstreamFailedError):
+            await anext(events)
+
+
+async def test_no_compressed_stream_is_read(upstream: FakeUpstream) -> None:
+    async def answer(exchange: Exchange) -> None:
+        await exchange.send_body(gzip.compress(b"data: {}\n\n" * 1000), "text/event-stream", content_encoding="gzip")
+
+    upstream.will(answer)
+    async with chat_over(upstream) as chat:
+        with pytest.raises(UpstreamFailedError):
+            await reply_of(chat)
+    assert upstream.asked[0].headers["accept-encoding"] == "identity"
+
+
+async def test_cookies_of_an_upstream_are_not_kept(upstream: FakeUpstream) -> None:
+    async def answer(exchange: Exchange) -> None:
+        await exchange.send_body(b"", "text/event-stream", set_cookie="user=ann; Path=/")
+
+    upstream.will(answer)
+    async with chat_over(upstream) as chat:
+        with pytest.raises(UpstreamFailedError):
+            await reply_of(chat)
+        await reply_of(chat)
+    assert "cookie" not in upstream.asked[1].headers
 
 
 # Failures
@@ -276,6 +432,30 @@ async def test_a_request_whose_connection_was_just_closed_is_sent_again_once(ups
         with pytest.raises(UpstreamFailedError):
             await reply_of(chat)
     assert len(upstream.asked) == 4
+
+
+async def test_a_request_that_has_run_for_a_while_is_not_sent_again(upstream: FakeUpstream) -> None:
+    upstream.will(vanish)
+    seconds = count()
+    async with new_client(None) as client:
+        endpoint = Endpoint(upstream.url, client, clock=lambda: float(next(seconds)))
+        with pytest.raises(UpstreamFailedError):
+            async with endpoint.stream("/chat/completions", {}):
+                pass
+    assert len(upstream.asked) == 1
+
+
+@pytest.mark.parametrize("code", [401, 403])
+async def test_a_key_that_an_upstream_repeats_is_told_to_nobody(
+    upstream: FakeUpstream, code: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = {"error": {"message": "wrong key: the-key"}}
+    upstream.will(status(code, told))
+    async with chat_over(upstream) as chat:
+        with pytest.raises(UpstreamFailedError) as caught:
+            await reply_of(chat)
+    assert f"status {code}" in caplog.text
+    assert "the-key" not in caplog.text + str(caught.value)
 
 
 async def test_replies_one_after_the_other_share_a_connection(upstream: FakeUpstream) -> None:
@@ -359,8 +539,8 @@ async def test_a_reply_that_goes_on_survives_an_upstream_that_takes_no_more(upst
         replying = asyncio.create_task(reply_of(chat))
         await upstream.next()
         upstream.pages["/v1/models"] = 503
-        await chat.look()
-        assert chat.trouble
+        while not chat.trouble:
+            await chat.look()
         may_end.set()
         assert await replying == HELLO
 
@@ -372,7 +552,6 @@ async def test_a_cancelled_reply_closes_its_connection(upstream: FakeUpstream) -
         asked = await upstream.next()
         replying.cancel()
         await asked.ended.wait()
-        assert chat.arguments["upstreams"][0]["url"] == upstream.url
 
 
 async def test_a_cancelled_reply_that_has_not_begun_closes_its_connection(upstream: FakeUpstream) -> None:
@@ -460,3 +639,10 @@ async def test_the_oldest_turns_are_left_out_by_what_earlier_prompts_had() -> No
         assert (await chat.prepare(request_of(chat, LONG, truncate=True))).left_out == 2
         await reply_of(chat, user("a" * 300))  # ten bytes a token
         assert (await chat.prepare(request_of(chat, LONG, truncate=True))).left_out == 0
+
+
+@pytest.mark.parametrize("answer", [500, 503, 400])
+async def test_a_reply_does_not_need_the_count_of_the_upstream(answer: int) -> None:
+    async with FakeUpstream.running(context=120) as upstream, chat_over(upstream) as chat:
+        upstream.pages["/tokenize"] = answer
+        assert await reply_of(chat, LONG, truncate=True) == HELLO
