@@ -102,7 +102,12 @@ def parley(root: Path = ROOT, port: int = 7801, compiled: bool = True, model: Pa
     command = [str(python_of(root)), "server.py", "--port", str(port)]
     data = ROOT / ".bench" / f"data-{port}"
     shutil.rmtree(data, ignore_errors=True)
-    settings = {"PARLEY_USERS": f"bench:{SECRET}", "PARLEY_RESPONSES_PER_USER": "64", "PARLEY_DATA": str(data)}
+    settings = {
+        "PARLEY_USERS": f"bench:{SECRET}",
+        "PARLEY_RESPONSES_PER_USER": "64",
+        "PARLEY_MODEL_ALIASES": "*",
+        "PARLEY_DATA": str(data),
+    }
     if model:
         settings["PARLEY_MODEL"] = str(model.resolve())
     name = "Parley" if root == ROOT else BEFORE
