@@ -194,9 +194,8 @@ def _urls(value: str) -> tuple[str, ...]:
 
 
 def _url(url: str) -> str:
-    if (
-        urlsplit(_choice(r"https?://[^/?#@\s]+(/[^?#@\s]*)?")(url)).port == 0 or not url.isprintable()
-    ):  # `port` raises ValueError too
+    parts = urlsplit(_choice(r"https?://[^/?#@\s]+(/[^?#@\s]*)?")(url))
+    if parts.port == 0 or not url.isprintable():  # `port` raises ValueError too
         raise ValueError(url)
     return url if url.count("/") > 2 else f"{url}/v1"
 

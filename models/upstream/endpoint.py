@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import http.cookiejar
+import itertools
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
-from itertools import count
 from typing import Any, TypeVar
 
 import msgspec
@@ -243,6 +243,7 @@ class Endpoint:
 
     def _miss(self, trouble: str) -> None:
         self._missed += 1
+        self._is_learned = False
         if self.trouble or self._missed >= MISSED:
             self._lose(trouble)
 
@@ -281,15 +282,15 @@ class Endpoint:
     @asynccontextmanager
     async def _opened(self, path: str, body: Body) -> AsyncIterator[Response]:
         response = await self._send(path, encode(body))
-        kind = response.headers.get("content-type", "")
+        content_type = response.headers.get("content-type", "")
         try:
-            if response.status_code != 200 or not kind.startswith("text/event-stream"):
+            if response.status_code != 200 or not content_type.lower().startswith("text/event-stream"):
                 with self._told():
                     async with self._patient():
                         answer = await _beginning(response, BODY_BYTES)
                 if response.status_code != 200:
                     raise failure_of(response.status_code, answer, response.headers.get("retry-after"))
-                raise UpstreamFailedError(f"it answers with {kind!r}, not with a stream: {printable(answer)}")
+                raise UpstreamFailedError(f"it answers with {content_type!r}, not with a stream: {printable(answer)}")
             yield response
         finally:
             await response.aclose()
@@ -314,7 +315,7 @@ class Endpoint:
             raise UpstreamFailedError(f"{self.url} compresses its answer, which it was not asked for")
         response.encoding = "utf-8-sig"  # of all streams of events
         events = aiter(EventSource(response, EVENT_BYTES))
-        for number in count(1):
+        for number in itertools.count(1):
             with self._told():
                 async with self._patient():
                     event = await anext(events, None)

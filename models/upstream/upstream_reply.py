@@ -134,7 +134,8 @@ class UpstreamReply:
                 await _read_counts(chunks, reader)
             done = reader.done()
         except APIError:
-            self.usage.input_tokens *= begun
+            if not begun:
+                self.usage.input_tokens = 0
             raise
         self._bytes_per_token.learn(self._asked.size, self.usage.input_tokens)
         yield done
