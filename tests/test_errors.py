@@ -125,6 +125,7 @@ def test_an_unsupported_model_says_what_is_unknown_and_what_to_do() -> None:
         pytest.param(KeyboardInterrupt(), "KeyboardInterrupt", id="no-exception"),
         pytest.param(ServerError("the server failed"), "the server failed", id="error-of-ours"),
         pytest.param("two\nlines ", "two lines", id="text"),
+        pytest.param("\x1b[31mred", "[31mred", id="escape-code"),
         pytest.param("", "", id="empty"),
         pytest.param("x" * 1000, "x" * 300, id="long"),
         pytest.param(

@@ -127,7 +127,10 @@ class Endpoint:
                 async with asyncio.timeout(AWAY_SECONDS if self._missed else POLL_SECONDS):
                     await self._failed.wait()
             self._failed.clear()
-            await self.look()
+            try:
+                await self.look()
+            except Exception:  # nothing that an upstream says may end the looks
+                logger.exception("the look at %s has failed", self.url)
             await asyncio.sleep(PAUSE_SECONDS)
 
     async def look(self) -> None:
@@ -140,9 +143,6 @@ class Endpoint:
         except ConnectError as error:
             self._lose(one_line(error))
         except (APIError, HTTPError, OSError) as error:
-            self._miss(one_line(error))
-        except Exception as error:  # nothing that an upstream says may end the looks
-            logger.exception("the look at %s has failed", self.url)
             self._miss(one_line(error))
         else:
             self._missed = 0

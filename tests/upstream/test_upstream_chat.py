@@ -102,6 +102,29 @@ async def test_entries_that_are_no_models_are_left_out() -> None:
             assert [model.name for model in chat.models.all] == ["tiny"]
 
 
+async def test_a_list_of_models_without_an_end_is_not_read_to_its_end() -> None:
+    async with FakeUpstream.running("tiny") as upstream:
+        upstream.models[0]["description"] = "a" * 2**22
+        async with chat_over(upstream, upstream_model=("tiny",)) as chat:
+            assert "answers with something else" in str(chat.trouble)
+
+
+async def test_looks_go_on_after_an_error_that_nobody_expected(upstream: FakeUpstream) -> None:
+    failed, changed = asyncio.Event(), asyncio.Event()
+
+    def fail() -> None:
+        failed.set()
+        raise OverflowError("a model is too large")
+
+    async with chat_over(upstream) as chat:
+        (endpoint,) = chat._pool.endpoints
+        for on_change, called in ((fail, failed), (changed.set, changed)):
+            chat.models.on_change = on_change
+            upstream.models.append({"id": f"model-{len(upstream.models)}", "owned_by": "vllm"})
+            endpoint.cool(0)
+            await called.wait()
+
+
 async def test_the_default_model_stays_as_long_as_it_is_offered() -> None:
     async with FakeUpstream.running("a", "b") as upstream, chat_over(upstream) as chat:
         upstream.models.reverse()
